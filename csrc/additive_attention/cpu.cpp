@@ -1,0 +1,496 @@
+// CPU launcher of additive attention: checks, allocation, and the phases of cpu_kernel.h over all cores.
+//
+// Query rows are processed in chunks, so that only chunk x Tk scores exist between phases (besides the kept
+// scores, which the caller asks for only where they are smaller than query and key). Work is cut by shape and
+// thread count alone and partial sums are added in a fixed order: results are bitwise reproducible.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/cpu_level.h"
+#include "common/memory.h"
+#include "cpu_kernel.h"
+
+namespace fusedattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Elements of the score buffer of one chunk: small enough for the cache, large enough for all cores.
+constexpr int64_t CHUNK_ELEMENTS = 1 << 20;
+
+template <typename T>
+const AttentionKernels<T>& kernels();
+template <>
+const AttentionKernels<float>& kernels<float>() {
+  return FUSEDATTN_LEVEL_TABLE(attention_f32);
+}
+template <>
+const AttentionKernels<double>& kernels<double>() {
+  return FUSEDATTN_LEVEL_TABLE(attention_f64);
+}
+
+template <typename T>
+constexpr ScalarType scalar_type() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cache-line aligned working memory.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * (size + 1), std::align_val_t(64)))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// body(first, last, scratch) over [0, tasks); grain is how many tasks are worth a thread.
+template <typename T, typename Body>
+void parallel(int64_t tasks, int64_t grain, int64_t scratch_size, const Body& body) {
+  if (tasks == 0) return;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    const Buffer<T> scratch(scratch_size);
+    body(first, last, scratch.get());
+  });
+}
+
+// Tasks of `cost` elementary steps each: below some 16,000 steps a second thread costs more than it brings.
+int64_t grain_for(int64_t cost) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cost, 1)); }
+
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t n = 0;
+  for (int64_t size : shape) same = same && t.size(n++) == size;
+  STD_TORCH_CHECK(same, "additive_attention: ", name, " does not have the shape that the other inputs ask for");
+}
+
+// In dtype `type`, with a contiguous last dimension; a copy only where it must be.
+Tensor prepared(const Tensor& t, ScalarType type) {
+  Tensor r = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  if (r.size(-1) > 1 && r.stride(-1) != 1) r = torch::stable::contiguous(r);
+  return r;
+}
+
+template <typename T>
+View<const T> view(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  const std::vector<int64_t> sizes(shape);
+  Tensor t = torch::stable::empty(sizes, type);
+  advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  return t;
+}
+
+// Inputs in the arithmetic dtype, the problem that points into them, and its working memory.
+template <typename T>
+struct Inputs {
+  Tensor query, key, value;
+  OptionalTensor mask, key_lengths, key_exp;
+  Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
+  AttentionProblem<T> p;
+  int64_t chunk_rows, chunk_heads;
+
+  Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
+         const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
+         double key_bound, bool is_causal, double scale, std::optional<double> softcap)
+      : query(prepared(query_, scalar_type<T>())),
+        key(prepared(key_, scalar_type<T>())),
+        value(prepared(value_, scalar_type<T>())),
+        mask(mask_),
+        key_lengths(key_lengths_),
+        key_exp(key_exp_) {
+    p.B = query.size(0), p.H = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
+    p.Tk = key.size(2), p.Dv = value.size(3);
+    check_shape(key, "key", {p.B, p.H, p.Tk, p.D});
+    check_shape(value, "value", {p.B, p.H, p.Tk, p.Dv});
+    check_shape(weight_, "weight", {p.H, p.D});
+    p.query = view<T>(query), p.key = view<T>(key), p.value = view<T>(value);
+    p.is_causal = is_causal, p.scale = static_cast<T>(scale), p.softcap = static_cast<T>(softcap.value_or(0));
+    p.key_exp = nullptr, p.key_bound = static_cast<T>(key_bound);
+    if (key_exp) {
+      check_shape(*key_exp, "key_exp", {p.B, p.H, p.Tk, p.D});
+      STD_TORCH_CHECK(key_exp->is_contiguous() && key_exp->scalar_type() == scalar_type<T>(),
+                      "additive_attention: key_exp must be contiguous, in the dtype of the arithmetic");
+      p.key_exp = key_exp->template const_data_ptr<T>();
+    }
+    p.mask = nullptr;
+    if (mask) {
+      check_shape(*mask, "mask", {p.B, p.H, p.Tq, p.Tk});
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
+      p.mask = mask->template const_data_ptr<bool>();
+      for (int64_t n = 0; n < 4; ++n) p.mask_stride[n] = mask->stride(n);
+    }
+    p.key_lengths = nullptr;
+    if (key_lengths) {
+      check_shape(*key_lengths, "key_lengths", {p.B});
+      STD_TORCH_CHECK(key_lengths->scalar_type() == ScalarType::Long,
+                      "additive_attention: key_lengths must be of dtype int64");
+      if (!key_lengths->is_contiguous()) key_lengths = torch::stable::contiguous(*key_lengths);
+      p.key_lengths = key_lengths->template const_data_ptr<int64_t>();
+    }
+    const int64_t lanes = kernels<T>().lanes;
+    p.D_padded = ceil_div(p.D, lanes) * lanes;
+    set_weight(prepared(weight_, scalar_type<T>()));
+
+    const int64_t per_head = std::max<int64_t>(p.Tq * p.Tk, 1), heads = std::max<int64_t>(p.B * p.H, 1);
+    const int64_t fitting = CHUNK_ELEMENTS / std::max<int64_t>(p.Tk, 1) / QUERY_BLOCK * QUERY_BLOCK;
+    chunk_rows = std::min(p.Tq, std::max(fitting, QUERY_BLOCK));
+    chunk_heads = chunk_rows < p.Tq ? 1 : std::min(heads, std::max<int64_t>(1, CHUNK_ELEMENTS / per_head));
+    query_exp = Buffer<T>(chunk_heads * chunk_rows * p.D_padded);
+    query_bound = Buffer<T>(chunk_heads * chunk_rows);
+    p.query_exp = query_exp.get(), p.query_bound = query_bound.get();
+  }
+
+  void set_weight(const Tensor& source) {
+    weight = Buffer<T>(p.H * p.D_padded), weight_scaled = Buffer<T>(p.H * p.D_padded);
+    weight_max = Buffer<T>(p.H), weight_sum = Buffer<T>(p.H);
+    for (int64_t h = 0; h < p.H; ++h) {
+      const T* w = source.const_data_ptr<T>() + h * source.stride(0);
+      T* padded = weight.get() + h * p.D_padded;
+      T* scaled = weight_scaled.get() + h * p.D_padded;
+      T top = 0;
+      for (int64_t d = 0; d < p.D; ++d) top = std::max(top, std::abs(w[d]));
+      if (!(top > 0) || !std::isfinite(top) || !std::isfinite(1 / top)) top = 1;
+      double sum = 0;
+      for (int64_t d = 0; d < p.D_padded; ++d) {
+        padded[d] = d < p.D ? w[d] : 0;
+        scaled[d] = padded[d] / top;
+        sum += scaled[d];
+      }
+      weight_max.get()[h] = top, weight_sum.get()[h] = static_cast<T>(sum);
+    }
+    p.weight = weight.get(), p.weight_scaled = weight_scaled.get();
+    p.weight_max = weight_max.get(), p.weight_sum = weight_sum.get();
+  }
+
+  int64_t rows() const { return p.B * p.H * p.Tq; }
+
+  // body(chunk, first row of the chunk among all B H Tq rows)
+  template <typename Body>
+  void for_each_chunk(const Body& body) const {
+    for (int64_t head = 0; head < p.B * p.H; head += chunk_heads)
+      for (int64_t i = 0; i < p.Tq; i += chunk_rows)
+        body(Chunk{head, std::min(chunk_heads, p.B * p.H - head), i, std::min(chunk_rows, p.Tq - i)},
+             head * p.Tq + i);
+  }
+
+  void prepare_queries(const Chunk& chunk) const {
+    parallel<T>(chunk.heads * chunk.queries, grain_for(p.D), 0, [&](int64_t first, int64_t last, T*) {
+      for (int64_t row = first; row < last; ++row) kernels<T>().prepare_query(p, chunk, row);
+    });
+  }
+
+  // body(head, first key of a block, scratch)
+  template <typename Body>
+  void for_each_key_block(const Chunk& chunk, int64_t cost, const Body& body) const {
+    const int64_t blocks = ceil_div(p.Tk, KEY_BLOCK);
+    parallel<T>(chunk.heads * blocks, grain_for(KEY_BLOCK * chunk.queries * cost / 4),
+                score_scratch(p, kernels<T>().lanes), [&](int64_t first, int64_t last, T* scratch) {
+                  for (int64_t task = first; task < last; ++task)
+                    body(task / blocks, task % blocks * KEY_BLOCK, scratch);
+                });
+  }
+
+  void score(const Chunk& chunk, T* scores) const {
+    for_each_key_block(chunk, p.D, [&](int64_t head, int64_t first_key, T* scratch) {
+      kernels<T>().score(p, chunk, head, first_key, scores, scratch);
+    });
+  }
+
+  // Into how many parts to cut the keys of each of `tasks` tasks, so that every core has work.
+  int64_t key_splits(int64_t tasks) const {
+    const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+    if (tasks >= wanted || p.Tk < 8 * KEY_BLOCK) return 1;
+    return std::min(ceil_div(wanted, std::max<int64_t>(tasks, 1)), p.Tk / (4 * KEY_BLOCK));
+  }
+};
+
+// sums = parts added in order; part s of `size` elements lies at parts + s * size.
+template <typename T>
+void add_parts(const T* parts, int64_t count, int64_t size, T* sums) {
+  for (int64_t n = 0; n < size; ++n) {
+    double sum = 0;
+    for (int64_t s = 0; s < count; ++s) sum += parts[s * size + n];
+    sums[n] = static_cast<T>(sum);
+  }
+}
+
+// context = p . value, rows by blocks of queries; keys are split where there are too few of those.
+template <typename T>
+void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T* context) {
+  const auto& p = in.p;
+  const int64_t blocks = ceil_div(chunk.queries, QUERY_BLOCK), tasks = chunk.heads * blocks;
+  const int64_t splits = in.key_splits(tasks), part_keys = ceil_div(p.Tk, splits);
+  const Buffer<T> parts(splits > 1 ? tasks * splits * QUERY_BLOCK * p.Dv : 0);
+  const int64_t cost = std::min(QUERY_BLOCK, chunk.queries) * part_keys * p.Dv / 16;
+  parallel<T>(tasks * splits, grain_for(cost), 0, [&](int64_t first, int64_t last, T*) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t task = n / splits, head = task / blocks, r = task % blocks * QUERY_BLOCK;
+      const int64_t b = (chunk.first_head + head) / p.H, h = (chunk.first_head + head) % p.H;
+      const int64_t rows = std::min(QUERY_BLOCK, chunk.queries - r);
+      int64_t visible = p.visible_keys(b);
+      if (p.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
+      const int64_t first_key = std::min(visible, n % splits * part_keys);
+      const int64_t keys = std::min(visible - first_key, part_keys);
+      T* out = splits > 1 ? parts.get() + n * QUERY_BLOCK * p.Dv : context + (head * chunk.queries + r) * p.Dv;
+      kernels<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk, 1,
+                          p.value.row(b, h, first_key), p.value.stride_t, out, p.Dv, false);
+    }
+  });
+  if (splits == 1) return;
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t head = task / blocks, r = task % blocks * QUERY_BLOCK;
+    const int64_t size = std::min(QUERY_BLOCK, chunk.queries - r) * p.Dv, stride = QUERY_BLOCK * p.Dv;
+    T* out = context + (head * chunk.queries + r) * p.Dv;
+    parallel<T>(size, 4096, 0, [&](int64_t first, int64_t last, T*) {
+      for (int64_t e = first; e < last; ++e) {
+        T sum = 0;
+        for (int64_t s = 0; s < splits; ++s) sum += parts.get()[(task * splits + s) * stride + e];
+        out[e] = sum;
+      }
+    });
+  }
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool keep_scores) {
+  const auto& p = in.p;
+  const ScalarType acc = scalar_type<T>();
+  Tensor context = empty({p.B, p.H, p.Tq, p.Dv}, acc), lse = empty({p.B, p.H, p.Tq}, acc);
+  Tensor weights = return_weights ? empty({p.B, p.H, p.Tq, p.Tk}, acc) : empty({0}, type);
+  Tensor scores = keep_scores ? empty({p.B, p.H, p.Tq, p.Tk}, acc) : empty({0}, acc);
+  const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
+  const Buffer<T> buffer(return_weights ? 0 : buffer_size);
+  in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
+    T* probabilities = return_weights ? weights.template mutable_data_ptr<T>() + first_row * p.Tk : buffer.get();
+    T* s = keep_scores ? scores.template mutable_data_ptr<T>() + first_row * p.Tk : probabilities;
+    in.prepare_queries(chunk);
+    in.score(chunk, s);
+    T* chunk_lse = lse.template mutable_data_ptr<T>() + first_row;
+    parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
+      kernels<T>().softmax(last - first, p.Tk, s + first * p.Tk, probabilities + first * p.Tk, chunk_lse + first);
+    });
+    contexts(in, chunk, probabilities, context.template mutable_data_ptr<T>() + first_row * p.Dv);
+  });
+  if (type != acc) {
+    context = torch::stable::to(context, type);
+    if (return_weights) weights = torch::stable::to(weights, type);
+  }
+  return {context, lse, weights, scores};
+}
+
+template <typename T>
+struct Gradients {
+  Tensor query, key, value, weight;
+};
+
+// The joint backward of one chunk. `partial_weight` has one D_padded row per head and split.
+template <typename T>
+void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row, const T* g, int64_t splits,
+                     const Gradients<T>& grads, T* partial_query, T* partial_weight) {
+  const auto& p = in.p;
+  const auto& kernel = kernels<T>();
+  const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
+  const int64_t strips = rowwise ? 1 : p.D_padded / kernel.lanes;
+  const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
+  T* grad_key = grads.key.template mutable_data_ptr<T>();
+  const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
+  const auto visible = [&](int64_t head) { return p.visible_keys((chunk.first_head + head) / p.H); };
+  for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0; ++head) {
+    T* rows = grad_key + (chunk.first_head + head) * p.Tk * p.D;
+    std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, T(0));  // padding is not looked at below
+  }
+  parallel<T>(chunk.heads * splits * strips, grain_for(cost), backward_scratch(p, chunk, kernel.lanes),
+              [&](int64_t first, int64_t last, T* scratch) {
+                for (int64_t task = first; task < last; ++task) {
+                  const int64_t head = task / (splits * strips), split = task / strips % splits;
+                  const int64_t begin = std::min(visible(head), split * part_keys);
+                  const int64_t end = std::min(visible(head), begin + part_keys);
+                  T* dq = partial_query + (head * splits + split) * chunk.queries * p.D_padded;
+                  T* dw = partial_weight + ((chunk.first_head + head) * splits + split) * p.D_padded;
+                  if (rowwise)
+                    kernel.backward_rows(p, chunk, head, begin, end, g, dq, grad_key, dw, scratch);
+                  else
+                    kernel.backward_strip(p, chunk, head, task % strips * kernel.lanes, begin, end, g, dq,
+                                          grad_key, dw, scratch);
+                }
+              });
+  T* grad_query = grads.query.template mutable_data_ptr<T>();
+  parallel<T>(chunk.heads * chunk.queries, grain_for(p.D * splits), 0, [&](int64_t first, int64_t last, T*) {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t head = row / chunk.queries, i = row % chunk.queries;
+      const T* w = p.weight + (chunk.first_head + head) % p.H * p.D_padded;
+      T* out = grad_query + (first_row + row) * p.D;
+      for (int64_t d = 0; d < p.D; ++d) {
+        T sum = 0;
+        for (int64_t s = 0; s < splits; ++s)
+          sum += partial_query[((head * splits + s) * chunk.queries + i) * p.D_padded + d];
+        out[d] = 4 * w[d] * sum;
+      }
+    }
+  });
+}
+
+template <typename T>
+Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+                      const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores) {
+  const auto& p = in.p;
+  const auto& kernel = kernels<T>();
+  const ScalarType acc = scalar_type<T>();
+  const Gradients<T> grads{empty({p.B, p.H, p.Tq, p.D}, acc), empty({p.B, p.H, p.Tk, p.D}, acc),
+                           empty({p.B, p.H, p.Tk, p.Dv}, acc), empty({p.H, p.D}, acc)};
+  T* grad_value = grads.value.template mutable_data_ptr<T>();
+  if (p.Tq == 0 || grads.query.numel() == 0) {
+    Tensor key = grads.key, value = grads.value;
+    torch::stable::zero_(key);
+    torch::stable::zero_(value);
+  }
+  const int64_t heads = p.B * p.H;
+  const bool kept = scores.numel() > 0;
+  const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / kernel.lanes;
+  const int64_t splits = in.key_splits(in.chunk_heads * std::max<int64_t>(strips, 1));
+  const int64_t chunk_size = in.chunk_heads * in.chunk_rows;
+  const Buffer<T> probabilities(chunk_size * p.Tk), g(chunk_size * p.Tk), row_sums(in.rows());
+  const Buffer<T> partial_query(chunk_size * splits * p.D_padded);
+  const Buffer<T> partial_weight(heads * splits * p.D_padded);
+  std::fill_n(partial_weight.get(), heads * splits * p.D_padded, T(0));
+
+  in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
+    const int64_t rows = chunk.heads * chunk.queries;
+    in.prepare_queries(chunk);
+    const T* s = kept ? scores.template const_data_ptr<T>() + first_row * p.Tk : probabilities.get();
+    if (!kept) in.score(chunk, probabilities.get());
+    if (grad_context) {
+      const View<const T> dc = view<T>(*grad_context);
+      in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {
+        kernel.grad_weights(p, chunk, head, first_key, dc, g.get(), scratch);
+      });
+    } else {
+      std::fill_n(g.get(), rows * p.Tk, T(0));
+    }
+    parallel<T>(rows, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
+      for (int64_t row = first; row < last; ++row) {
+        if (grad_weights) {
+          const T* extra = grad_weights->template const_data_ptr<T>() + (first_row + row) * p.Tk;
+          for (int64_t j = 0; j < p.Tk; ++j) g.get()[row * p.Tk + j] += extra[j];
+        }
+        const T dl = grad_lse ? grad_lse->template const_data_ptr<T>()[first_row + row] : T(0);
+        row_sums.get()[first_row + row] =
+            kernel.grad_scores(p, s + row * p.Tk, lse.template const_data_ptr<T>()[first_row + row], dl,
+                               probabilities.get() + row * p.Tk, g.get() + row * p.Tk);
+      }
+    });
+    if (grad_context) {
+      // dvalue = p^T dcontext, blocks of keys.
+      const View<const T> dc = view<T>(*grad_context);
+      in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T*) {
+        const int64_t n = chunk.first_head + head;
+        kernel.matmul(std::min(KEY_BLOCK, p.Tk - first_key), p.Dv, chunk.queries,
+                      probabilities.get() + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
+                      dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t,
+                      grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv, chunk.first_query > 0);
+      });
+    }
+    backward_scores(in, chunk, first_row, g.get(), splits, grads, partial_query.get(), partial_weight.get());
+  });
+  if (!grad_context) {
+    Tensor value = grads.value;
+    torch::stable::zero_(value);
+  }
+
+  // dw = sum of g - 2 sum of g r
+  T* grad_weight = grads.weight.template mutable_data_ptr<T>();
+  for (int64_t h = 0; h < p.H; ++h) {
+    double total = 0;
+    for (int64_t b = 0; b < p.B; ++b)
+      for (int64_t i = 0; i < p.Tq; ++i) total += row_sums.get()[(b * p.H + h) * p.Tq + i];
+    parallel<T>(p.D, grain_for(p.B * splits), 0, [&](int64_t first, int64_t last, T*) {
+      for (int64_t d = first; d < last; ++d) {
+        double sum = 0;
+        for (int64_t b = 0; b < p.B; ++b)
+          for (int64_t n = 0; n < splits; ++n)
+            sum += partial_weight.get()[((b * p.H + h) * splits + n) * p.D_padded + d];
+        grad_weight[h * p.D + d] = static_cast<T>(total - 2 * sum);
+      }
+    });
+  }
+  return grads;
+}
+
+Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
+                               const OptionalTensor& mask, const OptionalTensor& key_lengths,
+                               const OptionalTensor& key_exp, double key_bound, bool is_causal, double scale,
+                               std::optional<double> softcap, bool return_weights, bool keep_scores) {
+  const ScalarType type = query.scalar_type();
+  const auto run = [&](auto zero) {
+    const Inputs<decltype(zero)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal,
+                                    scale, softcap);
+    return forward(in, type, return_weights, keep_scores);
+  };
+  return type == ScalarType::Double ? run(0.0) : run(0.0f);
+}
+
+Forward additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+                               const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
+                               const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
+                               const OptionalTensor& key_lengths, const OptionalTensor& key_exp, double key_bound,
+                               bool is_causal, double scale, std::optional<double> softcap, const Tensor&,
+                               const Tensor& lse, const Tensor& scores) {
+  const ScalarType type = query.scalar_type();
+  const auto run = [&](auto zero) -> Forward {
+    using T = decltype(zero);
+    const ScalarType acc = scalar_type<T>();
+    const auto contiguous = [&](const OptionalTensor& t) -> OptionalTensor {
+      if (!t) return std::nullopt;
+      return torch::stable::contiguous(prepared(*t, acc));
+    };
+    const Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale,
+                       softcap);
+    const auto& p = in.p;
+    if (grad_context) check_shape(*grad_context, "grad_context", {p.B, p.H, p.Tq, p.Dv});
+    if (grad_lse) check_shape(*grad_lse, "grad_lse", {p.B, p.H, p.Tq});
+    if (grad_weights) check_shape(*grad_weights, "grad_weights", {p.B, p.H, p.Tq, p.Tk});
+    check_shape(lse, "lse", {p.B, p.H, p.Tq});
+    if (scores.numel() > 0) check_shape(scores, "scores", {p.B, p.H, p.Tq, p.Tk});
+    STD_TORCH_CHECK(lse.scalar_type() == acc && scores.scalar_type() == acc,
+                    "additive_attention: lse and scores must be in the dtype of the arithmetic");
+    OptionalTensor dc;
+    if (grad_context) dc = prepared(*grad_context, acc);
+    const auto grads = backward(in, dc, contiguous(grad_lse), contiguous(grad_weights),
+                                torch::stable::contiguous(lse), torch::stable::contiguous(scores));
+    if (type == acc) return {grads.query, grads.key, grads.value, grads.weight};
+    return {torch::stable::to(grads.query, type), torch::stable::to(grads.key, type),
+            torch::stable::to(grads.value, type), torch::stable::to(grads.weight, type)};
+  };
+  return type == ScalarType::Double ? run(0.0) : run(0.0f);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CPU, m) {
+  m.impl("additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
+  m.impl("additive_attention_bwd", TORCH_BOX(&additive_attention_bwd));
+}
+
+}  // namespace fusedattn

@@ -1,0 +1,333 @@
+// Fixed-width vectors for the CPU kernels, from one source for every instruction set.
+//
+// A kernel file is compiled once per level (-DFUSEDATTN_LEVEL=default|avx2|avx512, see setup.py); the
+// compiler's vector extension gives arithmetic, comparison and blending, and only the reciprocal estimate
+// and the half-precision conversion need intrinsics. Everything sits in a namespace named after the level
+// and is `static`: a weak symbol shared between levels could put AVX-512 code on a machine without it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// From the C library; <cmath> would bring weak inline functions.
+extern "C" {
+double tanh(double);
+double erfc(double);
+}
+
+#ifndef FUSEDATTN_LEVEL
+#error "compile kernel files with -DFUSEDATTN_LEVEL=default|avx2|avx512"
+#endif
+
+#define FUSEDATTN_INLINE static inline __attribute__((always_inline))
+
+namespace fusedattn {
+namespace FUSEDATTN_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+constexpr int VECTOR_REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+constexpr int VECTOR_REGISTERS = 16;
+#else
+constexpr int VECTOR_BYTES = 16;
+#if defined(__aarch64__)
+constexpr int VECTOR_REGISTERS = 32;
+#else
+constexpr int VECTOR_REGISTERS = 16;
+#endif
+#endif
+
+template <typename T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+template <typename T>
+using IntVec = typename VecOf<T>::ints;
+
+template <typename T>
+constexpr int LANES = VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <typename T>
+FUSEDATTN_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 keeps -0.0, NaN and inf
+}
+
+template <typename T>
+FUSEDATTN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// The first n lanes from memory, zeros above.
+template <typename T>
+FUSEDATTN_INLINE Vec<T> load_partial(const T* p, int64_t n) {
+  Vec<T> v{};
+  __builtin_memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <typename T>
+FUSEDATTN_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <typename T>
+FUSEDATTN_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
+  __builtin_memcpy(p, &v, n * sizeof(T));
+}
+
+// max, min: b where either is NaN. So max(x, running) skips NaNs and keeps infinities, and max(limit, x)
+// clamps x and lets a NaN through. multiply_add: a * b + c, rounded once where the CPU can.
+#if defined(__AVX512F__)
+FUSEDATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+FUSEDATTN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
+FUSEDATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a, b); }
+FUSEDATTN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a, b); }
+FUSEDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+#elif defined(__AVX2__)
+FUSEDATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+FUSEDATTN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+FUSEDATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+FUSEDATTN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a, b); }
+FUSEDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+#else
+template <typename V>
+FUSEDATTN_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <typename V>
+FUSEDATTN_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+FUSEDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+#endif
+
+FUSEDATTN_INLINE Vec<float> abs(Vec<float> a) { return (Vec<float>)((IntVec<float>)a & 0x7FFFFFFF); }
+FUSEDATTN_INLINE Vec<double> abs(Vec<double> a) { return (Vec<double>)((IntVec<double>)a & 0x7FFFFFFFFFFFFFFF); }
+
+template <typename T>
+FUSEDATTN_INLINE T horizontal_sum(Vec<T> v) {
+  T s = 0;
+  for (int l = 0; l < LANES<T>; ++l) s += v[l];
+  return s;
+}
+
+template <typename T>
+FUSEDATTN_INLINE T horizontal_max(Vec<T> v) {
+  T m = v[0];
+  for (int l = 1; l < LANES<T>; ++l) m = v[l] > m ? v[l] : m;
+  return m;
+}
+
+// 1 / x to float32 rounding: the estimate has 12 to 14 bits and one Newton step doubles them.
+// x must be finite and, with its reciprocal, a normal number.
+FUSEDATTN_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return r * (2.0f - x * r);
+#elif defined(__AVX2__)
+  const Vec<float> r = (Vec<float>)_mm256_rcp_ps((__m256)x);
+  return r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+FUSEDATTN_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+
+// exp(FACTOR x) for FACTOR 1 or 2 to 2 ulp, as 2^n 2^f: n = round(FACTOR x log2 e), |f| <= 1/2, and a polynomial
+// (Chebyshev fit of (2^f - 1) / f, error 5e-9) for 2^f. Wants FACTOR x <= 87 and takes -87 for
+// anything less: the result is a normal number. NaN stays NaN.
+template <int FACTOR = 1>
+FUSEDATTN_INLINE Vec<float> exp_below(Vec<float> x) {
+  x = max(splat(-87.0f / FACTOR), x);
+#if defined(__AVX512F__)
+  const Vec<float> n = _mm512_roundscale_ps(x * (FACTOR * 1.44269502f), _MM_FROUND_TO_NEAREST_INT);
+#else
+  const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+  const Vec<float> shifted = x * (FACTOR * 1.44269502f) + ROUND;
+  const Vec<float> n = shifted - ROUND;
+#endif
+#if defined(__FMA__)
+  const Vec<float> whole = multiply_add(x, splat(FACTOR * 1.44269502f), -n);  // log2 e in two parts
+  const Vec<float> f = x * (FACTOR * 1.92596299e-8f) + whole;
+#else
+  const Vec<float> f = ((x * float(FACTOR) - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269502f;
+#endif
+  Vec<float> p = f * 1.546144746e-4f + 1.339086735e-3f;
+  p = p * f + 9.618056670e-3f;
+  p = p * f + 5.550357104e-2f;
+  p = p * f + 2.402265092e-1f;
+  p = p * f + 6.931471880e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return p * (Vec<float>)(((IntVec<float>)shifted - (0x4B400000 - 127)) << 23);
+#endif
+}
+
+// As above in float64, for FACTOR x <= 708: Taylor polynomial of degree 13, truncation error 4e-18.
+template <int FACTOR = 1>
+FUSEDATTN_INLINE Vec<double> exp_below(Vec<double> x) {
+  x = max(splat(-708.0), x * double(FACTOR));
+  const double ROUND = 6755399441055744.0;  // 1.5 * 2^52
+  const Vec<double> shifted = x * 1.4426950408889634074 + ROUND;
+  const Vec<double> n = shifted - ROUND;
+  const Vec<double> r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  Vec<double> p = r * (1.0 / 6227020800.0) + (1.0 / 479001600.0);
+  p = p * r + (1.0 / 39916800.0);
+  p = p * r + (1.0 / 3628800.0);
+  p = p * r + (1.0 / 362880.0);
+  p = p * r + (1.0 / 40320.0);
+  p = p * r + (1.0 / 5040.0);
+  p = p * r + (1.0 / 720.0);
+  p = p * r + (1.0 / 120.0);
+  p = p * r + (1.0 / 24.0);
+  p = p * r + (1.0 / 6.0);
+  p = p * r + 0.5;
+  p = p * (r * r) + (r + 1.0);
+  const IntVec<double> power = ((IntVec<double>)shifted - (0x4338000000000000 - 1023)) << 52;
+  return p * (Vec<double>)power;
+}
+
+// exp(x) with x clamped to where the result and its reciprocal are normal numbers.
+FUSEDATTN_INLINE Vec<float> exp(Vec<float> x) { return exp_below(min(splat(87.0f), max(splat(-87.0f), x))); }
+FUSEDATTN_INLINE Vec<double> exp(Vec<double> x) { return exp_below(min(splat(708.0), x)); }
+
+// tanh(x) with relative accuracy near zero, where 1 - 2 / (1 + exp(2x)) only has that of 1.
+FUSEDATTN_INLINE Vec<float> tanh(Vec<float> x) {
+  const Vec<float> y = x * x;
+  Vec<float> p = y * 2.1869488e-2f - 5.3968254e-2f;
+  p = p * y + 1.3333333e-1f;
+  p = p * y - 3.3333333e-1f;
+  const Vec<float> large = 1 - 2 * reciprocal(1 + exp(x + x));
+  return abs(x) < 0.25f ? x + x * (y * p) : large;
+}
+FUSEDATTN_INLINE Vec<double> tanh(Vec<double> x) {
+  for (int l = 0; l < LANES<double>; ++l) x[l] = ::tanh(x[l]);
+  return x;
+}
+
+// Two vectors split into groups of 2h lanes, each group folded to h lanes: halves of a, then halves of b.
+template <typename T, int h>
+FUSEDATTN_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
+  constexpr int W = LANES<T>;
+  IntVec<T> low{}, high{};
+  for (int l = 0; l < W; ++l) {
+    low[l] = l / h * 2 * h + l % h;  // lane l of the result; indices from W up are b's
+    high[l] = low[l] + h;
+  }
+#if defined(__clang__)
+  Vec<T> lo{}, hi{};
+  for (int l = 0; l < W; ++l) {
+    lo[l] = low[l] < W ? a[low[l] % W] : b[low[l] % W];
+    hi[l] = high[l] < W ? a[high[l] % W] : b[high[l] % W];
+  }
+  return lo + hi;
+#else
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+}
+
+// out[i] = sum of the lanes of acc[i], for four vectors at once.
+template <typename T>
+FUSEDATTN_INLINE void horizontal_sum4(const Vec<T>* acc, T* out) {
+  constexpr int W = LANES<T>;
+  if constexpr (W >= 4) {
+    Vec<T> v = fold<T, W / 4>(fold<T, W / 2>(acc[0], acc[1]), fold<T, W / 2>(acc[2], acc[3]));
+    if constexpr (W >= 16) v = fold<T, 2>(v, v);
+    if constexpr (W >= 8) v = fold<T, 1>(v, v);
+    __builtin_memcpy(out, &v, 4 * sizeof(T));
+  } else {
+    for (int i = 0; i < 4; ++i) out[i] = horizontal_sum<T>(acc[i]);
+  }
+}
+
+// Storage types whose arithmetic is done in float.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+FUSEDATTN_INLINE Vec<float> load(const BFloat16* p) {
+  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+  Bits bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return (Vec<float>)(__builtin_convertvector(bits, IntVec<float>) << 16);
+}
+
+// Rounds to nearest even; NaN stays NaN.
+FUSEDATTN_INLINE void store(BFloat16* p, Vec<float> v) {
+  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+  const Words word = (Words)v;
+  const Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+  const Words result = v == v ? rounded : (word >> 16) | 0x40;
+  const Bits bits = __builtin_convertvector(result, Bits);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+FUSEDATTN_INLINE Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  // Shift the 15 magnitude bits into place; multiplying by 2^112 rebiases the exponent, subnormals included.
+  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+  Bits bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  const IntVec<float> h = __builtin_convertvector(bits, IntVec<float>);
+  const IntVec<float> magnitude = h & 0x7FFF;
+  const IntVec<float> finite = (IntVec<float>)((Vec<float>)(magnitude << 13) * 0x1p112f);
+  const IntVec<float> special = (magnitude << 13) | 0x7F800000;
+  return (Vec<float>)((magnitude >= 0x7C00 ? special : finite) | ((h & 0x8000) << 16));
+#endif
+}
+
+FUSEDATTN_INLINE void store(Half* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+  const IntVec<float> word = (IntVec<float>)v;
+  const IntVec<float> sign = (word >> 16) & 0x8000;
+  const IntVec<float> magnitude = word & 0x7FFFFFFF;
+  // Normal results round by integer addition; subnormal ones by adding 0.5f, whose last bit is 2^-24.
+  const IntVec<float> normal = (magnitude - (112 << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  const IntVec<float> subnormal = (IntVec<float>)((Vec<float>)magnitude + 0.5f) - 0x3F000000;
+  IntVec<float> result = magnitude < (113 << 23) ? subnormal : normal;
+  result = magnitude >= 0x477FF000 ? IntVec<float>{} + 0x7C00 : result;  // rounds past the largest half
+  result = magnitude > 0x7F800000 ? IntVec<float>{} + 0x7E00 : result;
+  const Bits bits = __builtin_convertvector(result | sign, Bits);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+#endif
+}
+
+}  // namespace FUSEDATTN_LEVEL
+}  // namespace fusedattn

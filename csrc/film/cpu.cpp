@@ -1,0 +1,292 @@
+// CPU launcher of FiLM: memory layout, allocation, and the kernels of cpu_kernel.h over all cores.
+//
+// Work is cut into pieces by shape alone and partial sums are added in a fixed order: results are bitwise
+// reproducible.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/cpu_level.h"
+#include "common/memory.h"
+#include "cpu_kernel.h"
+
+namespace fusedattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t PIECE = 16384;  // elements per task: long enough to stream, short enough to sum in one go
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+FilmType storage_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return FilmType::FLOAT;
+    case ScalarType::Double:
+      return FilmType::DOUBLE;
+    case ScalarType::Half:
+      return FilmType::HALF;
+    case ScalarType::BFloat16:
+      return FilmType::BFLOAT16;
+    default:
+      STD_TORCH_CHECK(false, "film: x: expected float32, float64, float16 or bfloat16");
+      return FilmType::FLOAT;
+  }
+}
+
+// Dimensions from the outermost to the innermost in memory; ties keep their order.
+std::vector<int64_t> memory_order(const Tensor& x) {
+  std::vector<int64_t> order(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    if (x.size(a) == 1 || x.size(b) == 1) return false;
+    return x.stride(a) > x.stride(b);
+  });
+  return order;
+}
+
+bool dense_in(const Tensor& x, const std::vector<int64_t>& order) {
+  int64_t expected = 1;
+  for (size_t n = order.size(); n-- > 0;) {
+    const int64_t d = order[n];
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// x as (B, M, C, N) in memory order, channels per element of the batch; see cpu_kernel.h.
+struct Layout {
+  Tensor x;
+  int64_t B, M, C, N;
+
+  Layout(const Tensor& input, int64_t channel_dim) : x(input) {
+    std::vector<int64_t> order = memory_order(x);
+    if (!dense_in(x, order) || order[0] != 0) {
+      x = torch::stable::contiguous(x);
+      std::iota(order.begin(), order.end(), 0);
+    }
+    B = x.size(0), M = 1, C = x.size(channel_dim), N = 1;
+    bool before = true;
+    for (size_t n = 1; n < order.size(); ++n) {
+      if (order[n] == channel_dim)
+        before = false;
+      else
+        (before ? M : N) *= x.size(order[n]);
+    }
+  }
+
+  // t with the strides of x.
+  Tensor like(const Tensor& t) const {
+    if (same_strides(t, x) && t.numel() == x.numel()) return t;
+    Tensor copy = torch::stable::empty_like(x);
+    torch::stable::copy_(copy, t);
+    return copy;
+  }
+};
+
+// scale = gamma + offset (1 without gamma) or shift = beta (0 without), per batch element and channel, in the
+// dtype of the arithmetic; one row where all elements of the batch share it.
+struct ChannelValues {
+  std::vector<char> bytes;
+  int64_t row_bytes;
+  const char* row(int64_t b) const { return bytes.data() + b * row_bytes; }
+};
+
+template <typename T>
+ChannelValues channel_values(const OptionalTensor& source, const Layout& layout, T offset, T absent) {
+  ChannelValues values;
+  const int64_t C = layout.C;
+  const int64_t rows = source && source->dim() == 2 ? layout.B : 1;
+  values.bytes.resize(rows * C * sizeof(T) + sizeof(T));
+  values.row_bytes = rows > 1 ? C * sizeof(T) : 0;
+  T* out = reinterpret_cast<T*>(values.bytes.data());
+  if (!source) {
+    std::fill_n(out, C, absent);
+    return values;
+  }
+  STD_TORCH_CHECK(source->size(-1) == C && (source->dim() == 1 || source->size(0) == layout.B),
+                  "film: gamma and beta must be (C,) or (B, C)");
+  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const Tensor t = torch::stable::contiguous(torch::stable::to(*source, type));
+  for (int64_t n = 0; n < rows * C; ++n) out[n] = t.const_data_ptr<T>()[n] + offset;
+  return values;
+}
+
+// y with the strides that empty_like gives for x, which is what the operator's fake promises.
+Tensor restored(const Tensor& y, const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  if (same_strides(out, y)) return y;
+  torch::stable::copy_(out, y);
+  return out;
+}
+
+const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
+
+template <typename T>
+Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, const OptionalTensor& beta,
+               double gamma_offset, int64_t activation, const OptionalTensor& residual) {
+  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(gamma_offset), T(1));
+  const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
+  Tensor y = torch::stable::empty_like(in.x);
+  const int64_t size = in.x.element_size();
+  OptionalTensor addend;
+  if (residual) addend = in.like(*residual);
+  const char* x = static_cast<const char*>(in.x.const_data_ptr());
+  const char* r = addend ? static_cast<const char*>(addend->const_data_ptr()) : nullptr;
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  advise_huge_pages(out, y.numel() * size);
+  const auto at = [&](int64_t element) { return r == nullptr ? nullptr : r + element * size; };
+
+  if (in.N > 1) {
+    // Neighbouring runs share a task where they are short.
+    const int64_t pieces = ceil_div(in.N, PIECE), runs = in.B * in.M * in.C * pieces;
+    const int64_t grain = std::max<int64_t>(1, PIECE / in.N);
+    torch::stable::parallel_for(0, runs, grain, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t run = n / pieces, begin = n % pieces * PIECE, c = run % in.C, b = run / (in.C * in.M);
+        const int64_t element = run * in.N + begin;
+        kernels().forward_run(type, activation, std::min(PIECE, in.N - begin), x + element * size,
+                              scale.row(b) + c * sizeof(T), shift.row(b) + c * sizeof(T), at(element),
+                              out + element * size);
+      }
+    });
+  } else {
+    const int64_t rows = std::max<int64_t>(1, PIECE / std::max<int64_t>(in.C, 1)), pieces = ceil_div(in.M, rows);
+    torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
+        kernels().forward_rows(type, activation, std::min(rows, in.M - begin), in.C, x + element * size,
+                               scale.row(b), shift.row(b), at(element), out + element * size);
+      }
+    });
+  }
+  return y;
+}
+
+// Sums over the pieces of each batch element and channel, and over the batch where all elements share the
+// parameter. parts: (B, pieces, C), or (B, M, C, pieces) for runs.
+template <typename T>
+Tensor reduced(const Tensor& like, const Layout& in, const std::vector<T>& parts, int64_t pieces, bool runs) {
+  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = like.dim() == 2 ? in.B : 1, C = in.C;
+  Tensor sums = torch::stable::empty(std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), type);
+  T* out = sums.template mutable_data_ptr<T>();
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < C; ++c) {
+      double sum = 0;
+      for (int64_t b = rows == 1 ? 0 : row; b < (rows == 1 ? in.B : row + 1); ++b) {
+        if (runs) {
+          for (int64_t m = 0; m < in.M; ++m)
+            for (int64_t s = 0; s < pieces; ++s) sum += parts[((b * in.M + m) * C + c) * pieces + s];
+        } else {
+          for (int64_t s = 0; s < pieces; ++s) sum += parts[(b * pieces + s) * C + c];
+        }
+      }
+      out[row * C + c] = static_cast<T>(sum);
+    }
+  return like.scalar_type() == type ? sums : torch::stable::to(sums, like.scalar_type());
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename T>
+Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const OptionalTensor& gamma,
+                   const OptionalTensor& beta, double gamma_offset, int64_t activation) {
+  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(gamma_offset), T(1));
+  const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
+  const Tensor grad = in.like(grad_output);
+  Tensor dx = torch::stable::empty_like(in.x);
+  const int64_t size = in.x.element_size();
+  const char* x = static_cast<const char*>(in.x.const_data_ptr());
+  const char* dy = static_cast<const char*>(grad.const_data_ptr());
+  char* out = static_cast<char*>(dx.mutable_data_ptr());
+  advise_huge_pages(out, dx.numel() * size);
+
+  const bool runs = in.N > 1;
+  int64_t pieces;
+  std::vector<T> dz_x, dz;
+  if (runs) {
+    pieces = ceil_div(in.N, PIECE);
+    const int64_t count = in.B * in.M * in.C * pieces;
+    dz_x.resize(count), dz.resize(count);
+    torch::stable::parallel_for(0, count, std::max<int64_t>(1, PIECE / in.N), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t run = n / pieces, begin = n % pieces * PIECE, c = run % in.C, b = run / (in.C * in.M);
+        const int64_t element = run * in.N + begin;
+        kernels().backward_run(type, activation, std::min(PIECE, in.N - begin), dy + element * size,
+                               x + element * size, scale.row(b) + c * sizeof(T), shift.row(b) + c * sizeof(T),
+                               out + element * size, &dz_x[n], &dz[n]);
+      }
+    });
+  } else {
+    // At least sixteen rows a piece, so that partial sums stay small beside x.
+    const int64_t rows = std::max<int64_t>(16, PIECE / std::max<int64_t>(in.C, 1));
+    pieces = ceil_div(in.M, rows);
+    dz_x.resize(in.B * pieces * in.C), dz.resize(in.B * pieces * in.C);
+    torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
+        kernels().backward_rows(type, activation, std::min(rows, in.M - begin), in.C, dy + element * size,
+                                x + element * size, scale.row(b), shift.row(b), out + element * size,
+                                &dz_x[n * in.C], &dz[n * in.C]);
+      }
+    });
+  }
+  const auto none = [&] { return torch::stable::empty(std::vector<int64_t>{0}, in.x.scalar_type()); };
+  return {dx, gamma ? reduced<T>(*gamma, in, dz_x, pieces, runs) : none(),
+          beta ? reduced<T>(*beta, in, dz, pieces, runs) : none()};
+}
+
+Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t channel_dim,
+                double gamma_offset, int64_t activation, const OptionalTensor& residual) {
+  const FilmType type = storage_type(x.scalar_type());
+  if (x.numel() == 0) return torch::stable::empty_like(x);
+  const Layout in(x, channel_dim);
+  return restored(type == FilmType::DOUBLE
+                      ? forward<double>(in, type, gamma, beta, gamma_offset, activation, residual)
+                      : forward<float>(in, type, gamma, beta, gamma_offset, activation, residual),
+                  x);
+}
+
+Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
+                   const OptionalTensor& beta, int64_t channel_dim, double gamma_offset, int64_t activation) {
+  const FilmType type = storage_type(x.scalar_type());
+  const auto zeros = [&](const OptionalTensor& t) {
+    Tensor zero =
+        t ? torch::stable::empty_like(*t) : torch::stable::empty(std::vector<int64_t>{0}, x.scalar_type());
+    torch::stable::zero_(zero);
+    return zero;
+  };
+  if (x.numel() == 0) return {torch::stable::empty_like(x), zeros(gamma), zeros(beta)};
+  const Layout in(x, channel_dim);
+  auto [dx, dgamma, dbeta] = type == FilmType::DOUBLE
+                                 ? backward<double>(grad_output, in, type, gamma, beta, gamma_offset, activation)
+                                 : backward<float>(grad_output, in, type, gamma, beta, gamma_offset, activation);
+  return {restored(dx, x), dgamma, dbeta};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CPU, m) {
+  m.impl("film_fwd", TORCH_BOX(&film_fwd));
+  m.impl("film_bwd", TORCH_BOX(&film_bwd));
+}
+
+}  // namespace fusedattn

@@ -1,0 +1,287 @@
+// CPU kernels of FiLM, compiled once per instruction set. Bound by memory: one read of each input and one write
+// of each output, everything between in registers.
+#include "cpu_kernel.h"
+
+#include "common/simd.h"
+#include "formula.h"
+
+namespace fusedattn {
+namespace FUSEDATTN_LEVEL {
+namespace {
+
+template <typename S>
+struct ArithmeticOf {
+  typedef float type;
+};
+template <>
+struct ArithmeticOf<double> {
+  typedef double type;
+};
+
+template <typename S>
+using Arithmetic = typename ArithmeticOf<S>::type;
+
+// Fewer than a vector of storage elements, through a zero-padded copy.
+template <typename S>
+FUSEDATTN_INLINE Vec<Arithmetic<S>> load_tail(const S* p, int64_t n) {
+  S tail[LANES<Arithmetic<S>>] = {};
+  __builtin_memcpy(tail, p, n * sizeof(S));
+  return load(tail);
+}
+template <typename S>
+FUSEDATTN_INLINE void store_tail(S* p, Vec<Arithmetic<S>> v, int64_t n) {
+  S tail[LANES<Arithmetic<S>>];
+  store(tail, v);
+  __builtin_memcpy(p, tail, n * sizeof(S));
+}
+
+// 1 / (1 + exp(-z)), 0 far below: -inf times it is NaN, as in PyTorch.
+template <typename T>
+FUSEDATTN_INLINE Vec<T> sigmoid(Vec<T> z) {
+  const Vec<T> s = reciprocal(1 + exp(-z));
+  return z < (sizeof(T) == 4 ? T(-87) : T(-708)) ? Vec<T>{} : s;
+}
+
+// erfc(z) / 2 for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2), relative error 1.2e-7 (Chebyshev fit,
+// Numerical Recipes, section 6.2).
+FUSEDATTN_INLINE Vec<float> half_erfc(Vec<float> z) {
+  const Vec<float> t = reciprocal(1 + 0.5f * z);
+  Vec<float> p = t * 0.17087277f - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const Vec<float> e = exp(p - z * z);
+  return z * z > 86.0f ? Vec<float>{} : 0.5f * t * e;
+}
+FUSEDATTN_INLINE Vec<double> half_erfc(Vec<double> z) {
+  for (int l = 0; l < LANES<double>; ++l) z[l] = 0.5 * ::erfc(z[l]);
+  return z;
+}
+
+// The distribution function of the standard normal.
+template <typename T>
+FUSEDATTN_INLINE Vec<T> normal_cdf(Vec<T> z) {
+  const Vec<T> tail = half_erfc(abs(z) * T(SQRT_HALF));
+  return z < 0 ? tail : 1 - tail;
+}
+
+template <typename T>
+FUSEDATTN_INLINE Vec<T> gelu_tanh_argument(Vec<T> z) {
+  return T(2 * GELU_TANH_SCALE) * z * (1 + T(GELU_TANH_CUBIC) * z * z);
+}
+
+template <Activation activation, typename T>
+FUSEDATTN_INLINE Vec<T> activate(Vec<T> z) {
+  if constexpr (activation == Activation::RELU) return max(Vec<T>{}, z);
+  if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? z : z * T(LEAKY_SLOPE);
+  if constexpr (activation == Activation::SILU) return z * sigmoid<T>(z);
+  if constexpr (activation == Activation::GELU) return z * normal_cdf<T>(z);
+  if constexpr (activation == Activation::GELU_TANH) return z * sigmoid<T>(gelu_tanh_argument<T>(z));
+  if constexpr (activation == Activation::TANH) return tanh(z);
+  if constexpr (activation == Activation::SIGMOID) return sigmoid<T>(z);
+  return z;
+}
+
+// activation'(z)
+template <Activation activation, typename T>
+FUSEDATTN_INLINE Vec<T> slope(Vec<T> z) {
+  const Vec<T> one = splat(T(1));
+  if constexpr (activation == Activation::RELU) return z > 0 ? one : Vec<T>{};
+  if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? one : splat(T(LEAKY_SLOPE));
+  if constexpr (activation == Activation::SILU) {
+    const Vec<T> s = sigmoid<T>(z);
+    return s * (1 + z * (1 - s));
+  }
+  if constexpr (activation == Activation::GELU)
+    return normal_cdf<T>(z) + z * (T(INV_SQRT_2PI) * exp(T(-0.5) * z * z));
+  if constexpr (activation == Activation::GELU_TANH) {
+    const Vec<T> s = sigmoid<T>(gelu_tanh_argument<T>(z));
+    return s + z * s * (1 - s) * (T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z));
+  }
+  if constexpr (activation == Activation::TANH) {
+    const Vec<T> t = tanh(z);
+    return 1 - t * t;
+  }
+  if constexpr (activation == Activation::SIGMOID) {
+    const Vec<T> s = sigmoid<T>(z);
+    return s * (1 - s);
+  }
+  return one;
+}
+
+template <Activation activation, typename S>
+struct Run {
+  using T = Arithmetic<S>;
+  static constexpr int W = LANES<T>;
+
+  static void forward(int64_t n, const S* x, const T* scale, const T* shift, const S* residual, S* y) {
+    const Vec<T> a = splat(*scale), b = splat(*shift);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      Vec<T> v = activate<activation, T>(load(x + i) * a + b);
+      if (residual != nullptr) v += load(residual + i);
+      store(y + i, v);
+    }
+    if (i == n) return;
+    Vec<T> v = activate<activation, T>(load_tail(x + i, n - i) * a + b);
+    if (residual != nullptr) v += load_tail(residual + i, n - i);
+    store_tail(y + i, v, n - i);
+  }
+
+  static void forward_rows(int64_t rows, int64_t C, const S* x, const T* scale, const T* shift, const S* residual,
+                           S* y) {
+    for (int64_t r = 0; r < rows; ++r, x += C, y += C) {
+      int64_t c = 0;
+      for (; c + W <= C; c += W) {
+        Vec<T> v = activate<activation, T>(load(x + c) * load(scale + c) + load(shift + c));
+        if (residual != nullptr) v += load(residual + c);
+        store(y + c, v);
+      }
+      if (c < C) {
+        const int64_t n = C - c;
+        Vec<T> v =
+            activate<activation, T>(load_tail(x + c, n) * load_tail(scale + c, n) + load_tail(shift + c, n));
+        if (residual != nullptr) v += load_tail(residual + c, n);
+        store_tail(y + c, v, n);
+      }
+      if (residual != nullptr) residual += C;
+    }
+  }
+
+  static void backward(int64_t n, const S* dy, const S* x, const T* scale, const T* shift, S* dx, T* sum_dz_x,
+                       T* sum_dz) {
+    const Vec<T> a = splat(*scale), b = splat(*shift);
+    Vec<T> dz_x{}, dz_sum{};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      const Vec<T> xi = load(x + i), dz = load(dy + i) * slope<activation, T>(xi * a + b);
+      store(dx + i, dz * a);
+      dz_x += dz * xi;
+      dz_sum += dz;
+    }
+    if (i < n) {
+      const Vec<T> xi = load_tail(x + i, n - i), dz = load_tail(dy + i, n - i) * slope<activation, T>(xi * a + b);
+      store_tail(dx + i, dz * a, n - i);
+      dz_x += dz * xi;  // dy is zero above the tail
+      dz_sum += dz;
+    }
+    *sum_dz_x = horizontal_sum<T>(dz_x);
+    *sum_dz = horizontal_sum<T>(dz_sum);
+  }
+
+  static void backward_rows(int64_t rows, int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
+                            S* dx, T* sum_dz_x, T* sum_dz) {
+    for (int64_t c = 0; c < C; ++c) sum_dz_x[c] = sum_dz[c] = 0;
+    for (int64_t r = 0; r < rows; ++r, x += C, dy += C, dx += C) {
+      int64_t c = 0;
+      for (; c + W <= C; c += W) {
+        const Vec<T> xi = load(x + c), a = load(scale + c);
+        const Vec<T> dz = load(dy + c) * slope<activation, T>(xi * a + load(shift + c));
+        store(dx + c, dz * a);
+        store(sum_dz_x + c, load(sum_dz_x + c) + dz * xi);
+        store(sum_dz + c, load(sum_dz + c) + dz);
+      }
+      if (c < C) {
+        const int64_t n = C - c;
+        const Vec<T> xi = load_tail(x + c, n), a = load_tail(scale + c, n);
+        const Vec<T> dz = load_tail(dy + c, n) * slope<activation, T>(xi * a + load_tail(shift + c, n));
+        store_tail(dx + c, dz * a, n);
+        store_partial(sum_dz_x + c, load_partial(sum_dz_x + c, n) + dz * xi, n);
+        store_partial(sum_dz + c, load_partial(sum_dz + c, n) + dz, n);
+      }
+    }
+  }
+};
+
+// body(Run<activation, S>{}, S{}) of a storage type and activation known only at run time.
+template <typename S, typename Body>
+FUSEDATTN_INLINE void with_activation(int64_t activation, const Body& body) {
+  switch (static_cast<Activation>(activation)) {
+    case Activation::NONE:
+      return body(Run<Activation::NONE, S>{}, S{});
+    case Activation::RELU:
+      return body(Run<Activation::RELU, S>{}, S{});
+    case Activation::LEAKY_RELU:
+      return body(Run<Activation::LEAKY_RELU, S>{}, S{});
+    case Activation::SILU:
+      return body(Run<Activation::SILU, S>{}, S{});
+    case Activation::GELU:
+      return body(Run<Activation::GELU, S>{}, S{});
+    case Activation::GELU_TANH:
+      return body(Run<Activation::GELU_TANH, S>{}, S{});
+    case Activation::TANH:
+      return body(Run<Activation::TANH, S>{}, S{});
+    case Activation::SIGMOID:
+      return body(Run<Activation::SIGMOID, S>{}, S{});
+  }
+}
+
+template <typename Body>
+FUSEDATTN_INLINE void with_type(FilmType type, int64_t activation, const Body& body) {
+  switch (type) {
+    case FilmType::FLOAT:
+      return with_activation<float>(activation, body);
+    case FilmType::DOUBLE:
+      return with_activation<double>(activation, body);
+    case FilmType::HALF:
+      return with_activation<Half>(activation, body);
+    case FilmType::BFLOAT16:
+      return with_activation<BFloat16>(activation, body);
+  }
+}
+
+template <typename To>
+FUSEDATTN_INLINE const To* as(const void* p) {
+  return static_cast<const To*>(p);
+}
+
+void forward_run(FilmType type, int64_t activation, int64_t n, const void* x, const void* scale, const void* shift,
+                 const void* residual, void* y) {
+  with_type(type, activation, [&](auto run, auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    decltype(run)::forward(n, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual), static_cast<S*>(y));
+  });
+}
+
+void forward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, const void* x, const void* scale,
+                  const void* shift, const void* residual, void* y) {
+  with_type(type, activation, [&](auto run, auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    decltype(run)::forward_rows(rows, C, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual),
+                                static_cast<S*>(y));
+  });
+}
+
+void backward_run(FilmType type, int64_t activation, int64_t n, const void* dy, const void* x, const void* scale,
+                  const void* shift, void* dx, void* sum_dz_x, void* sum_dz) {
+  with_type(type, activation, [&](auto run, auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    decltype(run)::backward(n, as<S>(dy), as<S>(x), as<T>(scale), as<T>(shift), static_cast<S*>(dx),
+                            static_cast<T*>(sum_dz_x), static_cast<T*>(sum_dz));
+  });
+}
+
+void backward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, const void* dy, const void* x,
+                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz) {
+  with_type(type, activation, [&](auto run, auto s) {
+    using S = decltype(s);
+    using T = Arithmetic<S>;
+    decltype(run)::backward_rows(rows, C, as<S>(dy), as<S>(x), as<T>(scale), as<T>(shift), static_cast<S*>(dx),
+                                 static_cast<T*>(sum_dz_x), static_cast<T*>(sum_dz));
+  });
+}
+
+}  // namespace
+
+extern const FilmKernels film = {forward_run, forward_rows, backward_run, backward_rows};
+
+}  // namespace FUSEDATTN_LEVEL
+}  // namespace fusedattn

@@ -1,0 +1,38 @@
+// What the CPU launcher (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per level) of FiLM share.
+//
+// In memory order x is (B, M, C, N): B batch, M positions before and N positions after the channel. N > 1 walks
+// runs of N elements that share a channel; N == 1 walks rows of C channels.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedattn {
+
+// Storage types of x; gamma, beta and the arithmetic are float, or double for DOUBLE.
+enum class FilmType { FLOAT, DOUBLE, HALF, BFLOAT16 };
+
+struct FilmKernels {
+  // y = activation(scale x + shift) + residual over n elements of one channel (scale and shift are scalars) ...
+  void (*forward_run)(FilmType, int64_t activation, int64_t n, const void* x, const void* scale, const void* shift,
+                      const void* residual, void* y);
+  // ... or over `rows` rows of C channels.
+  void (*forward_rows)(FilmType, int64_t activation, int64_t rows, int64_t C, const void* x, const void* scale,
+                       const void* shift, const void* residual, void* y);
+  // dz = dy activation'(z), dx = scale dz; writes sum of dz x and of dz, per channel for rows.
+  void (*backward_run)(FilmType, int64_t activation, int64_t n, const void* dy, const void* x, const void* scale,
+                       const void* shift, void* dx, void* sum_dz_x, void* sum_dz);
+  void (*backward_rows)(FilmType, int64_t activation, int64_t rows, int64_t C, const void* dy, const void* x,
+                        const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz);
+};
+
+namespace default_ {
+extern const FilmKernels film;
+}
+namespace avx2 {
+extern const FilmKernels film;
+}
+namespace avx512 {
+extern const FilmKernels film;
+}
+
+}  // namespace fusedattn

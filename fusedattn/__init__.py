@@ -1,0 +1,21 @@
+"""Additive attention and feature-wise conditioning (FiLM) for PyTorch, fused."""
+
+from fusedattn._dispatch import UnsupportedError
+from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention, ProjectedKeys
+from fusedattn.modules.film import FiLM
+from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
+from fusedattn.ops.film import film, film_ref
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditiveAttention",
+    "BahdanauAttention",
+    "FiLM",
+    "ProjectedKeys",
+    "UnsupportedError",
+    "additive_attention",
+    "additive_attention_ref",
+    "film",
+    "film_ref",
+]

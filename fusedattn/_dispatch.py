@@ -1,0 +1,67 @@
+"""Chooses a backend and says why the others cannot run: one predicate per backend does both."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.autograd import forward_ad
+
+from fusedattn import _library
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+Reasons = Callable[[], list[str]]
+
+
+class UnsupportedError(ValueError):
+    """No backend, or not the one asked for, can run these inputs. The message lists every reason."""
+
+
+def choose(op: str, requested: str, backends: Mapping[str, Reasons], describe: Callable[[], str]) -> str:
+    """The name of the backend to run.
+
+    Args:
+        op: name of the public function, for messages.
+        requested: ``"auto"``, ``"reference"`` or a key of ``backends``.
+        backends: in order of preference, each with a function that lists why it cannot run (empty: it can).
+        describe: the inputs in words, called only for an error message.
+
+    ``"auto"`` takes the first backend that can run, never the reference. Raises :class:`UnsupportedError`
+    where none can, or the one asked for cannot, and ``ValueError`` for a name that does not exist.
+    """
+    if requested == "auto":
+        for name, reasons in backends.items():
+            if not reasons():
+                return name
+    elif requested in backends:
+        if not backends[requested]():
+            return requested
+    elif requested == "reference":
+        return requested
+    else:
+        names = ", ".join(repr(name) for name in ("auto", *backends, "reference"))
+        raise ValueError(f"{op}: backend: expected one of {names}, got {requested!r}")
+    found = "no backend can run" if requested == "auto" else f"backend {requested!r} cannot run"
+    lines = [f"{op}: {found} {describe()}"]
+    lines += [f"  {name}: {'; '.join(reasons()) or 'can run'}" for name, reasons in backends.items()]
+    lines.append("  reference: can run (plain PyTorch, backend='reference')")
+    raise UnsupportedError("\n".join(lines))
+
+
+def cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the C++ CPU kernels cannot run inputs of this device and dtype; empty if they can."""
+    reasons = []
+    if _library.EXTENSION_ERROR is not None:
+        reasons.append(f"the compiled extension did not load: {_library.EXTENSION_ERROR}")
+    if device.type != "cpu":
+        reasons.append(f"inputs are on {device}, not on the CPU")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
+    return reasons
+
+
+def needs_function(tensors) -> bool:
+    """Whether derivatives or a functorch transform may be asked of this call."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

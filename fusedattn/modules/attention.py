@@ -1,0 +1,265 @@
+"""Modules of additive attention: projections around :func:`fusedattn.additive_attention`."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fusedattn.ops.additive_attention import accumulation_dtype, attend
+
+# exp(2 key) is kept for reuse only up to this magnitude; beyond it the kernels take the safe path from the key.
+_MAX_KEY_BOUND = 20.0
+
+
+@dataclass(frozen=True)
+class ProjectedKeys:
+    """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
+
+    ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv) carry gradients; ``key_exp`` is exp(2 key), so that a
+    step costs no exponential of keys, or None where max ``|key|`` is too large for it.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    key_exp: Tensor | None = None
+    key_bound: float = 0.0
+
+
+class AdditiveAttention(nn.Module):
+    """Additive attention with its projections (Bahdanau et al. 2015, arXiv:1409.0473).
+
+    ``score_ij = weight . tanh(W_q query_i + b + W_k key_j)``, per head. A bias of the key projection would add
+    nothing to that of the query's, so there is none.
+
+    Args:
+        query_dim, key_dim: width of the inputs.
+        attention_dim: width of the score network over all heads; divisible by ``num_heads``.
+        value_dim: width of the values. Default: ``key_dim``.
+        num_heads: heads, each with its own score network. Default: 1.
+        context_dim: project the values to this width over all heads; divisible by ``num_heads``. Default: None,
+            every head sees the values as they are, and the contexts of the heads are concatenated.
+        out_dim: project the context to this width. Default: None, no output projection.
+        bias: biases of the query, value and output projections. Default: True.
+        normalize: use ``g weight / |weight|`` with a learned g per head (Luong's normed form, as in
+            TensorFlow's ``BahdanauAttention(normalize=True)``). Default: False.
+        softcap: see :func:`fusedattn.additive_attention`. Default: None.
+        backend: see :func:`fusedattn.additive_attention`. Default: ``"auto"``.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int,
+        attention_dim: int,
+        *,
+        value_dim: int | None = None,
+        num_heads: int = 1,
+        context_dim: int | None = None,
+        out_dim: int | None = None,
+        bias: bool = True,
+        normalize: bool = False,
+        softcap: float | None = None,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, width in (("attention_dim", attention_dim), ("context_dim", context_dim or 0)):
+            if width % num_heads:
+                raise ValueError(
+                    f"AdditiveAttention: {name}: expected a multiple of num_heads={num_heads}, got {width}"
+                )
+        factory = {"device": device, "dtype": dtype}
+        value_dim = key_dim if value_dim is None else value_dim
+        self.num_heads, self.softcap, self.backend = num_heads, softcap, backend
+        self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias, **factory)
+        self.key_proj = nn.Linear(key_dim, attention_dim, bias=False, **factory)
+        self.value_proj = None if context_dim is None else nn.Linear(value_dim, context_dim, bias=bias, **factory)
+        width = num_heads * value_dim if context_dim is None else context_dim
+        self.out_proj = None if out_dim is None else nn.Linear(width, out_dim, bias=bias, **factory)
+        self.weight = nn.Parameter(torch.empty(num_heads, attention_dim // num_heads, **factory))
+        self.weight_g = nn.Parameter(torch.empty(num_heads, **factory)) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear layers as ``nn.Linear``; weight uniform within 1 / sqrt(D); g = 1 / sqrt(D)."""
+        for module in (self.query_proj, self.key_proj, self.value_proj, self.out_proj):
+            if module is not None:
+                module.reset_parameters()
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.weight_g is not None:
+            nn.init.constant_(self.weight_g, bound)
+
+    def extra_repr(self) -> str:
+        parts = [f"num_heads={self.num_heads}"]
+        if self.weight_g is not None:
+            parts.append("normalize=True")
+        if self.softcap is not None:
+            parts.append(f"softcap={self.softcap}")
+        return ", ".join(parts)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _score_weight(self) -> Tensor:
+        if self.weight_g is None:
+            return self.weight
+        return self.weight * (self.weight_g / self.weight.norm(dim=1)).unsqueeze(1)
+
+    def _project(self, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
+        value = key if value is None else value
+        if self.value_proj is None:
+            value = value.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        else:
+            value = self._heads(self.value_proj(value))
+        return self._heads(self.key_proj(key)), value
+
+    def project_keys(
+        self,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> ProjectedKeys:
+        """Projects key (B, Tk, key_dim) and value (default: key) once, for use as ``key`` of :meth:`forward`.
+
+        ``mask`` and ``key_lengths`` stay with the keys. Gradients of all steps flow to key and value.
+        """
+        projected, value = self._project(key, value)
+        key_exp, bound = None, 0.0
+        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        if eager and projected.device.type == "cpu" and projected.numel():
+            with torch.no_grad():
+                bound = projected.abs().max().item()
+                if bound <= _MAX_KEY_BOUND:  # False for NaN
+                    wide = projected.to(accumulation_dtype(projected.dtype))
+                    key_exp = torch.exp(2 * wide).contiguous()
+                else:
+                    bound = 0.0
+        return ProjectedKeys(projected, value, mask, key_lengths, key_exp, bound)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        is_causal: bool = False,
+        return_weights: bool = False,
+    ):
+        """Attends.
+
+        Args:
+            query: (B, Tq, query_dim).
+            key: (B, Tk, key_dim), or the result of :meth:`project_keys`.
+            value: (B, Tk, value_dim). Default: key.
+            mask: bool, broadcastable to (B, H, Tq, Tk), or (B, Tq, Tk) for every head; True = may attend.
+            key_lengths: int (B,); keys at or after a length are invisible.
+            is_causal: query i sees keys j <= i only.
+            return_weights: also return the weights (B, H, Tq, Tk).
+
+        Returns:
+            (B, Tq, out_dim), or the width of the concatenated contexts without an output projection.
+        """
+        if isinstance(key, ProjectedKeys):
+            for name, given in (("value", value), ("mask", mask), ("key_lengths", key_lengths)):
+                if given is not None:
+                    raise ValueError(f"AdditiveAttention: {name}: pass it to project_keys, not with ProjectedKeys")
+            keys = key
+        else:
+            keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
+        mask = keys.mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unsqueeze(1)
+        query = self._heads(self.query_proj(query))
+        weight, value = self._score_weight().to(query.dtype), keys.value.to(query.dtype)
+        result = attend(
+            query,
+            keys.key,
+            value,
+            weight,
+            mask=mask,
+            key_lengths=keys.key_lengths,
+            is_causal=is_causal,
+            softcap=self.softcap,
+            return_weights=return_weights,
+            backend=self.backend,
+            key_exp=keys.key_exp,
+            key_bound=keys.key_bound,
+        )
+        context, weights = result if return_weights else (result, None)
+        context = context.transpose(1, 2).flatten(2)
+        if self.out_proj is not None:
+            context = self.out_proj(context)
+        return (context, weights) if return_weights else context
+
+
+class BahdanauAttention(AdditiveAttention):
+    """Attention of one decoder state per step over an encoder's memory (Bahdanau et al. 2015, section 3.1).
+
+    Args:
+        query_dim: width of the decoder state.
+        memory_dim: width of the memory.
+        attention_dim: width of the score network.
+        bias, normalize, softcap, backend, device, dtype: see :class:`AdditiveAttention`.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        memory_dim: int,
+        attention_dim: int,
+        *,
+        bias: bool = True,
+        normalize: bool = False,
+        softcap: float | None = None,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            query_dim,
+            memory_dim,
+            attention_dim,
+            bias=bias,
+            normalize=normalize,
+            softcap=softcap,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor | ProjectedKeys,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            query: (B, query_dim), the decoder state.
+            memory: (B, T, memory_dim), or ``project_keys(memory, ...)``, made once for all steps.
+            mask: bool (B, T), True = may attend.
+            key_lengths: int (B,).
+
+        Returns:
+            context (B, memory_dim) and weights (B, T).
+        """
+        if query.dim() != 2:
+            raise ValueError(f"BahdanauAttention: query: expected shape (B, query_dim), got {tuple(query.shape)}")
+        mask = None if mask is None else mask.unsqueeze(1)
+        context, weights = super().forward(
+            query.unsqueeze(1), memory, mask=mask, key_lengths=key_lengths, return_weights=True
+        )
+        return context.squeeze(1), weights.flatten(1)

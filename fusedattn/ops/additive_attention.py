@@ -1,0 +1,609 @@
+"""Additive attention (Bahdanau, Cho and Bengio 2015, arXiv:1409.0473).
+
+Mathematics, for every batch element and head (i query, j key, d score channel)::
+
+    e_ij = scale * sum_d w_d tanh(q_id + k_jd)         score, then softcap: C tanh(e_ij / C)
+    p_ij = softmax_j(e_ij) over the visible keys       weights
+    L_i  = log sum_j exp(e_ij)                         lse
+    c_i  = sum_j p_ij x_j                              context
+
+Forward, with Eq = exp(2q) and Ek = exp(2k)::
+
+    tanh(q + k) = 1 - 2r,   r = 1 / (1 + Eq Ek)
+
+so no transcendental function is evaluated per pair and channel. Backward, with a_ij = dc_i . x_j + dp_ij::
+
+    g_ij  = p_ij (a_ij - sum_j p_ij a_ij + dL_i)       gradient of the capped score
+    dq_id = 4 w_d sum_j g_ij (r - r^2)     dk_jd = 4 w_d sum_i g_ij (r - r^2)
+    dw_d  = sum_ij g_ij - 2 sum_ij g_ij r              dx_j = sum_i p_ij dc_i
+
+Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width. Kernels:
+``csrc/additive_attention/`` (C++). Tests: ``tests/test_additive_attention.py``. Benchmark: ``benchmarks/``.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fusedattn import _library
+from fusedattn._dispatch import UnsupportedError, choose, cpu_reasons, needs_function
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the inner arithmetic, of ``lse`` and of kept scores: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Reference
+
+
+def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None, is_causal: bool) -> Tensor:
+    """bool (B, H, Tq, Tk): True where a query may attend to a key."""
+    B, H, Tq, Tk = shape
+    visible = torch.ones(1, 1, Tq, Tk, dtype=torch.bool, device=device)
+    if is_causal:
+        visible = visible.tril()
+    if key_lengths is not None:
+        visible = visible & (torch.arange(Tk, device=device) < key_lengths[:, None]).view(B, 1, 1, Tk)
+    if mask is not None:
+        visible = visible & mask
+    return visible.expand(B, H, Tq, Tk)
+
+
+def _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
+    """(context, lse, weights) of 4-D inputs in plain PyTorch, differentiable to any order."""
+    scores = (torch.tanh(query.unsqueeze(3) + key.unsqueeze(2)) * weight[:, None, None]).sum(-1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = _visible_keys(scores.shape, scores.device, mask, key_lengths, is_causal)
+    row = visible.any(-1, keepdim=True)
+    # A row without a visible key is computed over zeros and masked afterwards: no NaN in any derivative.
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~row, 0.0)
+    weights = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    lse = torch.logsumexp(scores.to(accumulation_dtype(scores.dtype)), -1)
+    return weights @ value, lse.masked_fill(~row.squeeze(-1), float("-inf")), weights
+
+
+def additive_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    activation: str = "tanh",
+    normalizer: str = "softmax",
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    backend: str = "reference",
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`additive_attention` in plain PyTorch, on any device: the definition that kernels are tested against.
+
+    Same arguments (``backend`` is ignored), shapes, results and errors; differentiable to any order. It builds
+    the (B, H, Tq, Tk, D) tensor that the kernels avoid.
+    """
+    return additive_attention(
+        query,
+        key,
+        value,
+        weight,
+        mask=mask,
+        key_lengths=key_lengths,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        activation=activation,
+        normalizer=normalizer,
+        dropout_p=dropout_p,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+# Memory
+
+
+# Fakes: shapes and dtypes of the raw ops, for torch.compile and torch.export
+
+if _library.EXTENSION_ERROR is None:
+
+    @torch.library.register_fake("fusedattn::additive_attention_fwd")
+    def _fwd_fake(
+        query,
+        key,
+        value,
+        weight,
+        mask,
+        key_lengths,
+        key_exp,
+        key_bound,
+        is_causal,
+        scale,
+        softcap,
+        return_weights,
+        keep_scores,
+    ):
+        B, H, Tq, _ = query.shape
+        Tk, Dv = value.shape[2:]
+        acc = accumulation_dtype(query.dtype)
+        return (
+            query.new_empty(B, H, Tq, Dv),
+            query.new_empty(B, H, Tq, dtype=acc),
+            query.new_empty((B, H, Tq, Tk) if return_weights else (0,)),
+            query.new_empty((B, H, Tq, Tk) if keep_scores else (0,), dtype=acc),
+        )
+
+    @torch.library.register_fake("fusedattn::additive_attention_bwd")
+    def _bwd_fake(
+        grad_context,
+        grad_lse,
+        grad_weights,
+        query,
+        key,
+        value,
+        weight,
+        mask,
+        key_lengths,
+        key_exp,
+        key_bound,
+        is_causal,
+        scale,
+        softcap,
+        context,
+        lse,
+        scores,
+    ):
+        return tuple(t.new_empty(t.shape) for t in (query, key, value, weight))
+
+
+# Functions. Optional tensors come before the options; the order is that of the raw ops.
+
+
+class _AdditiveAttention(Function):
+    @staticmethod
+    def forward(
+        query,
+        key,
+        value,
+        weight,
+        mask,
+        key_lengths,
+        key_exp,
+        key_bound,
+        is_causal,
+        scale,
+        softcap,
+        return_weights,
+        keep_scores,
+    ):
+        return torch.ops.fusedattn.additive_attention_fwd(
+            query,
+            key,
+            value,
+            weight,
+            mask,
+            key_lengths,
+            key_exp,
+            key_bound,
+            is_causal,
+            scale,
+            softcap,
+            return_weights,
+            keep_scores,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, key_bound, is_causal, scale, softcap, return_weights, _ = inputs
+        context, lse, weights, scores = output
+        ctx.save_for_backward(*tensors, context, lse, scores)
+        ctx.options = (key_bound, is_causal, scale, softcap)
+        ctx.return_weights = return_weights
+        if return_weights:
+            ctx.mark_non_differentiable(scores)
+        else:
+            ctx.mark_non_differentiable(scores, weights)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_lse, grad_weights, _):
+        *tensors, context, lse, scores = ctx.saved_tensors
+        if not ctx.return_weights:  # torch.compile materialises zeros of the placeholder
+            grad_weights = None
+        if grad_context is None and grad_lse is None and grad_weights is None:
+            return (None,) * 13
+        grads = _AdditiveAttentionBackward.apply(
+            grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores
+        )
+        return (*grads, *(None,) * 9)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        fold = _Fold(info.batch_size, in_dims, args)
+        mask, key_lengths = fold.mask_and_lengths(query=0, key=1, mask=4)
+        outputs = _AdditiveAttention.apply(
+            *(fold(n) for n in range(3)), fold.weight(3), mask, key_lengths, None, 0.0, *args[8:]
+        )
+        return fold.unfolded(outputs)
+
+
+class _AdditiveAttentionBackward(Function):
+    """Gradients by the kernel; their own derivatives through the reference formula."""
+
+    @staticmethod
+    def forward(
+        grad_context,
+        grad_lse,
+        grad_weights,
+        query,
+        key,
+        value,
+        weight,
+        mask,
+        key_lengths,
+        key_exp,
+        key_bound,
+        is_causal,
+        scale,
+        softcap,
+        context,
+        lse,
+        scores,
+    ):
+        return torch.ops.fusedattn.additive_attention_bwd(
+            grad_context,
+            grad_lse,
+            grad_weights,
+            query,
+            key,
+            value,
+            weight,
+            mask,
+            key_lengths,
+            key_exp,
+            key_bound,
+            is_causal,
+            scale,
+            softcap,
+            context,
+            lse,
+            scores,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grads, tensors, options = inputs[:3], inputs[3:10], inputs[10:14]
+        ctx.save_for_backward(*grads, *tensors)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        grads, (*inputs, mask, key_lengths, _) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        _, is_causal, scale, softcap = ctx.options
+        given = [n for n, grad in enumerate(grads) if grad is not None]
+
+        def gradients(query, key, value, weight, *given_grads):
+            def outputs(*primals):
+                results = _reference(*primals, mask, key_lengths, is_causal, scale, softcap)
+                return tuple(results[n] for n in given)
+
+            return torch.func.vjp(outputs, query, key, value, weight)[1](given_grads)
+
+        # context, lse, weights in the Function's order; the reference returns them in the same one.
+        primals = (*inputs, *(grads[n] for n in given))
+        results, pullback = torch.func.vjp(gradients, *primals)
+        cotangents = tuple(
+            torch.zeros_like(result) if grad is None else grad
+            for result, grad in zip(results, grad_grads, strict=True)
+        )
+        second = pullback(cotangents)
+        first = [None, None, None]
+        for n, grad in zip(given, second[4:], strict=True):
+            first[n] = grad
+        return (*first, *second[:4], *(None,) * 10)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        fold = _Fold(info.batch_size, in_dims, args)
+        mask, key_lengths = fold.mask_and_lengths(query=3, key=4, mask=7)
+        outputs = _AdditiveAttentionBackward.apply(
+            *(fold(n) for n in range(6)),
+            fold.weight(6),
+            mask,
+            key_lengths,
+            None,
+            0.0,
+            *args[11:14],
+            *(fold(n).contiguous() for n in range(14, 17)),
+        )
+        return fold.unfolded(outputs)
+
+
+class _Fold:
+    """Folds a vmapped dimension of size N into the heads: N of (B, H, ...) become (B, N H, ...).
+
+    Heads, because each of them has its own weight, and because with H = 1 (three-dimensional inputs) a tensor
+    that is not vmapped is expanded with stride 0, not copied.
+    """
+
+    def __init__(self, N, in_dims, args):
+        self.N, self.in_dims, self.args = N, in_dims, args
+
+    def __call__(self, n):
+        t, dim = self.args[n], self.in_dims[n]
+        if t is None or t.dim() == 1:  # absent, or the (0,) of an output that was not asked for
+            return t
+        t = t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
+        return t.flatten(1, 2)
+
+    def weight(self, n):
+        t, dim = self.args[n], self.in_dims[n]
+        return (t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+
+    def mask_and_lengths(self, query, key, mask):
+        """Both arguments, folded (lengths follow the mask); lengths that differ over N become part of the mask."""
+        lengths, dim = self.args[mask + 1], self.in_dims[mask + 1]
+        if lengths is None or dim is None:
+            return self(mask), lengths
+        Tq, (B, heads, Tk, _) = self(query).shape[2], self(key).shape
+        visible = torch.arange(Tk, device=lengths.device) < lengths.movedim(dim, 1)[..., None, None, None]
+        visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
+        return (visible if self.args[mask] is None else visible & self(mask)), None
+
+    def unfolded(self, outputs):
+        """The outputs with N apart from the heads, and where it is in each."""
+        dims = tuple(None if t.dim() == 1 else 0 if t.dim() == 2 else 1 for t in outputs)
+        split = (t if d is None else t.unflatten(d, (self.N, -1)) for t, d in zip(outputs, dims, strict=True))
+        return tuple(split), dims
+
+
+# Public function
+
+
+def _fail(argument: str, expected: str, received) -> NoReturn:
+    raise ValueError(f"additive_attention: {argument}: expected {expected}, got {received}")
+
+
+def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap):
+    device, dtype = query.device, query.dtype
+    if not dtype.is_floating_point:
+        _fail("query", "a floating-point dtype", dtype)
+    for argument, t in (("key", key), ("value", value), ("weight", weight)):
+        if t.dtype != dtype or t.device != device:
+            _fail(argument, f"{dtype} on {device} like query", f"{t.dtype} on {t.device}")
+    shape = query.shape
+    rank = len(shape)
+    if rank != 3 and rank != 4:
+        _fail("query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(shape))
+    lead, Tq, D = shape[:-2], shape[-2], shape[-1]
+    if key.dim() != rank or key.shape[:-2] != lead or key.shape[-1] != D:
+        _fail("key", f"shape {_shape(*lead, 'Tk', D)}", tuple(key.shape))
+    Tk = key.shape[-2]
+    if value.dim() != rank or value.shape[:-1] != key.shape[:-1]:
+        _fail("value", f"shape {_shape(*lead, Tk, 'Dv')}", tuple(value.shape))
+    H = shape[1] if rank == 4 else 1
+    if weight.dim() not in (1, 2) or weight.shape[-1] != D or (weight.dim() == 2 and weight.shape[0] != H):
+        _fail("weight", f"shape {_shape(D)} or {_shape(H, D)}", tuple(weight.shape))
+    if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
+        _fail("scale" if isinstance(scale, Tensor) else "softcap", "a number", "a Tensor")
+    if softcap is not None and not softcap > 0:
+        _fail("softcap", "a positive number or None", softcap)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            _fail("mask", "a bool Tensor (True = may attend)", getattr(mask, "dtype", type(mask).__name__))
+        if mask.device != device:
+            _fail("mask", f"a Tensor on {device} like query", f"one on {mask.device}")
+        full = (*lead, Tq, Tk)
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        if mask.dim() > rank or any(m != 1 and m != n for m, n in sizes):
+            _fail("mask", f"a shape broadcastable to {_shape(*full)}", tuple(mask.shape))
+    if key_lengths is not None:
+        _check_lengths(key_lengths, shape[0], Tk, device)
+
+
+def _shape(*sizes) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+
+
+def _check_lengths(key_lengths, B, Tk, device):
+    if not isinstance(key_lengths, Tensor) or key_lengths.dtype not in INTEGER_DTYPES:
+        got = getattr(key_lengths, "dtype", type(key_lengths).__name__)
+        _fail("key_lengths", "a Tensor of integers", got)
+    if key_lengths.dim() != 1 or key_lengths.shape[0] != B or key_lengths.device != device:
+        got = f"{tuple(key_lengths.shape)} on {key_lengths.device}"
+        _fail("key_lengths", f"shape {_shape(B)} on {device}", got)
+    # Values are looked at only where that neither synchronises a device nor breaks a trace; the kernels clamp
+    # to [0, Tk] everywhere.
+    if device.type == "cpu" and B and type(key_lengths) is Tensor and not _is_traced():
+        low, high = (int(x) for x in torch.aminmax(key_lengths))
+        if low < 0 or high > Tk:
+            _fail("key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
+    """Whether the (Tq, Tk) scores are kept for backward: if they are no larger than query and key.
+
+    Recomputing them costs a third of the backward pass; memory stays linear in Tq + Tk either way. An exported
+    program computes no gradients, and comparing its symbolic sizes would limit them.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_compiling() and not any(t.requires_grad for t in (query, key, *others)):
+        return False
+    (Tq, D), Tk = query.shape[2:], key.shape[2]
+    return Tq * Tk <= (Tq + Tk) * D
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    activation: str = "tanh",
+    normalizer: str = "softmax",
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Additive (Bahdanau) attention: ``softmax(scale * tanh(query + key) @ weight) @ value``, fused.
+
+    After Bahdanau, Cho and Bengio 2015 (arXiv:1409.0473). Shapes: B batch, H heads (or none), Tq / Tk query /
+    key length, D score width, Dv value width.
+
+    Args:
+        query: (B, Tq, D) or (B, H, Tq, D), already projected; float32, float64, float16 or bfloat16. Inner
+            arithmetic is at least float32. Any strides; expanded (stride 0) inputs are not copied.
+        key: (B, Tk, D) or (B, H, Tk, D), already projected.
+        value: (B, Tk, Dv) or (B, H, Tk, Dv).
+        weight: (D,) or (H, D).
+        mask: bool, broadcastable to (B, [H,] Tq, Tk); True = may attend. Default: no mask.
+        key_lengths: integers (B,); keys at or after a length are invisible. On the CPU a length outside
+            [0, Tk] raises; on a GPU, and while traced or transformed, lengths are clamped.
+        is_causal: query i sees keys j <= i only. Combines with ``mask`` and ``key_lengths``. Default: False.
+        scale: factor of the score. Default: 1.0.
+        softcap: C > 0 caps the scaled score to C * tanh(score / C) (the clipping of pointer networks, Bello et
+            al. 2017, arXiv:1611.09940). Default: None.
+        activation, normalizer, dropout_p: only ``"tanh"``, ``"softmax"`` and 0.0 for now.
+        return_weights: also return the weights, differentiable.
+        return_lse: also return the log-sum-exp of the scores, differentiable.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain PyTorch, never chosen by ``"auto"``).
+
+    Returns:
+        context (B, [H,] Tq, Dv), or a tuple (context[, weights][, lse]): weights (B, [H,] Tq, Tk) in the dtype
+        of the inputs, lse (B, [H,] Tq) in float32 for half-precision inputs, else in their dtype. A query with
+        no visible key gets context 0, weights 0, lse -inf and zero gradients.
+
+    Under autocast the four inputs are cast to its dtype, except float64 ones. Second derivatives are computed
+    through the reference formula, which builds the (B, H, Tq, Tk, D) tensor.
+
+    Raises:
+        TypeError: query, key, value or weight is not a Tensor.
+        ValueError: an input with the wrong shape, dtype, device or value.
+        UnsupportedError: no backend, or not the one asked for, can run these inputs.
+        NotImplementedError: forward-mode derivatives of a kernel.
+    """
+    if activation != "tanh" or normalizer != "softmax" or dropout_p != 0:
+        raise UnsupportedError(
+            "additive_attention: only activation='tanh', normalizer='softmax' and dropout_p=0.0 are supported "
+            f"for now, got activation={activation!r}, normalizer={normalizer!r}, dropout_p={dropout_p!r}"
+        )
+    return attend(
+        query,
+        key,
+        value,
+        weight,
+        mask=mask,
+        key_lengths=key_lengths,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        return_weights=return_weights,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    key_exp: Tensor | None = None,
+    key_bound: float = 0.0,
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand."""
+    for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
+    device = query.device
+    if torch.is_autocast_enabled(device.type):
+        inputs = [_autocast(t, device.type) for t in (query, key, value, weight)]
+        with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
+            return attend(
+                *inputs,
+                mask=mask,
+                key_lengths=key_lengths,
+                is_causal=is_causal,
+                scale=scale,
+                softcap=softcap,
+                return_weights=return_weights,
+                return_lse=return_lse,
+                backend=backend,
+                key_exp=key_exp if inputs[1].dtype == key.dtype else None,
+                key_bound=key_bound,
+            )
+    _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap)
+    dtype = query.dtype
+    backend = choose(
+        "additive_attention",
+        backend,
+        {"cpu": lambda: cpu_reasons(device, dtype)},
+        lambda: (
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {dtype}, {device}"
+        ),
+    )
+    no_heads = query.dim() == 3
+    if no_heads:
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unsqueeze(1)
+    if weight.dim() == 1:
+        weight = weight.expand(query.shape[1], -1)
+    if backend == "reference":
+        context, lse, weights = _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap)
+    else:
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        if key_lengths is not None:
+            key_lengths = key_lengths.to(torch.int64)
+        args = (query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap)
+        if needs_function((query, key, value, weight)):
+            keep = _keeps_scores(query, key, weight, value)
+            context, lse, weights, _ = _AdditiveAttention.apply(*args, return_weights, keep)
+        else:  # a Function costs more than a small problem
+            context, lse, weights, _ = torch.ops.fusedattn.additive_attention_fwd(*args, return_weights, False)
+    outputs = [context]
+    if return_weights:
+        outputs.append(weights)
+    if return_lse:
+        outputs.append(lse)
+    if no_heads:
+        outputs = [t.squeeze(1) for t in outputs]
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _autocast(t: Tensor, device_type: str) -> Tensor:
+    if not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(device_type))
