@@ -65,16 +65,20 @@ class Buffer {
 template <typename T, typename Body>
 void parallel(int64_t tasks, int64_t grain, int64_t scratch_size, const Body& body) {
   if (tasks == 0) return;
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+  const auto range = [&](int64_t first, int64_t last) {
     const Buffer<T> scratch(scratch_size);
     body(first, last, scratch.get());
-  });
+  };
+  if (tasks <= grain)
+    range(0, tasks);
+  else
+    torch::stable::parallel_for(0, tasks, grain, range);
 }
 
 // Tasks of `cost` elementary steps each: below some 16,000 steps a second thread costs more than it brings.
 int64_t grain_for(int64_t cost) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cost, 1)); }
 
-void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   int64_t n = 0;
   for (int64_t size : shape) same = same && t.size(n++) == size;
@@ -90,12 +94,12 @@ Tensor prepared(const Tensor& t, ScalarType type) {
 
 template <typename T>
 View<const T> view(const Tensor& t) {
+  if (t.dim() == 3) return {t.const_data_ptr<T>(), t.stride(0), 0, t.stride(1)};
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  const std::vector<int64_t> sizes(shape);
-  Tensor t = torch::stable::empty(sizes, type);
+Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor t = torch::stable::empty(shape, type);
   advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
   return t;
 }
@@ -108,6 +112,7 @@ struct Inputs {
   Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
   AttentionProblem<T> p;
   int64_t chunk_rows, chunk_heads;
+  bool flat;  // no dimension of heads
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
          const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
@@ -118,26 +123,30 @@ struct Inputs {
         mask(mask_),
         key_lengths(key_lengths_),
         key_exp(key_exp_) {
-    p.B = query.size(0), p.H = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
-    p.Tk = key.size(2), p.Dv = value.size(3);
-    check_shape(key, "key", {p.B, p.H, p.Tk, p.D});
-    check_shape(value, "value", {p.B, p.H, p.Tk, p.Dv});
-    check_shape(weight_, "weight", {p.H, p.D});
+    flat = query.dim() == 3;
+    STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
+                    "additive_attention: query, key and value must all have 3 or all 4 dimensions");
+    p.B = query.size(0), p.H = flat ? 1 : query.size(1), p.Tq = query.size(-2), p.D = query.size(-1);
+    p.Tk = key.size(-2), p.Dv = value.size(-1);
+    check_shape(key, "key", shape({p.Tk, p.D}));
+    check_shape(value, "value", shape({p.Tk, p.Dv}));
+    check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
     p.query = view<T>(query), p.key = view<T>(key), p.value = view<T>(value);
     p.is_causal = is_causal, p.scale = static_cast<T>(scale), p.softcap = static_cast<T>(softcap.value_or(0));
     p.key_exp = nullptr, p.key_bound = static_cast<T>(key_bound);
     if (key_exp) {
-      check_shape(*key_exp, "key_exp", {p.B, p.H, p.Tk, p.D});
+      check_shape(*key_exp, "key_exp", shape({p.Tk, p.D}));
       STD_TORCH_CHECK(key_exp->is_contiguous() && key_exp->scalar_type() == scalar_type<T>(),
                       "additive_attention: key_exp must be contiguous, in the dtype of the arithmetic");
       p.key_exp = key_exp->template const_data_ptr<T>();
     }
     p.mask = nullptr;
     if (mask) {
-      check_shape(*mask, "mask", {p.B, p.H, p.Tq, p.Tk});
+      check_shape(*mask, "mask", shape({p.Tq, p.Tk}));
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
       p.mask = mask->template const_data_ptr<bool>();
-      for (int64_t n = 0; n < 4; ++n) p.mask_stride[n] = mask->stride(n);
+      for (int64_t n = 0; n < 4; ++n)
+        p.mask_stride[n] = !flat ? mask->stride(n) : n == 0 ? mask->stride(0) : n == 1 ? 0 : mask->stride(n - 1);
     }
     p.key_lengths = nullptr;
     if (key_lengths) {
@@ -164,7 +173,7 @@ struct Inputs {
     weight = Buffer<T>(p.H * p.D_padded), weight_scaled = Buffer<T>(p.H * p.D_padded);
     weight_max = Buffer<T>(p.H), weight_sum = Buffer<T>(p.H);
     for (int64_t h = 0; h < p.H; ++h) {
-      const T* w = source.const_data_ptr<T>() + h * source.stride(0);
+      const T* w = source.const_data_ptr<T>() + (flat ? 0 : h * source.stride(0));
       T* padded = weight.get() + h * p.D_padded;
       T* scaled = weight_scaled.get() + h * p.D_padded;
       T top = 0;
@@ -180,6 +189,14 @@ struct Inputs {
     }
     p.weight = weight.get(), p.weight_scaled = weight_scaled.get();
     p.weight_max = weight_max.get(), p.weight_sum = weight_sum.get();
+  }
+
+  // (B, H, ...), or (B, ...) without heads.
+  std::vector<int64_t> shape(std::initializer_list<int64_t> rest) const {
+    std::vector<int64_t> sizes{p.B};
+    if (!flat) sizes.push_back(p.H);
+    sizes.insert(sizes.end(), rest);
+    return sizes;
   }
 
   int64_t rows() const { return p.B * p.H * p.Tq; }
@@ -277,9 +294,9 @@ template <typename T>
 Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool keep_scores) {
   const auto& p = in.p;
   const ScalarType acc = scalar_type<T>();
-  Tensor context = empty({p.B, p.H, p.Tq, p.Dv}, acc), lse = empty({p.B, p.H, p.Tq}, acc);
-  Tensor weights = return_weights ? empty({p.B, p.H, p.Tq, p.Tk}, acc) : empty({0}, type);
-  Tensor scores = keep_scores ? empty({p.B, p.H, p.Tq, p.Tk}, acc) : empty({0}, acc);
+  Tensor context = empty(in.shape({p.Tq, p.Dv}), acc), lse = empty(in.shape({p.Tq}), acc);
+  Tensor weights = return_weights ? empty(in.shape({p.Tq, p.Tk}), acc) : empty({0}, type);
+  Tensor scores = keep_scores ? empty(in.shape({p.Tq, p.Tk}), acc) : empty({0}, acc);
   const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
   const Buffer<T> buffer(return_weights ? 0 : buffer_size);
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
@@ -358,8 +375,9 @@ Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, c
   const auto& p = in.p;
   const auto& kernel = kernels<T>();
   const ScalarType acc = scalar_type<T>();
-  const Gradients<T> grads{empty({p.B, p.H, p.Tq, p.D}, acc), empty({p.B, p.H, p.Tk, p.D}, acc),
-                           empty({p.B, p.H, p.Tk, p.Dv}, acc), empty({p.H, p.D}, acc)};
+  const Gradients<T> grads{empty(in.shape({p.Tq, p.D}), acc), empty(in.shape({p.Tk, p.D}), acc),
+                           empty(in.shape({p.Tk, p.Dv}), acc),
+                           in.flat ? empty({p.D}, acc) : empty({p.H, p.D}, acc)};
   T* grad_value = grads.value.template mutable_data_ptr<T>();
   if (p.Tq == 0 || grads.query.numel() == 0) {
     Tensor key = grads.key, value = grads.value;
@@ -468,11 +486,11 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     const Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale,
                        softcap);
     const auto& p = in.p;
-    if (grad_context) check_shape(*grad_context, "grad_context", {p.B, p.H, p.Tq, p.Dv});
-    if (grad_lse) check_shape(*grad_lse, "grad_lse", {p.B, p.H, p.Tq});
-    if (grad_weights) check_shape(*grad_weights, "grad_weights", {p.B, p.H, p.Tq, p.Tk});
-    check_shape(lse, "lse", {p.B, p.H, p.Tq});
-    if (scores.numel() > 0) check_shape(scores, "scores", {p.B, p.H, p.Tq, p.Tk});
+    if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
+    if (grad_lse) check_shape(*grad_lse, "grad_lse", in.shape({p.Tq}));
+    if (grad_weights) check_shape(*grad_weights, "grad_weights", in.shape({p.Tq, p.Tk}));
+    check_shape(lse, "lse", in.shape({p.Tq}));
+    if (scores.numel() > 0) check_shape(scores, "scores", in.shape({p.Tq, p.Tk}));
     STD_TORCH_CHECK(lse.scalar_type() == acc && scores.scalar_type() == acc,
                     "additive_attention: lse and scores must be in the dtype of the arithmetic");
     OptionalTensor dc;

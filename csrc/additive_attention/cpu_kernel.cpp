@@ -23,7 +23,7 @@ namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
 
-enum class Mode { QUAD, PAIR, SUM, DOT };
+enum class Mode { QUAD, PAIR, SUM, TANH, DOT };
 
 constexpr int TILE_KEYS = VECTOR_REGISTERS >= 32 ? 4 : 2;
 constexpr int TILE_QUERIES = 2;
@@ -33,6 +33,12 @@ FUSEDATTN_INLINE double log_of(double x) { return log(x); }
 
 template <typename T>
 constexpr T INF = static_cast<T>(__builtin_huge_val());
+template <typename T>
+constexpr T NOT_A_NUMBER = static_cast<T>(__builtin_nan(""));
+// Stands for a visible score of -inf, which only an infinite weight makes: softmax of a row of them is NaN, while
+// a row of masked ones is zero.
+template <typename T>
+constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
 
 FUSEDATTN_INLINE int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDATTN_INLINE int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -97,8 +103,8 @@ FUSEDATTN_INLINE Vec<T> denominator_of_sum(Vec<T> q, Vec<T> k, T limit) {
   return exp_below<2>(min(splat(limit), q + k)) + 1;
 }
 
-// sums[i * KEYS + j] over d: sum of w r (QUAD and PAIR: rows hold exponentials; SUM: rows hold q and k) or of
-// q k (DOT). Rows are D_padded long.
+// sums[i * KEYS + j] over d: sum of w r (QUAD and PAIR: rows hold exponentials; SUM: rows hold q and k), of
+// w tanh (TANH) or of q k (DOT). Rows are D_padded long.
 template <Mode mode, int QUERIES, int KEYS, typename T>
 FUSEDATTN_INLINE void pairwise_tile(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* w,
                                     int64_t D_padded, T* sums) {
@@ -106,7 +112,7 @@ FUSEDATTN_INLINE void pairwise_tile(const T* q, int64_t q_row, const T* k, int64
   Vec<T> acc[QUERIES * KEYS] = {};
   int64_t d = 0;
   const auto denominator = [](Vec<T> qd, Vec<T> kd) {
-    if constexpr (mode == Mode::SUM)
+    if constexpr (mode == Mode::SUM || mode == Mode::TANH)
       return denominator_of_sum<T>(qd, kd, ScoreRange<T>::QUAD);
     else
       return qd * kd + 1;
@@ -128,7 +134,7 @@ FUSEDATTN_INLINE void pairwise_tile(const T* q, int64_t q_row, const T* k, int64
       }
     }
   }
-  if constexpr (mode != Mode::DOT) {
+  if constexpr (mode != Mode::TANH && mode != Mode::DOT) {
     for (; d + 2 * W <= D_padded; d += 2 * W) {
       const Vec<T> w0 = load(w + d), w1 = load(w + d + W);
       for (int j = 0; j < KEYS; ++j) {
@@ -150,6 +156,8 @@ FUSEDATTN_INLINE void pairwise_tile(const T* q, int64_t q_row, const T* k, int64
         const Vec<T> qd = load(q + i * q_row + d);
         if constexpr (mode == Mode::DOT)
           acc[i * KEYS + j] += qd * kd;
+        else if constexpr (mode == Mode::TANH)
+          acc[i * KEYS + j] += wd * (1 - 2 * reciprocal(denominator(qd, kd)));
         else
           acc[i * KEYS + j] += wd * reciprocal(denominator(qd, kd));
       }
@@ -204,6 +212,7 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& a
   for (int64_t c = 0; c < KEY_BLOCK; c += W) {
     Vec<T> s = factor * load(sums + c) + offset;
     if (p.softcap != 0) s = p.softcap * tanh(s * (1 / p.softcap));
+    s = s == -INF<T> ? splat(VISIBLE_MINUS_INF<T>) : s;
     store(row + c, s);
   }
   if (p.is_causal) keys = lower(keys, i - j + 1);
@@ -251,7 +260,9 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   }
 
   const T* w = p.weight_scaled + at.h * p.D_padded;
-  const T factor = p.scale * p.weight_max[at.h];
+  const T factor = p.scale * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
+  // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
+  const bool finite = weight_sum - weight_sum == 0;
   bool raw_copied = !padded;
   T sums[TILE_QUERIES * KEY_BLOCK] = {};
   for (int64_t r = start, rows; r < chunk.queries; r += rows) {
@@ -261,20 +272,23 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
     T bound = query_bound[0];
     for (int64_t i = 1; i < rows; ++i) bound = query_bound[i] > bound ? query_bound[i] : bound;
     bound += key_bound;
-    if (bound <= ScoreRange<T>::QUAD) {
+    if (finite && bound <= ScoreRange<T>::QUAD) {
       pairwise<Mode::QUAD>(rows, q, p.D_padded, exps.data, exps.stride, keys, w, p.D_padded, sums);
-    } else if (bound <= ScoreRange<T>::PAIR) {
+    } else if (finite && bound <= ScoreRange<T>::PAIR) {
       pairwise<Mode::PAIR>(rows, q, p.D_padded, exps.data, exps.stride, keys, w, p.D_padded, sums);
     } else {
       if (!raw_copied) raw = copied(raw, keys, p.D, key_raw, row_size);
       raw_copied = true;
       Rows<T> queries{p.query.row(at.b, at.h, chunk.first_query + r), p.query.stride_t};
       if (padded) queries = copied(queries, rows, p.D, query_raw, row_size);
-      pairwise<Mode::SUM>(rows, queries.data, queries.stride, raw.data, raw.stride, keys, w, p.D_padded, sums);
+      if (finite)
+        pairwise<Mode::SUM>(rows, queries.data, queries.stride, raw.data, raw.stride, keys, w, p.D_padded, sums);
+      else
+        pairwise<Mode::TANH>(rows, queries.data, queries.stride, raw.data, raw.stride, keys, w, p.D_padded, sums);
     }
     for (int64_t i = 0; i < rows; ++i)
-      finish_scores(p, at, chunk.first_query + r + i, first_key, keys, width, -2 * factor,
-                    factor * p.weight_sum[at.h], sums + i * KEY_BLOCK, scores + (r + i) * p.Tk);
+      finish_scores(p, at, chunk.first_query + r + i, first_key, keys, width, finite ? -2 * factor : factor,
+                    finite ? factor * weight_sum : T(0), sums + i * KEY_BLOCK, scores + (r + i) * p.Tk);
   }
 }
 
@@ -287,15 +301,14 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
     int64_t j = 0;
     for (; j + W <= Tk; j += W) top = max(load(scores + j), top);
     T m = horizontal_max<T>(top);
-    bool nan = false;
     for (; j < Tk; ++j) m = scores[j] > m ? scores[j] : m;
-    if (m == -INF<T>) {  // nothing visible, unless a score is NaN
-      for (j = 0; j < Tk; ++j) nan |= scores[j] != scores[j];
-      if (!nan) {
-        for (j = 0; j < Tk; ++j) p[j] = 0;
-        lse[r] = -INF<T>;
-        continue;
-      }
+    const bool infinite = m == INF<T> || m == -INF<T>;
+    bool nan = false;
+    for (j = 0; infinite && j < Tk; ++j) nan |= scores[j] != scores[j];
+    if ((m == -INF<T> && !nan) || m == VISIBLE_MINUS_INF<T>) {
+      for (j = 0; j < Tk; ++j) p[j] = m == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+      lse[r] = -INF<T>;
+      continue;
     }
     double sum = 0;
     for (int64_t first = 0; first < Tk; first += BLOCK) {
@@ -317,7 +330,7 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
     }
     const T inverse = static_cast<T>(1 / sum);
     for (j = 0; j < Tk; ++j) p[j] *= inverse;
-    lse[r] = m + log_of(static_cast<T>(sum));
+    lse[r] = m == INF<T> && !nan ? m : m + log_of(static_cast<T>(sum));
   }
 }
 
@@ -434,9 +447,13 @@ template <typename T>
 T grad_scores(const AttentionProblem<T>& p, const T* scores, T lse, T grad_lse, T* prob, T* g) {
   constexpr int W = LANES<T>;
   if (lse == -INF<T>) {
-    for (int64_t j = 0; j < p.Tk; ++j) prob[j] = g[j] = 0;
-    return 0;
+    T empty = 0;
+    for (int64_t j = 0; j < p.Tk; ++j)
+      if (scores[j] != -INF<T>) empty = NOT_A_NUMBER<T>;
+    for (int64_t j = 0; j < p.Tk; ++j) prob[j] = g[j] = empty;
+    return empty;
   }
+  if (lse == INF<T>) lse = NOT_A_NUMBER<T>;  // softmax of an infinite score is NaN
   const int64_t whole = p.Tk / W * W;
   Vec<T> lanes{};
   for (int64_t j = 0; j < p.Tk; j += W) {

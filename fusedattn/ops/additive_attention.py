@@ -133,14 +133,13 @@ if _library.EXTENSION_ERROR is None:
         return_weights,
         keep_scores,
     ):
-        B, H, Tq, _ = query.shape
-        Tk, Dv = value.shape[2:]
+        rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
         acc = accumulation_dtype(query.dtype)
         return (
-            query.new_empty(B, H, Tq, Dv),
-            query.new_empty(B, H, Tq, dtype=acc),
-            query.new_empty((B, H, Tq, Tk) if return_weights else (0,)),
-            query.new_empty((B, H, Tq, Tk) if keep_scores else (0,), dtype=acc),
+            query.new_empty((*rows, Dv)),
+            query.new_empty(rows, dtype=acc),
+            query.new_empty((*rows, Tk) if return_weights else (0,)),
+            query.new_empty((*rows, Tk) if keep_scores else (0,), dtype=acc),
         )
 
     @torch.library.register_fake("fusedattn::additive_attention_bwd")
@@ -547,7 +546,7 @@ def attend(
         if not isinstance(t, Tensor):
             raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
     device = query.device
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         inputs = [_autocast(t, device.type) for t in (query, key, value, weight)]
         with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
             return attend(
@@ -573,7 +572,22 @@ def attend(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {dtype}, {device}"
         ),
     )
+    if mask is not None and backend == "cpu":
+        mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(torch.int64)
+    options = (mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap)
     no_heads = query.dim() == 3
+    if backend == "cpu" and not needs_function((query, key, value, weight)):
+        # A Function and the views around it cost more than a small problem.
+        if not no_heads and weight.dim() == 1:
+            weight = weight.expand(query.shape[1], -1)
+        elif no_heads and weight.dim() == 2:
+            weight = weight[0]
+        outputs = torch.ops.fusedattn.additive_attention_fwd(
+            query, key, value, weight, *options, return_weights, False
+        )
+        return _requested(*outputs[:3], return_weights, return_lse)
     if no_heads:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         if mask is not None and mask.dim() == 3:
@@ -583,24 +597,21 @@ def attend(
     if backend == "reference":
         context, lse, weights = _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap)
     else:
-        if mask is not None:
-            mask = mask.expand(*query.shape[:3], key.shape[2])
-        if key_lengths is not None:
-            key_lengths = key_lengths.to(torch.int64)
-        args = (query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap)
-        if needs_function((query, key, value, weight)):
-            keep = _keeps_scores(query, key, weight, value)
-            context, lse, weights, _ = _AdditiveAttention.apply(*args, return_weights, keep)
-        else:  # a Function costs more than a small problem
-            context, lse, weights, _ = torch.ops.fusedattn.additive_attention_fwd(*args, return_weights, False)
-    outputs = [context]
-    if return_weights:
-        outputs.append(weights)
-    if return_lse:
-        outputs.append(lse)
+        keep = _keeps_scores(query, key, weight, value)
+        context, lse, weights, _ = _AdditiveAttention.apply(
+            query, key, value, weight, mask, *options[1:], return_weights, keep
+        )
     if no_heads:
-        outputs = [t.squeeze(1) for t in outputs]
-    return tuple(outputs) if len(outputs) > 1 else outputs[0]
+        context = context.squeeze(1)
+        lse = lse.squeeze(1) if return_lse else None
+        weights = weights.squeeze(1) if return_weights else None
+    return _requested(context, lse, weights, return_weights, return_lse)
+
+
+def _requested(context, lse, weights, return_weights, return_lse):
+    if not return_weights and not return_lse:
+        return context
+    return (context,) + ((weights,) if return_weights else ()) + ((lse,) if return_lse else ())
 
 
 def _autocast(t: Tensor, device_type: str) -> Tensor:

@@ -1,0 +1,93 @@
+"""``python -m fusedattn.info``: versions, what is built, what can run here, and why not."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+
+import torch
+
+import fusedattn
+from fusedattn import _library
+from fusedattn.ops import additive_attention, film
+
+# Lowest first; each runs wherever a later one does.
+LEVELS = ("default", "avx2", "avx512")
+VARIABLE = "FUSEDATTN_CPU_CAPABILITY"
+# Each op's module, read for the reasons of its backends.
+OPS = {"additive_attention": additive_attention, "film": film}
+
+
+def supported_levels() -> list[str]:
+    """The levels of the CPU kernels that this machine can run, best first.
+
+    The level in use is the best one unless ``FUSEDATTN_CPU_CAPABILITY`` lowered it; it is read once per process,
+    so a second process without it answers then. Raises ``ImportError`` if the extension did not load.
+    """
+    if VARIABLE not in os.environ:
+        best = _library.cpu_capability()
+    else:
+        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        code = "from fusedattn._library import cpu_capability; print(cpu_capability())"
+        answer = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        best = answer.stdout.strip()
+    return list(reversed(LEVELS[: LEVELS.index(best) + 1]))
+
+
+def _extension() -> str:
+    if _library.EXTENSION_ERROR is not None:
+        return f"not loaded: {_library.EXTENSION_ERROR}"
+    return f"loaded from {_library._C.__file__}"
+
+
+def _cpu_level() -> str:
+    try:
+        in_use = _library.cpu_capability()
+    except ImportError:
+        return "none: the extension is not loaded"
+    except RuntimeError as error:  # a value of the variable that is not a level
+        return f"none: {str(error).splitlines()[0]}"
+    return f"{in_use}; this machine supports {', '.join(supported_levels())}"
+
+
+def _backends(op) -> dict[str, str]:
+    reasons = op.cpu_reasons(torch.device("cpu"), torch.float32)
+    return {
+        "cpu": "not available: " + "; ".join(reasons) if reasons else "available for tensors on the CPU",
+        "cuda": "not available: not part of this version",
+        "triton": "not available: not part of this version",
+        "reference": "available on any device (plain PyTorch; runs only if asked for by name)",
+    }
+
+
+def report() -> str:
+    """The text that ``python -m fusedattn.info`` prints."""
+    accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
+    rows = [
+        ("fusedattn", fusedattn.__version__),
+        ("torch", f"{torch.__version__} ({accelerator})"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("extension", _extension()),
+        ("CPU level", _cpu_level()),
+        ("", f"to lower it: {VARIABLE}={'|'.join(LEVELS)}, read once per process"),
+        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS)"),
+    ]
+    lines = [f"{name:11}{text}".rstrip() for name, text in rows]
+    for name, op in OPS.items():
+        lines += ["", f"backends of {name}"]
+        lines += [f"  {backend:11}{text}" for backend, text in _backends(op).items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fusedattn.info", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--levels", action="store_true", help="print only the supported CPU levels, best first")
+    arguments = parser.parse_args()
+    print(" ".join(supported_levels()) if arguments.levels else report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What holds for every test: uninitialised memory is NaN, work is split over threads, ids can be read."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedattn
+from fusedattn import _library
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "levels: kernel tests, repeated at every CPU level (make test)")
+    # Two threads run every path that splits work, and cost little on the small tensors of tests.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(2)
+
+
+def pytest_report_header():
+    if _library.EXTENSION_ERROR is not None:
+        return f"fusedattn: the extension did not load: {_library.EXTENSION_ERROR}"
+    folder = Path(fusedattn.__file__).parent
+    return (
+        f"fusedattn {fusedattn.__version__} from {folder}, torch {torch.__version__}, "
+        f"CPU level {_library.cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+
+
+def pytest_make_parametrize_id(val, argname):
+    """A dtype reads ``float16``, a dict of sizes ``B1-Tq63-D64``, a bool ``is_causal`` or ``no_is_causal``."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, dict):
+        return "-".join(f"{name}{size}" for name, size in val.items())
+    if isinstance(val, bool):
+        return argname if val else f"no_{argname}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every fresh tensor, also one that C++ allocates, starts as NaN (integers: their largest value).
+
+    What a kernel leaves unwritten then shows in any comparison. Deterministic algorithms are what switches
+    torch's filling of uninitialised memory on.
+    """
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

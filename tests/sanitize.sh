@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, at every CPU level.
+# `make sanitize` runs it with the project's environment on PATH.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+built=$PWD/build/sanitize
+
+echo "== building with sanitizers into build/sanitize"
+FUSEDATTN_SANITIZE=1 python setup.py -q build --build-base "$built" --build-lib "$built/lib" --build-temp "$built/temp"
+
+run() {  # libstdc++ beside libasan, so that the interceptor of C++ exceptions finds what it wraps
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    PYTHONPATH="$built/lib" FUSEDATTN_CPU_CAPABILITY="$1" "${@:2}"
+}
+
+# A tensor that claims more than its storage holds must be caught, else a clean run below proves nothing.
+overrun='
+import pathlib, sys, torch, fusedattn
+assert str(pathlib.Path(fusedattn.__file__).resolve()).startswith(sys.argv[1]), fusedattn.__file__
+key = torch.ones(1, 1, 8, 64)
+value = key.clone()
+key.untyped_storage().resize_(256)
+fusedattn.additive_attention(value, key, value, torch.ones(64))
+'
+cd build  # where the tree itself cannot be imported
+for level in $(python -m fusedattn.info --levels); do
+  echo "== sanitizers at CPU level $level"
+  run "$level" python -c "$overrun" "$built" >"$built/overrun.txt" 2>&1 || true
+  if ! grep -q "AddressSanitizer: heap-buffer-overflow" "$built/overrun.txt"; then
+    cat "$built/overrun.txt" >&2
+    echo "a planted overrun was not caught" >&2
+    exit 1
+  fi
+  echo "a planted overrun is caught"
+  run "$level" pytest -m levels ../tests
+done

@@ -1,0 +1,646 @@
+"""The kernels of additive attention against the reference: values and all gradients, within tests/tolerance.py."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_to_reference
+
+from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
+from fusedattn.ops.additive_attention import attend
+
+pytestmark = pytest.mark.levels
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INPUTS = ("query", "key", "value", "weight")
+
+
+def shape(B, Tq, Tk, D, Dv=None, H=None):
+    return {"B": B, "H": H, "Tq": Tq, "Tk": Tk, "D": D, "Dv": D if Dv is None else Dv}
+
+
+def shape_id(sizes):
+    return "-".join(f"{name}{size}" for name, size in sizes.items() if size is not None)
+
+
+def make_inputs(sizes, dtype=torch.float32, seed=0, spread=1.0):
+    """query, key, value and weight (a weight per head where there are heads)."""
+    torch.manual_seed(seed)
+    B, H, Tq, Tk, D, Dv = sizes.values()
+    lead = (B,) if H is None else (B, H)
+    query, key = (torch.randn(*lead, T, D, dtype=torch.float64) * spread for T in (Tq, Tk))
+    value = torch.randn(*lead, Tk, Dv, dtype=torch.float64)
+    weight = torch.randn(*(() if H is None else (H,)), D, dtype=torch.float64)
+    return [t.to(dtype) for t in (query, key, value, weight)]
+
+
+def gradients_of_outputs(context_shape, keys, dtype, seed=1):
+    """Random gradients of context, weights and lse, exact in dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = context_shape[:-1]
+    shapes = (context_shape, (*rows, keys), rows)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).double() for s in shapes]
+
+
+def run(function, inputs, dtype=None, views=None, **options):
+    """Outputs by name, and the gradients of all inputs for random gradients of all outputs."""
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+    outputs = function(*(views(leaves) if views else leaves), return_weights=True, return_lse=True, **options)
+    grads = gradients_of_outputs(outputs[0].shape, outputs[1].shape[-1], inputs[0].dtype)
+    grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, leaves, grads)
+    named = dict(zip(("context", "weights", "lse"), outputs, strict=True))
+    return named | {f"grad_{name}": t for name, t in zip(INPUTS, gradients, strict=True)}
+
+
+def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, **_):
+    """Magnitude of the terms of every sum, where the sums themselves may cancel.
+
+    A score has the rounding of its D terms w_d tanh and of sum_d w_d (tanh = 1 - 2r), that is ``noise`` units; it
+    is a relative error of p = exp(score - lse), and so of all that is a sum over p.
+    """
+    leaves = [t.double() for t in inputs]
+    query, key, value, weight = views(leaves) if views else leaves
+    p = exact["weights"].detach()
+    dc, dp, dlse = (t.abs() for t in gradients_of_outputs(exact["context"].shape, p.shape[-1], inputs[0].dtype))
+    noise = 1 + (softcap or 0)
+    if weight.numel():
+        noise += abs(scale) * (weight.norm(dim=-1).max() + weight.sum(-1).abs().max()).item()
+    a = dc @ value.abs().transpose(-1, -2) + dp
+    g = p * (a + (p * a).sum(-1, keepdim=True) + dlse.unsqueeze(-1)) * abs(scale) * noise
+    w = weight.abs().unsqueeze(-2)
+    sums = {
+        "context": p @ value.abs() * noise,
+        "weights": p * noise,
+        "lse": torch.tensor([noise]),
+        "grad_query": 4 * g.sum(-1).unsqueeze(-1) * w,
+        "grad_key": 4 * g.sum(-2).unsqueeze(-1) * w,
+        "grad_value": p.transpose(-1, -2) @ dc * noise,
+        "grad_weight": 3 * (g.sum((0, -1, -2)) if weight.dim() > 1 else g.sum()).reshape(-1),
+    }
+    magnitudes = {name: t.max().item() if t.numel() else 0.0 for name, t in sums.items()}
+    for name, leaf, t in zip(INPUTS, leaves, (query, key, value, weight), strict=True):
+        magnitudes[f"grad_{name}"] *= max(t.numel(), 1) / max(
+            leaf.numel(), 1
+        )  # an expanded input sums its gradients
+    return magnitudes
+
+
+def check(inputs, kernel=additive_attention, views=None, **options):
+    """The kernel's outputs and gradients are as near to float64 as the reference's in the same dtype."""
+    actual = run(kernel, inputs, views=views, **options)
+    eager = run(additive_attention_ref, inputs, views=views, **options)
+    exact = run(additive_attention_ref, inputs, torch.float64, views=views, **options)
+    magnitudes = term_magnitudes(inputs, exact, views, **options)
+    (*lead, Tq, D), Tk = inputs[0].shape, inputs[1].shape[-2]
+    rows = math.prod(lead) * Tq
+    # Every result has a score's D terms and the normaliser's Tk in it, the gradients below also longer sums.
+    more = {"grad_key": Tq, "grad_value": Tq, "grad_weight": rows * Tk}
+    for name, result in actual.items():
+        n = D + Tk + more.get(name, 0)
+        assert_close_to_reference(result, eager[name], exact[name], terms=n, name=name, scale=magnitudes[name])
+    return actual
+
+
+SHAPES = [
+    shape(1, 1, 1, 1),
+    shape(1, 1, 32, 64),
+    shape(3, 1, 129, 129, 63),
+    shape(2, 2, 63, 31, 1),
+    shape(2, 3, 17, 16, 33),
+    shape(1, 4, 129, 63, 65),
+    shape(2, 5, 64, 65, 129),
+    shape(1, 16, 129, 63, 16),
+    shape(1, 63, 129, 64, 63),
+    shape(2, 129, 63, 7, 31),  # scores are recomputed
+    shape(2, 17, 33, 1, 1),
+    shape(1, 1, 1000, 33, 5),  # keys split over cores
+    shape(1, 6, 700, 130, 3),
+    shape(2, 5, 17, 33, 8, H=3),
+    shape(1, 33, 18, 8, 24, H=2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SHAPES, ids=shape_id)
+def test_matches_the_reference(sizes, dtype):
+    check(make_inputs(sizes, dtype))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        shape(1, 1100, 1000, 3, 2),  # query rows in several chunks
+        shape(1, 33, 70000, 2, 1),  # chunks of few queries walk whole key rows
+        shape(8, 150, 150, 2, 1, H=8),  # several heads per chunk
+    ],
+    ids=shape_id,
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_matches_the_reference_in_several_chunks(sizes, is_causal):
+    check(make_inputs(sizes), is_causal=is_causal)
+
+
+# Masks by kind, for 3-D inputs (B, Tq, Tk) and for heads (B, H, Tq, Tk).
+MASKS = {
+    "none": lambda B, H, Tq, Tk: None,
+    "keys": lambda B, H, Tq, Tk: torch.rand(Tk) > 0.4,
+    "queries_keys": lambda B, H, Tq, Tk: torch.rand(Tq, Tk) > 0.4,
+    "queries": lambda B, H, Tq, Tk: torch.rand(Tq, 1) > 0.4,
+    "batch_keys": lambda B, H, Tq, Tk: torch.rand(*([B, 1] if H is None else [B, 1, 1]), Tk) > 0.4,
+    "full": lambda B, H, Tq, Tk: torch.rand(*([B] if H is None else [B, H]), Tq, Tk) > 0.4,
+    "heads": lambda B, H, Tq, Tk: torch.rand(*([1] if H is None else [H]), Tq, Tk) > 0.4,
+    "empty_rows": lambda B, H, Tq, Tk: (torch.rand(Tq, 1) > 0.5) & (torch.rand(Tq, Tk) > 0.3),
+    "all_masked": lambda B, H, Tq, Tk: torch.zeros(1, 1, dtype=torch.bool),
+    "transposed": lambda B, H, Tq, Tk: (torch.rand(Tk, Tq) > 0.4).T,
+}
+MASKED_SHAPES = [
+    shape(2, 1, 37, 9, 5),
+    shape(3, 19, 37, 6, 7),
+    shape(2, 7, 35, 20, 9, H=3),
+]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [False, True], ids=["no_lengths", "lengths"])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("sizes", MASKED_SHAPES, ids=shape_id)
+def test_masks_and_their_combinations(sizes, kind, lengths, is_causal):
+    inputs = make_inputs(sizes)
+    B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
+    mask = MASKS[kind](B, H, Tq, Tk)
+    key_lengths = torch.tensor([20, 0, Tk][:B]) if lengths else None
+    options = {"mask": mask, "key_lengths": key_lengths, "is_causal": is_causal}
+    actual = check(inputs, **options)
+    # What the reference says of invisible keys, said again without it.
+    visible = torch.ones(*actual["weights"].shape, dtype=torch.bool)
+    if mask is not None:
+        visible &= mask
+    if is_causal:
+        visible &= torch.ones(Tq, Tk, dtype=torch.bool).tril()
+    if lengths:
+        ranks = (-1,) + (1,) * (visible.dim() - 1)
+        visible &= torch.arange(Tk) < key_lengths.view(ranks)
+    assert (actual["weights"][~visible] == 0).all()
+    empty = ~visible.any(-1)
+    assert (actual["lse"] == -math.inf).equal(empty)
+    assert (actual["context"][empty] == 0).all() and (actual["grad_query"][empty] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_masks_in_every_dtype(dtype):
+    inputs = make_inputs(shape(2, 19, 37, 6, 7), dtype)
+    check(inputs, mask=MASKS["empty_rows"](2, None, 19, 37), key_lengths=torch.tensor([33, 0]), is_causal=True)
+
+
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8])
+def test_key_lengths_of_any_integer_dtype(integers):
+    inputs = make_inputs(shape(3, 2, 9, 4))
+    lengths = torch.tensor([9, 0, 4])
+    expected = additive_attention_ref(*inputs, key_lengths=lengths)
+    torch.testing.assert_close(additive_attention(*inputs, key_lengths=lengths.to(integers)), expected)
+    strided = torch.stack([lengths, lengths], 1)[:, 0].to(integers)
+    torch.testing.assert_close(additive_attention(*inputs, key_lengths=strided), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 0.3, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25, -1.5, 0.0])
+def test_scale_and_softcap(scale, softcap, dtype):
+    inputs = make_inputs(shape(2, 9, 35, 24, 9), dtype)
+    check(inputs, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
+
+
+@pytest.mark.parametrize(
+    "outputs", [("weights",), ("lse",), ("context", "weights"), ("context", "lse")], ids="-".join
+)
+def test_gradients_of_each_output_alone(outputs):
+    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 5, 40, 33, 6), torch.float64)]
+    options = {"return_weights": True, "return_lse": True, "key_lengths": torch.tensor([40, 0])}
+
+    def gradients(function):
+        results = dict(zip(("context", "weights", "lse"), function(*inputs, **options), strict=True))
+        loss = sum(results[name].masked_fill(results[name] == -math.inf, 0).sin().sum() for name in outputs)
+        return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+    torch.testing.assert_close(gradients(additive_attention), gradients(additive_attention_ref))
+
+
+def test_outputs_come_in_order():
+    inputs = make_inputs(shape(2, 3, 7, 4, 5))
+    assert additive_attention(*inputs).shape == (2, 3, 5)
+    context, weights = additive_attention(*inputs, return_weights=True)
+    assert context.shape == (2, 3, 5) and weights.shape == (2, 3, 7)
+    context, lse = additive_attention(*inputs, return_lse=True)
+    assert context.shape == (2, 3, 5) and lse.shape == (2, 3)
+    context, weights, lse = additive_attention(*inputs, return_weights=True, return_lse=True)
+    assert weights.shape == (2, 3, 7) and lse.shape == (2, 3)
+    torch.testing.assert_close(weights @ inputs[2], context)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_outputs(dtype):
+    outputs = run(additive_attention, make_inputs(shape(1, 2, 3, 4), dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {name: t.dtype for name, t in outputs.items()} == {name: dtype for name in outputs} | {"lse": wide}
+
+
+@pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_sizes(empty, dtype):
+    sizes = shape(2, 3, 5, 4, 6, H=2) | {empty: 0}
+    actual = check(make_inputs(sizes, dtype))
+    if empty == "Tk":
+        assert (actual["context"] == 0).all() and (actual["lse"] == -math.inf).all()
+
+
+# Ranges (DESIGN: |q| + |k| decides which loop runs)
+
+MAGNITUDES = {
+    "opposite": (60.0, -59.5),
+    "overflow": (1e4, -1e4),
+    "far": (1e4, 1e4),
+    "huge": (1e30, -1e30),
+    "huge_and_small": (3e38, 1e-30),
+    "subnormal": (1e-40, -1e-40),
+    "edge_of_four": (5.0, 5.0),
+    "beyond_four": (5.1, -5.0),
+    "edge_of_two": (10.5, -10.5),
+    "beyond_two": (10.6, 10.5),
+    "float64_four": (42.6, -42.5),
+    "float64_two": (85.1, -85.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [1, 16, 70])
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_magnitudes(magnitude, D, dtype):
+    query, key, value, weight = make_inputs(shape(1, 5, 21, D, 3), dtype)
+    q, k = MAGNITUDES[magnitude]
+    query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
+    key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
+    check([query, key, value, weight])
+
+
+@pytest.mark.parametrize("Tq", [3, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitudes_mixed_within_tiles(dtype, Tq):
+    query, key, value, weight = make_inputs(shape(2, Tq, 43, 37, 5), dtype)
+    sizes = torch.tensor([0.1, 1.0, 3.0, 8.0, 30.0, 100.0, 1000.0])
+    query *= sizes[torch.arange(Tq) % 7].to(dtype)[:, None]
+    key *= sizes[torch.arange(43) % 5].to(dtype)[:, None]
+    query[0, 0, 0], key[0, 1, 0] = 60, -59.5
+    check([query, key, value, weight])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e6, 1e15, 1e30])
+def test_magnitudes_of_the_weight(size):
+    query, key, value, weight = make_inputs(shape(2, 5, 21, 18, 3))
+    check([query, key, value, weight * size])
+
+
+@pytest.mark.parametrize("values", ["weight_zero", "one_channel", "value_large"])
+def test_unusual_weights(values):
+    query, key, value, weight = make_inputs(shape(2, 5, 21, 18, 3))
+    if values == "weight_zero":
+        weight = torch.zeros_like(weight)
+    elif values == "one_channel":
+        weight = weight * 1e-20
+        weight[3] = 2.0
+    else:
+        value = value * 1e30
+    check([query, key, value, weight])
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("sizes", [shape(2, 3, 9, 5, 4), shape(2, 20, 35, 40, 18)], ids=shape_id)
+def test_nan_and_infinity_behave_as_in_the_reference(sizes, name, special):
+    inputs = make_inputs(sizes)
+    inputs[INPUTS.index(name)].view(-1)[1] = special
+    actual = run(additive_attention, inputs)
+    eager = run(additive_attention_ref, inputs)
+    for name in ("context", "weights", "lse"):
+        finite = eager[name].isfinite()
+        assert torch.equal(actual[name].isfinite(), finite), name
+        torch.testing.assert_close(actual[name][finite], eager[name][finite])
+    for gradient in ("grad_query", "grad_key", "grad_value", "grad_weight"):
+        hidden = actual[gradient].isfinite() & ~eager[gradient].isfinite()
+        assert not hidden.any(), f"{gradient}: finite where the reference is not"
+
+
+def test_opposite_infinities_give_nan():
+    query, key, value, weight = make_inputs(shape(1, 2, 5, 6, 3))
+    query[0, 0, 2], key[0, 3, 2] = math.inf, -math.inf
+    context = additive_attention(query, key, value, weight)
+    assert context[0, 0].isnan().all() and context[0, 1].isfinite().all()
+
+
+# Strides
+
+STRIDES = {
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 2 else t,
+    "heads_last": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() > 3 else t,
+    "every_second": lambda t: torch.stack([t, t + 1], -1).flatten(-2)[..., ::2],
+    "narrowed": lambda t: torch.nn.functional.pad(t, (3, 2))[..., 3:-2],
+    "rows_padded": lambda t: torch.nn.functional.pad(t, (0, 0, 1, 1))[..., 1:-1, :] if t.dim() > 2 else t,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("sizes", [shape(2, 5, 33, 20, 7), shape(2, 18, 19, 24, 9, H=3)], ids=shape_id)
+def test_non_contiguous_inputs(sizes, strides, dtype):
+    def views(leaves):
+        changed = [STRIDES[strides](t) for t in leaves]
+        assert strides == "heads_last" or not any(t.is_contiguous() for t in changed[:3])
+        return changed
+
+    check(make_inputs(sizes, dtype), views=views)
+
+
+@pytest.mark.parametrize("dim", ["batch", "heads", "queries", "keys", "channels", "all"])
+def test_expanded_inputs(dim):
+    full = (2, 3, 7, 19, 10, 6)
+
+    def views(leaves):
+        B, H, Tq, Tk, D, Dv = full
+        query, key, value, weight = leaves
+        return [
+            query.expand(B, H, Tq, D),
+            key.expand(B, H, Tk, D),
+            value.expand(B, H, Tk, Dv),
+            weight.expand(H, D),
+        ]
+
+    sizes = dict(zip(("B", "H", "Tq", "Tk", "D", "Dv"), full, strict=True))
+    one = {"batch": "B", "heads": "H", "queries": "Tq", "keys": "Tk", "channels": "D"}
+    sizes |= {name: 1 for key, name in one.items() if dim in (key, "all")}
+    check(make_inputs(sizes), views=views)
+
+
+def test_expanded_gradients():
+    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 5, 33, 20, 7))]
+    actual = torch.autograd.grad(additive_attention(*inputs).sum(), inputs)
+    expected = torch.autograd.grad(additive_attention_ref(*inputs).sum(), inputs)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_are_left_alone():
+    inputs = make_inputs(shape(2, 5, 33, 20, 7))
+    copies = [t.clone() for t in inputs]
+    run(additive_attention, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+def test_one_weight_for_all_heads():
+    query, key, value, weight = make_inputs(shape(2, 5, 33, 20, 7, H=3))
+    check([query, key, value, weight[0]])
+
+
+# Exponentials of keys at hand
+
+
+@pytest.mark.parametrize("sizes", [shape(2, 1, 40, 64), shape(2, 5, 17, 33), shape(1, 40, 33, 18)], ids=shape_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("query_size", [1.0, 12.0, 300.0])
+def test_key_exponentials_at_hand(sizes, dtype, query_size):
+    inputs = make_inputs(sizes | {"H": 2}, dtype)
+    inputs[0] *= query_size
+    inputs[1].clamp_(-20, 20)
+
+    def kernel(query, key, value, weight, **options):
+        with torch.no_grad():
+            wide = key.to(torch.promote_types(key.dtype, torch.float32))
+            key_exp, bound = torch.exp(2 * wide), wide.abs().max().item()
+        return attend(query, key, value, weight, key_exp=key_exp, key_bound=bound, **options)
+
+    check(inputs, kernel)
+    check(inputs, kernel, key_lengths=torch.tensor([13, 0][: sizes["B"]]))
+
+
+# Properties
+
+
+@st.composite
+def problems(draw):
+    sizes = {
+        name: draw(st.integers(0 if name != "D" else 1, top)) for name, top in (("B", 3), ("Tq", 20), ("Tk", 70))
+    }
+    H = draw(st.one_of(st.none(), st.integers(1, 3)))
+    sizes = shape(**sizes, D=draw(st.integers(1, 40)), Dv=draw(st.integers(1, 20)), H=H)
+    options = {
+        "is_causal": draw(st.booleans()),
+        "scale": draw(st.sampled_from([1.0, 0.3, -2.0])),
+        "softcap": draw(st.sampled_from([None, 0.7, 10.0])),
+    }
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    options["mask"] = MASKS[draw(st.sampled_from(sorted(MASKS)))](sizes["B"], H, sizes["Tq"], sizes["Tk"])
+    if draw(st.booleans()):
+        options["key_lengths"] = torch.randint(0, sizes["Tk"] + 1, (sizes["B"],))
+    strides = [draw(st.sampled_from([None, *sorted(STRIDES)])) for _ in INPUTS]
+    spread = draw(st.sampled_from([0.01, 1.0, 4.0, 50.0]))
+    return sizes, draw(st.sampled_from(DTYPES)), spread, strides, options
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(problems())
+def test_any_problem_matches_the_reference(problem):
+    sizes, dtype, spread, strides, options = problem
+
+    def views(leaves):
+        return [t if s is None else STRIDES[s](t) for t, s in zip(leaves, strides, strict=True)]
+
+    check(make_inputs(sizes, dtype, spread=spread), views=views, **options)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(2, 90), st.integers(1, 40), st.integers(0, 1000))
+def test_order_of_keys_does_not_matter(Tq, Tk, D, seed):
+    query, key, value, weight = make_inputs(shape(1, Tq, Tk, D, 3), torch.float64, seed)
+    order = torch.randperm(Tk)
+    expected = additive_attention(query, key, value, weight)
+    torch.testing.assert_close(additive_attention(query, key[:, order], value[:, order], weight), expected)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 20), st.integers(1, 90), st.integers(0, 90), st.integers(0, 1000))
+def test_lengths_are_the_same_as_shorter_keys(Tq, Tk, length, seed):
+    length = min(length, Tk)
+    query, key, value, weight = make_inputs(shape(1, Tq, Tk, 9, 3), torch.float64, seed)
+    expected = additive_attention(query, key[:, :length], value[:, :length], weight)
+    actual = additive_attention(query, key, value, weight, key_lengths=torch.tensor([length]))
+    torch.testing.assert_close(actual, expected)
+
+
+# Memory and reproducibility
+
+
+@pytest.mark.parametrize(
+    "sizes", [shape(2, 40, 300, 70), shape(1, 200, 200, 8), shape(1, 3, 3000, 40)], ids=shape_id
+)
+def test_the_same_bits_every_time(sizes):
+    inputs = make_inputs(sizes)
+    first = run(additive_attention, inputs)
+    for _ in range(3):
+        again = run(additive_attention, inputs)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("sizes", [shape(2, 30, 40, 64), shape(1, 300, 300, 8), shape(4, 1, 50, 33)], ids=shape_id)
+def test_what_is_kept_for_backward_is_linear(sizes):
+    inputs = [t.requires_grad_() for t in make_inputs(sizes)]
+    kept = []
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        context = additive_attention(*inputs)
+    own = {t.untyped_storage().data_ptr() for t in (*inputs, context)}
+    extra = sum(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own)
+    B, _, Tq, Tk, D, _ = sizes.values()
+    assert extra <= B * (Tq + (Tq + Tk) * D)
+
+
+LONG_SEQUENCE = """
+import torch
+from fusedattn import additive_attention
+
+def peak():  # MiB; that of the memory map, which a child does not inherit
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+def train(T):
+    inputs = [torch.randn(1, T, 64, requires_grad=True) for _ in range(3)] + [torch.randn(64, requires_grad=True)]
+    additive_attention(*inputs).sum().backward()
+    assert all(t.grad.isfinite().all() for t in inputs)
+
+train(64)
+before = peak()
+train(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
+def test_training_on_a_long_sequence_takes_linear_memory():
+    result = subprocess.run([sys.executable, "-c", LONG_SEQUENCE], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    # Seven tensors of 8192 x 64 are 14 MiB; the scores alone would be 256 MiB.
+    assert float(result.stdout) < 64
+
+
+# Bad inputs
+
+
+def _bad(**changes):
+    arguments = dict(zip(INPUTS, make_inputs(shape(2, 3, 5, 4, 6)), strict=True))
+    return arguments | changes
+
+
+BAD_INPUTS = {
+    "query_list": ({"query": [[1.0]]}, TypeError, "query: expected a Tensor, got list"),
+    "weight_none": ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
+    "query_rank": ({"query": torch.zeros(3, 4)}, ValueError, r"query: expected shape .*got \(3, 4\)"),
+    "query_rank5": ({"query": torch.zeros(1, 1, 1, 3, 4)}, ValueError, "query: expected shape"),
+    "query_integers": (
+        {"query": torch.zeros(2, 3, 4, dtype=torch.int64)},
+        ValueError,
+        "query: expected a floating",
+    ),
+    "query_complex": (
+        {"query": torch.zeros(2, 3, 4, dtype=torch.complex64)},
+        ValueError,
+        "query: expected a float",
+    ),
+    "key_rank": ({"key": torch.zeros(5, 4)}, ValueError, r"key: expected shape \(2, Tk, 4\), got \(5, 4\)"),
+    "key_batch": ({"key": torch.zeros(3, 5, 4)}, ValueError, r"key: expected shape \(2, Tk, 4\)"),
+    "key_width": ({"key": torch.zeros(2, 5, 3)}, ValueError, r"key: expected shape \(2, Tk, 4\)"),
+    "key_dtype": (
+        {"key": torch.zeros(2, 5, 4).double()},
+        ValueError,
+        "key: expected torch.float32 on cpu like query",
+    ),
+    "value_keys": ({"value": torch.zeros(2, 6, 6)}, ValueError, r"value: expected shape \(2, 5, Dv\)"),
+    "value_rank": ({"value": torch.zeros(2, 5)}, ValueError, r"value: expected shape \(2, 5, Dv\)"),
+    "value_device": ({"value": torch.zeros(2, 5, 6, device="meta")}, ValueError, "value: expected .* on cpu"),
+    "weight_width": (
+        {"weight": torch.zeros(5)},
+        ValueError,
+        r"weight: expected shape \(4,\) or \(1, 4\), got \(5,\)",
+    ),
+    "weight_heads": ({"weight": torch.zeros(2, 4)}, ValueError, r"weight: expected shape \(4,\) or \(1, 4\)"),
+    "weight_scalar": ({"weight": torch.zeros(())}, ValueError, "weight: expected shape"),
+    "mask_float": ({"mask": torch.zeros(3, 5)}, ValueError, "mask: expected a bool Tensor .*got torch.float32"),
+    "mask_list": ({"mask": [True]}, ValueError, "mask: expected a bool Tensor .*got list"),
+    "mask_shape": (
+        {"mask": torch.ones(3, 4, dtype=torch.bool)},
+        ValueError,
+        r"mask: expected a shape broadcastable to \(2, 3, 5\), got \(3, 4\)",
+    ),
+    "mask_rank": ({"mask": torch.ones(1, 2, 3, 5, dtype=torch.bool)}, ValueError, "mask: expected a shape"),
+    "mask_device": ({"mask": torch.ones(3, 5, dtype=torch.bool, device="meta")}, ValueError, "mask: expected"),
+    "lengths_negative": (
+        {"key_lengths": torch.tensor([1, -1])},
+        ValueError,
+        r"key_lengths: expected values in \[0, 5\] .*got values in \[-1, 1\]",
+    ),
+    "lengths_large": ({"key_lengths": torch.tensor([6, 1])}, ValueError, r"key_lengths: .*got values in \[1, 6\]"),
+    "lengths_shape": ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths: expected shape \(2,\)"),
+    "lengths_rank": ({"key_lengths": torch.ones(2, 1).long()}, ValueError, r"key_lengths: expected shape \(2,\)"),
+    "lengths_float": ({"key_lengths": torch.ones(2)}, ValueError, "key_lengths: expected a Tensor of integers"),
+    "lengths_bool": ({"key_lengths": torch.ones(2) > 0}, ValueError, "key_lengths: expected a Tensor of integers"),
+    "lengths_list": ({"key_lengths": [1, 2]}, ValueError, "key_lengths: .*got list"),
+    "scale_tensor": ({"scale": torch.tensor(1.0)}, ValueError, "scale: expected a number, got a Tensor"),
+    "softcap_zero": ({"softcap": 0.0}, ValueError, "softcap: expected a positive number or None, got 0.0"),
+    "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap: expected a positive number"),
+    "softcap_nan": ({"softcap": math.nan}, ValueError, "softcap: expected a positive number"),
+    "activation": ({"activation": "relu"}, UnsupportedError, "activation='relu'"),
+    "normalizer": ({"normalizer": "sparsemax"}, UnsupportedError, "normalizer='sparsemax'"),
+    "dropout": ({"dropout_p": 0.1}, UnsupportedError, "dropout_p=0.1"),
+    "backend": ({"backend": "tpu"}, ValueError, "backend: expected one of .*got 'tpu'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs(case):
+    changes, error, message = BAD_INPUTS[case]
+    with pytest.raises(error, match=message):
+        additive_attention(**_bad(**changes))
+    if case != "backend":
+        with pytest.raises(error, match=message):
+            additive_attention_ref(**_bad(**changes))
+
+
+def test_unsupported_inputs_list_every_reason():
+    inputs = [t.to("meta") for t in make_inputs(shape(2, 3, 5, 4))]
+    for backend in ("auto", "cpu"):
+        with pytest.raises(UnsupportedError, match=r"(?s)query \(2, 3, 4\).*cpu: .*meta"):
+            additive_attention(*inputs, backend=backend)
+    assert additive_attention(*inputs, backend="reference").shape == (2, 3, 4)
+
+
+def test_the_reference_is_a_backend():
+    inputs = make_inputs(shape(2, 3, 5, 4))
+    torch.testing.assert_close(
+        additive_attention(*inputs, backend="reference"), additive_attention_ref(*inputs), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("wrong", ["key", "value", "weight", "mask", "key_lengths", "key_exp"])
+def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
+    query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
+    arguments = {"query": query, "key": key, "value": value, "weight": weight}
+    arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
+    arguments |= {"key_exp": torch.exp(2 * key)}
+    arguments[wrong] = arguments[wrong][:, :1] if arguments[wrong].dim() > 1 else arguments[wrong][:1]
+    with pytest.raises(RuntimeError, match=wrong):
+        torch.ops.fusedattn.additive_attention_fwd(*arguments.values(), 20.0, False, 1.0, None, True, True)
