@@ -33,5 +33,6 @@ for level in $(python -m fusedattn.info --levels); do
     exit 1
   fi
   echo "a planted overrun is caught"
-  run "$level" pytest -m levels ../tests
+  # --capture=sys: a report that ends the process is printed, not captured
+  run "$level" pytest --capture=sys -m levels ../tests
 done

@@ -12,7 +12,7 @@ from fusedattn.ops.additive_attention import accumulation_dtype, attend
 _MAX_KEY_BOUND = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProjectedKeys:
     """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
 
@@ -26,6 +26,11 @@ class ProjectedKeys:
     key_lengths: Tensor | None = None
     key_exp: Tensor | None = None
     key_bound: float = 0.0
+
+
+def _check_rank(t: Tensor, argument: str, expected: str) -> None:
+    if t.dim() != 3:
+        raise ValueError(f"AdditiveAttention: {argument}: expected shape {expected}, got {tuple(t.shape)}")
 
 
 class AdditiveAttention(nn.Module):
@@ -113,6 +118,8 @@ class AdditiveAttention(nn.Module):
 
     def _project(self, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         value = key if value is None else value
+        _check_rank(key, "key", "(B, Tk, key_dim)")
+        _check_rank(value, "value", "(B, Tk, value_dim)")
         if self.value_proj is None:
             value = value.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         else:
@@ -136,10 +143,11 @@ class AdditiveAttention(nn.Module):
         eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         if eager and projected.device.type == "cpu" and projected.numel():
             with torch.no_grad():
-                bound = projected.abs().max().item()
+                low, high = projected.aminmax()
+                bound = torch.maximum(-low, high).item()
                 if bound <= _MAX_KEY_BOUND:  # False for NaN
                     wide = projected.to(accumulation_dtype(projected.dtype))
-                    key_exp = torch.exp(2 * wide).contiguous()
+                    key_exp = torch.exp(2 * wide.contiguous())
                 else:
                     bound = 0.0
         return ProjectedKeys(projected, value, mask, key_lengths, key_exp, bound)
@@ -154,14 +162,14 @@ class AdditiveAttention(nn.Module):
         key_lengths: Tensor | None = None,
         is_causal: bool = False,
         return_weights: bool = False,
-    ):
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends.
 
         Args:
             query: (B, Tq, query_dim).
             key: (B, Tk, key_dim), or the result of :meth:`project_keys`.
             value: (B, Tk, value_dim). Default: key.
-            mask: bool, broadcastable to (B, H, Tq, Tk), or (B, Tq, Tk) for every head; True = may attend.
+            mask: bool, broadcastable to (B, H, Tq, Tk), or to (B, Tq, Tk) for every head; True = may attend.
             key_lengths: int (B,); keys at or after a length are invisible.
             is_causal: query i sees keys j <= i only.
             return_weights: also return the weights (B, H, Tq, Tk).
@@ -169,6 +177,7 @@ class AdditiveAttention(nn.Module):
         Returns:
             (B, Tq, out_dim), or the width of the concatenated contexts without an output projection.
         """
+        _check_rank(query, "query", "(B, Tq, query_dim)")
         if isinstance(key, ProjectedKeys):
             for name, given in (("value", value), ("mask", mask), ("key_lengths", key_lengths)):
                 if given is not None:
@@ -237,6 +246,17 @@ class BahdanauAttention(AdditiveAttention):
             dtype=dtype,
         )
 
+    def project_keys(
+        self,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> ProjectedKeys:
+        """As :meth:`AdditiveAttention.project_keys`, with a mask (B, T)."""
+        return super().project_keys(key, value, mask=_for_one_query(mask), key_lengths=key_lengths)
+
     def forward(
         self,
         query: Tensor,
@@ -258,8 +278,16 @@ class BahdanauAttention(AdditiveAttention):
         """
         if query.dim() != 2:
             raise ValueError(f"BahdanauAttention: query: expected shape (B, query_dim), got {tuple(query.shape)}")
-        mask = None if mask is None else mask.unsqueeze(1)
         context, weights = super().forward(
-            query.unsqueeze(1), memory, mask=mask, key_lengths=key_lengths, return_weights=True
+            query.unsqueeze(1), memory, mask=_for_one_query(mask), key_lengths=key_lengths, return_weights=True
         )
         return context.squeeze(1), weights.flatten(1)
+
+
+def _for_one_query(mask: Tensor | None) -> Tensor | None:
+    """A mask (B, T) as (B, Tq, Tk)."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise ValueError(f"BahdanauAttention: mask: expected shape (B, T), got {tuple(mask.shape)}")
+    return mask.unsqueeze(1)

@@ -442,7 +442,8 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     """
     if torch.compiler.is_exporting():
         return False
-    if torch.compiler.is_compiling() and not any(t.requires_grad for t in (query, key, *others)):
+    compiling = torch.compiler.is_compiling()
+    if compiling and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, *others))):
         return False
     (Tq, D), Tk = query.shape[2:], key.shape[2]
     return Tq * Tk <= (Tq + Tk) * D

@@ -1,0 +1,1 @@
+"""Benchmarks of fusedattn against PyTorch; ``python -m benchmarks --help``."""

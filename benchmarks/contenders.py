@@ -1,0 +1,100 @@
+"""Who competes: plain PyTorch, torch.compile of the same lines, fusedattn, and x.clone() beside FiLM."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fusedattn
+
+from .cases import AttentionCase, Case, FilmCase
+
+Function = Callable[..., Tensor]
+
+EAGER = ("eager @", "eager sum")  # the two ways to write attention's score; a ratio quotes the faster
+COMPILED = ("compile @", "compile sum")
+FUSED = "fused"
+CLONE = "clone"
+
+
+def attention_matmul(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    return (torch.tanh(query[:, :, None] + key[:, None]) @ weight).softmax(-1) @ value
+
+
+def attention_sum(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    return (torch.tanh(query[:, :, None] + key[:, None]) * weight).sum(-1).softmax(-1) @ value
+
+
+def film_channels_first(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return gamma[:, :, None, None] * x + beta[:, :, None, None]
+
+
+def film_channels_end(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return gamma[:, None] * x + beta[:, None]
+
+
+def clone(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return x.clone()
+
+
+def compiled(function: Function) -> Function:
+    """Compiled for the shapes it first meets, as a user with fixed shapes would have it."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def of(case: Case, compile: bool = True) -> dict[str, Function]:
+    """Every contender of a case by name. Compiled code of earlier cases is dropped: its number is limited."""
+    torch._dynamo.reset()
+    if isinstance(case, AttentionCase):
+        eager = dict(zip(EAGER, (attention_matmul, attention_sum), strict=True))
+        fast = {FUSED: fusedattn.additive_attention}
+    else:
+        eager = {"eager": film_channels_end if case.layout == "BTC" else film_channels_first}
+        fast = {FUSED: partial(fusedattn.film, channel_dim=case.channel_dim), CLONE: clone}
+    graphs = {name.replace("eager", "compile"): compiled(f) for name, f in eager.items()} if compile else {}
+    return {**eager, **graphs, **fast}
+
+
+def step(case: Case, mode: str, name: str, function: Function, inputs: tuple[Tensor, ...], grad: Tensor):
+    """A callable that runs one forward pass, or one forward and backward pass, and returns the results."""
+    if mode == "forward" or name == CLONE:
+
+        def forward():
+            with torch.no_grad():
+                return (function(*inputs),)
+
+        return forward
+
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+
+    def training():
+        output = function(*leaves)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad)
+
+    return training
+
+
+def reference(case: Case, mode: str, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The results in float64, one batch element at a time so that memory stays small."""
+    parts = []
+    for b in range(case.B):
+        rows = [x[b : b + 1] if x.dim() > 1 else x for x in inputs]
+        leaves = tuple(x.double().requires_grad_(mode == "training") for x in rows)
+        function = _plain(case)
+        output = function(*leaves)
+        gradients = ()
+        if mode == "training":
+            gradients = torch.autograd.grad(output, leaves, grad[b : b + 1].double())
+        parts.append((output.detach(), *gradients))
+    shared = [False] + [x.dim() == 1 for x in inputs]  # a weight without a batch sums its gradients
+    return tuple(
+        torch.stack(pieces).sum(0) if shared[n] else torch.cat(pieces)
+        for n, pieces in enumerate(zip(*parts, strict=True))
+    )
+
+
+def _plain(case: Case) -> Function:
+    if isinstance(case, FilmCase):
+        return film_channels_end if case.layout == "BTC" else film_channels_first
+    return attention_matmul

@@ -1,0 +1,174 @@
+"""Agreement, time and ceilings. Peak memory is in memory.py: it needs a process of its own."""
+
+import statistics
+import time
+from collections.abc import Callable
+from math import ceil, sqrt
+
+import torch
+from torch import Tensor
+
+from . import contenders
+from .cases import MODES, AttentionCase, Case
+
+EPSILON = torch.finfo(torch.float32).eps
+
+
+class DisagreementError(RuntimeError):
+    """A contender's results differ from the float64 reference: its speed means nothing."""
+
+
+def check_agreement(
+    case: Case, functions: dict[str, Callable], inputs: tuple[Tensor, ...], grad: Tensor
+) -> None:
+    """Raises DisagreementError unless every contender's output and gradients match float64.
+
+    Allowed is twice the error of eager PyTorch in float32, plus the rounding of a sum of n terms, which grows
+    as sqrt(n): eps sqrt(n) max|reference|.
+    """
+    terms = case.summed_terms()
+    expected = dict(zip(terms, contenders.reference(case, "training", inputs, grad), strict=True))
+    scale = {name: x.abs().max().item() for name, x in expected.items()}
+    floor = {name: EPSILON * sqrt(n) * scale[name] for name, n in terms.items()}
+
+    def errors(name: str, mode: str) -> dict[str, float]:
+        results = contenders.step(case, mode, name, functions[name], inputs, grad)()
+        # max of a difference that holds a NaN is NaN, and a NaN is below no bound
+        return {
+            what: (result.double() - reference).abs().max().item()
+            for (what, reference), result in zip(expected.items(), results, strict=False)
+        }
+
+    found = {
+        (name, mode): errors(name, mode) for mode in MODES for name in functions if name != contenders.CLONE
+    }
+    for (name, mode), error in found.items():
+        for what, value in error.items():
+            eager = max(e[what] for (n, m), e in found.items() if n.startswith("eager") and m == mode)
+            allowed = 2 * eager + floor[what]
+            # eager itself is held to the floor alone, with room for the many operations of its score
+            bound = 64 * floor[what] if name.startswith("eager") else allowed
+            if not value <= bound:
+                raise DisagreementError(
+                    f"{case.name}, {mode}, {name}: {what} is {value:.3g} from the float64 reference, allowed "
+                    f"{bound:.3g} (eager's error {eager:.3g}, largest value {scale[what]:.3g})"
+                )
+
+
+def alternate(
+    steps: dict[str, Callable],
+    rounds: int,
+    min_seconds: float,
+    rivals: tuple[tuple[str, ...], ...] = (),
+    warm_rounds: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds per call of each step, one sample a round.
+
+    Rounds run forwards, backwards, and shifted by one each time after that, so that a drift of the machine
+    meets all steps alike. A sample repeats a short step until it has run for min_seconds. Of each group of
+    rivals, which compute the same thing, only the fastest goes on after two rounds.
+    """
+    repeats = {}
+    for name, run in steps.items():
+        for _ in range(warm_rounds):
+            run()
+        repeats[name] = ceil(min_seconds / max(_seconds(run, 1), 1e-9))
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for n in range(rounds):
+        for name in order if n % 2 == 0 else reversed(order):
+            samples[name].append(_seconds(steps[name], repeats[name]))
+        if n == 1:
+            for group in rivals:
+                present = [name for name in group if name in steps]
+                fastest = min(present, key=lambda name: min(samples[name]), default=None)
+                order = [name for name in order if name not in present or name == fastest]
+        if n % 2 == 1:
+            order = order[1:] + order[:1]
+    return samples
+
+
+def _seconds(run: Callable, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def time_case(
+    group: str,
+    case: Case,
+    functions: dict[str, Callable],
+    modes: tuple[str, ...],
+    rounds: int,
+    min_seconds: float,
+    data: tuple | None = None,
+) -> list[dict]:
+    """One row per mode and contender."""
+    inputs, grad = data or (case.inputs(), case.grad_output())
+    rows = []
+    for mode in modes:
+        steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
+        samples = alternate(steps, rounds, min_seconds, (contenders.EAGER, contenders.COMPILED))
+        for name, seconds in samples.items():
+            # a clone moves the bytes of x once in and once out, whatever the step it stands beside
+            work = case.work("forward" if name == contenders.CLONE else mode)
+            median = statistics.median(seconds)
+            rows.append(
+                {
+                    "group": group,
+                    "case": case.name,
+                    "mode": mode,
+                    "contender": name,
+                    "milliseconds": 1e3 * median,
+                    "fastest": 1e3 * min(seconds),
+                    "rounds": len(seconds),
+                    "rate": work / median / 1e9,
+                    "unit": case.unit,
+                }
+            )
+    return rows
+
+
+def ceilings(sizes: dict[str, int], rounds: int = 7) -> dict[str, float]:
+    """The best this machine does, per second: bytes (reads plus writes, in GB) and multiply-adds (in G).
+
+    clone writes through a fresh output, so the system's page faults are in it; copy writes memory that
+    exists; read only sums. The multiply-add rate is that of a matrix product, from whichever of PyTorch's two
+    libraries is faster: MKL leaves AVX-512 unused on some CPUs that have it.
+    """
+    n = 1024
+    a, b, product = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    steps, work = {"mm": lambda: torch.mm(a, b, out=product)}, {"mm": n**3}
+    if torch.backends.mkldnn.is_available():
+        steps["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        work["onednn"] = n**3
+    for where, size in sizes.items():
+        x = torch.ones(size // 4)
+        y = torch.zeros_like(x)
+        for name, run, moved in (
+            ("clone", x.clone, 2 * size),
+            ("copy", lambda x=x, y=y: y.copy_(x), 2 * size),
+            ("read", x.sum, size),
+        ):
+            steps[f"{name} {where}"] = run
+            work[f"{name} {where}"] = moved
+    with torch.no_grad():
+        samples = alternate(steps, rounds, 0.01)
+    rates = {name: work[name] / statistics.median(seconds) / 1e9 for name, seconds in samples.items()}
+    products = [rates.pop(name) for name in ("mm", "onednn") if name in rates]
+    return {"multiply-add": max(products), **rates}
+
+
+def ceiling_seconds(case: Case, mode: str, ceiling: dict[str, float], cache_bytes: int) -> tuple[float, str]:
+    """The least time the measured ceilings allow a case, and which of them sets it."""
+    moved = case.bytes_moved(mode)
+    where = "cache" if moved <= cache_bytes else "memory"
+    rates = [ceiling[f"{name} {where}"] for name in ("copy", "clone", "read")]
+    bounds = {"bytes": moved / max(rates) / 1e9}
+    if isinstance(case, AttentionCase):
+        bounds["compute"] = case.vector_operations(mode) / ceiling["multiply-add"] / 1e9
+    else:
+        bounds["bytes"] = moved / ceiling[f"copy {case.size}"] / 1e9
+    limit = max(bounds, key=bounds.get)
+    return bounds[limit], limit

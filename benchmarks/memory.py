@@ -1,0 +1,89 @@
+"""Peak memory of a step beyond its inputs, outputs and gradients.
+
+Measured as the process's peak resident memory, because a profiler sees only what PyTorch's allocator hands
+out and not what kernels take elsewhere. Linux resets that peak on demand (/proc/self/clear_refs), so one
+process can measure many steps. It must not keep freed memory, which would hide the next step's: blocks from
+64 KiB up are mapped and unmapped one by one, which costs time, hence a process apart from the timing.
+Every step runs once before, so that code and thread stacks are not counted. Resolution: about 1 MiB.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from . import contenders
+from .cases import Case, from_json, to_json
+from .machine import ROOT
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
+def measure(jobs: list[tuple[Case, str, list[str]]]) -> Iterator[tuple[str, str, str, int | None]]:
+    """(case name, mode, contender, bytes) for each job (case, mode, contenders), in order.
+
+    bytes is None where the system cannot tell.
+    """
+    text = json.dumps(
+        {
+            "threads": torch.get_num_threads(),
+            "jobs": [(to_json(case), mode, names) for case, mode, names in jobs],
+        }
+    )
+    command = [sys.executable, "-m", "benchmarks.memory"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ALLOCATOR}, **pipes) as process:
+        process.stdin.write(text)
+        process.stdin.close()
+        for line in process.stdout:
+            yield tuple(json.loads(line))
+    if process.returncode:
+        raise RuntimeError(f"the memory measurement ended with status {process.returncode}")
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
+
+
+def _release() -> None:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _peak_beyond_results(run) -> int | None:
+    results = run()
+    size = sum(x.untyped_storage().nbytes() for x in results)
+    del results
+    _release()
+    try:
+        before = _resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")  # the peak starts again from here
+    except OSError:
+        return None
+    run()
+    return max(0, _resident("VmHWM") - before - size)
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
+    for fields, mode, names in request["jobs"]:
+        case = from_json(fields)
+        functions = contenders.of(case)
+        inputs, grad = case.inputs(), case.grad_output()
+        for name in names:
+            peak = _peak_beyond_results(contenders.step(case, mode, name, functions[name], inputs, grad))
+            print(json.dumps([case.name, mode, name, peak]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

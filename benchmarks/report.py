@@ -1,0 +1,220 @@
+"""A result, the dict that __main__ stores as JSON, as tables, CSV, README section and comparison."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from . import contenders
+from .machine import describe
+from .targets import targets
+
+README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
+MIB = 1 << 20
+
+
+def summaries(result: dict, group: str) -> list[dict]:
+    """One dict per case and mode: the faster eager and the faster compiled form beside fusedattn."""
+    steps: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in result["rows"]:
+        if row["group"] == group:
+            steps.setdefault((row["case"], row["mode"]), {})[row["contender"]] = row
+    found = []
+    for (case, mode), by_name in steps.items():
+        fused = by_name[contenders.FUSED]
+        summary = {"case": case, "mode": mode, "fused": fused, "size": fused.get("size")}
+        for kind in ("eager", "compile", contenders.CLONE):
+            rivals = [row for name, row in by_name.items() if name.startswith(kind)]
+            best = min(rivals, key=lambda row: row["milliseconds"], default=None)
+            summary[kind] = best
+            if best is not None and kind != contenders.CLONE:
+                summary[f"vs {kind}"] = best["milliseconds"] / fused["milliseconds"]
+        if summary[contenders.CLONE] is not None:
+            summary["vs clone"] = fused["rate"] / summary[contenders.CLONE]["rate"]
+        if fused.get("ceiling_milliseconds"):
+            summary["ceiling"] = fused["ceiling_milliseconds"] / fused["milliseconds"]
+        found.append(summary)
+    return found
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits, never an exponent."""
+    if value is None:
+        return "–"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, min(digits, 4))}f}{unit}"
+
+
+def _milliseconds(row: dict | None) -> str:
+    return number(row and row["milliseconds"])
+
+
+def _peak(row: dict | None) -> str:
+    peak = row and row.get("peak_bytes")
+    return "–" if peak is None else f"{peak / MIB:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _attention_cells(s: dict) -> list[str]:
+    return [
+        s["case"].removeprefix("attention "),
+        s["mode"],
+        *(_milliseconds(s[kind]) for kind in ("eager", "compile", "fused")),
+        number(s["fused"]["rate"]),
+        number(s.get("vs eager"), "×"),
+        number(s.get("vs compile"), "×"),
+        *(_peak(s[kind]) for kind in ("eager", "compile", "fused")),
+        f"{_percent(s.get('ceiling'))} {s['fused'].get('limit', '')}".strip(),
+    ]
+
+
+def _film_cells(s: dict) -> list[str]:
+    return [
+        s["case"].removeprefix("film "),
+        s["mode"],
+        *(_milliseconds(s[kind]) for kind in ("eager", "compile", "fused")),
+        number(s["fused"]["rate"]),
+        number(s.get("vs eager"), "×"),
+        number(s.get("vs compile"), "×"),
+        number(s.get("vs clone"), "×"),
+        *(_peak(s[kind]) for kind in ("eager", "compile", "fused")),
+        _percent(s.get("ceiling")),
+    ]
+
+
+_TIMES = ["eager ms", "compile ms", "fused ms"]
+_PEAKS = ["eager MiB", "compile MiB", "fused MiB"]
+ATTENTION_COLUMNS = [
+    "B, Tq, Tk, D",
+    "mode",
+    *_TIMES,
+    "G tanh/s",
+    "vs eager",
+    "vs compile",
+    *_PEAKS,
+    "of ceiling",
+]
+FILM_COLUMNS = ["x", "mode", *_TIMES, "GB/s", "vs eager", "vs compile", "vs clone", *_PEAKS, "of copy"]
+LEGEND = (
+    "float32, median ms. eager and compile are the faster of tanh(q + k) @ w and (tanh(q + k) * w).sum(-1). "
+    "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the larger of the bytes that must move "
+    "and the kernel's arithmetic, at rates measured in the same run; vs clone: GB/s against x.clone()."
+)
+
+
+def _print(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="left" if n < 2 else "right")
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table)
+
+
+def print_result(console: Console, result: dict) -> None:
+    attention = [_attention_cells(s) for s in summaries(result, "attention")]
+    film = [_film_cells(s) for s in summaries(result, "film")]
+    _print(console, "Additive attention", ATTENTION_COLUMNS, attention)
+    _print(console, "FiLM", FILM_COLUMNS, film)
+    sweep = [_attention_cells(s) for s in summaries(result, "sweep")]
+    _print(console, "Attention against sequence length", ATTENTION_COLUMNS, sweep)
+    small = [
+        [
+            s["mode"],
+            *(number(1e3 * s[kind]["milliseconds"]) for kind in ("eager", "compile", "fused") if s[kind]),
+        ]
+        for s in summaries(result, "small")
+    ]
+    _print(console, "A small call (1, 1, 32, 64), µs", ["mode", "eager", "compile", "fused"], small)
+    levels: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["group"] == "levels":
+            key = (row["case"].removeprefix("attention "), row["mode"])
+            levels.setdefault(key, {})[row["contender"]] = number(row["rate"])
+    names = list(dict.fromkeys(name for cells in levels.values() for name in cells))
+    rows = [[*key, *(cells.get(name, "–") for name in names)] for key, cells in levels.items()]
+    _print(console, "CPU levels, G tanh/s", ["B, Tq, Tk, D", "mode", *names], rows)
+    ceilings = [[name, f"{value:.1f}"] for name, value in result["ceilings"].items()]
+    _print(console, "Measured ceilings, GB/s and G multiply-adds/s", ["ceiling", "rate"], ceilings)
+    console.print(LEGEND)
+    console.print(describe(result["machine"]))
+
+
+def print_targets(console: Console, result: dict) -> None:
+    rows = [
+        [t.what, f"{t.sign} {number(t.bound)}{t.unit}", number(t.measured, t.unit), t.verdict]
+        for t in targets(result)
+    ]
+    _print(console, "Targets", ["target", "wanted", "measured", "verdict"], rows)
+
+
+def print_comparison(console: Console, old: dict, new: dict) -> None:
+    """Old and new side by side; above 1 the new one is faster. Eager and compile show the machine's part."""
+
+    def times(result: dict) -> dict[tuple, dict]:
+        return {(row["group"], row["case"], row["mode"], row["contender"]): row for row in result["rows"]}
+
+    before, after = times(old), times(new)
+    rows = []
+    for key in (key for key in after if key in before):
+        a, b = before[key], after[key]
+        speed = a["milliseconds"] / b["milliseconds"]
+        rows.append(
+            [
+                key[1],
+                key[2],
+                key[3],
+                _milliseconds(a),
+                _milliseconds(b),
+                number(speed, "×"),
+                _peak(a),
+                _peak(b),
+            ]
+        )
+    columns = ["case", "mode", "contender", "old ms", "new ms", "speed", "old MiB", "new MiB"]
+    _print(console, "Compared with an earlier result", columns, rows)
+    console.print(f"old: {describe(old['machine'])}\nnew: {describe(new['machine'])}")
+
+
+def write_csv(result: dict, path: Path) -> None:
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(result["rows"])
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells):
+        return "| " + " | ".join(cells) + " |"
+
+    return [line(columns), line(["---", "---", *["---:"] * (len(columns) - 2)]), *map(line, rows), ""]
+
+
+def update_readme(result: dict, readme: Path) -> None:
+    """Rewrites what stands between the two benchmark markers of the README.
+
+    Raises ValueError if it does not hold them.
+    """
+    attention = [_attention_cells(s) for s in summaries(result, "attention")]
+    film = [_film_cells(s) for s in summaries(result, "film")]
+    lines = [f"Measured by `{result['command']}` on {describe(result['machine'])}.", ""]
+    if attention:
+        lines += _markdown(ATTENTION_COLUMNS, attention)
+    if film:
+        lines += _markdown(FILM_COLUMNS, film)
+    lines += [LEGEND, ""]
+    text, count = README_SECTION.subn(lambda m: m[1] + "\n".join(lines) + m[2], readme.read_text())
+    if count != 1:
+        raise ValueError(
+            f"{readme}: expected one section between the benchmarks:begin and :end markers, found {count}"
+        )
+    readme.write_text(text)
