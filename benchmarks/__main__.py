@@ -97,17 +97,13 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
         bar.update(task, description="a small call")
         functions = contenders.of(cases.SMALL)
         measure.check_agreement(cases.SMALL, functions, cases.SMALL.inputs(), cases.SMALL.grad_output())
-        done(
-            "small call", measure.time_case("small", cases.SMALL, functions, cases.MODES, SMALL_ROUNDS, 0.01)
-        )
+        done("small call", measure.time_case("small", cases.SMALL, functions, cases.MODES, SMALL_ROUNDS, 0.01))
 
         for mode in plan.sweep_modes:
             for case in sweep:
                 bar.update(task, description=f"sweep {case.name}")
                 functions = sweep_functions(case, mode)
-                new = measure.time_case(
-                    "sweep", case, functions, (mode,), plan.sweep_rounds, plan.min_seconds
-                )
+                new = measure.time_case("sweep", case, functions, (mode,), plan.sweep_rounds, plan.min_seconds)
                 done(case.name, [{**row, "length": case.Tq} for row in new])
                 memory_jobs.append(("sweep", case, mode, list(functions)))
 
@@ -158,12 +154,8 @@ def _fastest(rows: list[dict], mode: str) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument(
-        "--quick", action="store_true", help="5 rounds, under five minutes on two cores (default)"
-    )
-    amount.add_argument(
-        "--full", action="store_true", help="11 rounds, every mode of the sweep, every CPU level"
-    )
+    amount.add_argument("--quick", action="store_true", help="5 rounds, under five minutes on two cores (default)")
+    amount.add_argument("--full", action="store_true", help="11 rounds, every mode of the sweep, every CPU level")
     amount.add_argument(
         "--load", type=Path, metavar="RESULT", help="measure nothing; report an earlier result.json"
     )
@@ -173,9 +165,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--targets", action="store_true", help="show each performance target, met or missed")
     parser.add_argument("--readme", action="store_true", help="rewrite the benchmark section of README.md")
     default = machine.ROOT / "benchmarks" / "results"
-    parser.add_argument(
-        "--output", type=Path, default=default, help="folder for the files (default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=default, help="folder for the files (default: %(default)s)")
     options = parser.parse_args()
     for path in (options.load, options.compare):
         if path is not None and not path.is_file():

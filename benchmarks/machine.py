@@ -43,9 +43,7 @@ def caches() -> dict[str, int]:
         level, kind, size = (_read(f"{folder}/{name}").strip() for name in ("level", "type", "size"))
         if size:
             suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
-            sizes[f"L{level}{suffix}"] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(
-                size[-1], 0
-            )
+            sizes[f"L{level}{suffix}"] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1], 0)
     return sizes
 
 
@@ -71,9 +69,7 @@ def stamp() -> dict:
         "threads": torch.get_num_threads(),
         "caches": caches(),
         "memory": available_memory(),
-        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled")
-        .partition("[")[2]
-        .partition("]")[0],
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0],
         "cpu_capability": cpu_capability(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

@@ -18,9 +18,7 @@ class DisagreementError(RuntimeError):
     """A contender's results differ from the float64 reference: its speed means nothing."""
 
 
-def check_agreement(
-    case: Case, functions: dict[str, Callable], inputs: tuple[Tensor, ...], grad: Tensor
-) -> None:
+def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
     """Raises DisagreementError unless every contender's output and gradients match float64.
 
     Allowed is twice the error of eager PyTorch in float32, plus the rounding of a sum of n terms, which grows
@@ -39,9 +37,7 @@ def check_agreement(
             for (what, reference), result in zip(expected.items(), results, strict=False)
         }
 
-    found = {
-        (name, mode): errors(name, mode) for mode in MODES for name in functions if name != contenders.CLONE
-    }
+    found = {(name, mode): errors(name, mode) for mode in MODES for name in functions if name != contenders.CLONE}
     for (name, mode), error in found.items():
         for what, value in error.items():
             eager = max(e[what] for (n, m), e in found.items() if n.startswith("eager") and m == mode)

@@ -68,9 +68,7 @@ def lengths(result: dict, path: Path) -> Path | None:
     for row_of_axes, mode in zip(panels, modes, strict=True):
         for axes, (label, value) in zip(row_of_axes, values, strict=True):
             for kind, color in COLORS.items():
-                points = [
-                    (s["fused"]["length"], value(s[kind])) for s in found if s["mode"] == mode and s[kind]
-                ]
+                points = [(s["fused"]["length"], value(s[kind])) for s in found if s["mode"] == mode and s[kind]]
                 points = [point for point in points if point[1]]
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="o", color=color, label=kind)

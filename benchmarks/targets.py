@@ -48,15 +48,11 @@ def targets(result: dict) -> list[Target]:
     film = summaries(result, "film")
     for s in film:
         if s["size"] == "memory":
-            found.append(
-                Target(f"{s['case']} {s['mode']} vs clone", "≥", FILM_VS_CLONE, "×", s.get("vs clone"))
-            )
+            found.append(Target(f"{s['case']} {s['mode']} vs clone", "≥", FILM_VS_CLONE, "×", s.get("vs clone")))
     for s in film:
         found.append(Target(f"{s['case']} {s['mode']} vs compile", "≥", 1, "×", s.get("vs compile")))
 
-    rates = {
-        (r["case"], r["mode"], r["contender"]): r["rate"] for r in result["rows"] if r["group"] == "levels"
-    }
+    rates = {(r["case"], r["mode"], r["contender"]): r["rate"] for r in result["rows"] if r["group"] == "levels"}
     for (case, mode, level), rate in rates.items():
         if level == "avx512":
             measured = rates[case, mode, "avx2"] / rate

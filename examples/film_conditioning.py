@@ -1,4 +1,4 @@
-"""A residual block of a diffusion model conditioned on its time step: scale, shift, SiLU and residual in one pass."""
+"""A residual block conditioned on a diffusion time step: scale, shift, SiLU and residual in one pass."""
 
 import torch
 

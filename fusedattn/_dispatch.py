@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedattn import _library
@@ -65,3 +66,15 @@ def needs_function(tensors) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device (some, like meta, have none)."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast(t: Tensor) -> Tensor:
+    """t in autocast's dtype; float64 and integers stay what they are."""
+    if not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))

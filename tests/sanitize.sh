@@ -33,6 +33,7 @@ for level in $(python -m fusedattn.info --levels); do
     exit 1
   fi
   echo "a planted overrun is caught"
-  # --capture=sys: a report that ends the process is printed, not captured
-  run "$level" pytest --capture=sys -m levels ../tests
+  # --capture=sys: a report that ends the process is printed, not captured. AddressSanitizer keeps freed memory,
+  # so peak memory means nothing here.
+  run "$level" pytest --capture=sys -m levels -k "not linear_memory" ../tests
 done

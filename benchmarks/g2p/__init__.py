@@ -1,4 +1,4 @@
-"""A real workload: grapheme-to-phoneme on the CMU Pronouncing Dictionary, with plain PyTorch attention and with ours."""
+"""A real workload: grapheme-to-phoneme on the CMU Pronouncing Dictionary, plain PyTorch attention against ours."""
 
 from .train import demo, run
 

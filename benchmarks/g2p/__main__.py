@@ -11,9 +11,7 @@ choice.add_argument("--quick", action="store_true", help="200 steps of 64 words 
 choice.add_argument("--full", action="store_true", help="400 steps of 256 words each, hidden width 256")
 choice.add_argument("--demo", action="store_true", help="train longer, print error rates, plot alignments")
 parser.add_argument("--steps", type=int, default=3000, help="steps of --demo (default: %(default)s)")
-parser.add_argument(
-    "--output", type=Path, default=Path(__file__).parents[1] / "results", help="folder for plots"
-)
+parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results", help="folder for plots")
 options = parser.parse_args()
 if options.demo:
     demo(options.output, options.steps)

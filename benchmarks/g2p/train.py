@@ -1,4 +1,4 @@
-"""Trains the same model with plain and with fused attention and compares losses, speed and the share of attention."""
+"""Trains one model with plain and with fused attention: losses, speed and the share of attention compared."""
 
 import statistics
 import time
@@ -125,7 +125,15 @@ def agreement(losses: dict[str, list[float]]) -> dict:
 
 def report(results: list[dict], console: Console) -> None:
     table = Table(title=f"grapheme-to-phoneme, CMU Pronouncing Dictionary, {results[0]['words']:,} words")
-    for column in ("decoder", "attention", "steps/s", "speed-up", "attention's share", "final loss", "max loss diff"):
+    for column in (
+        "decoder",
+        "attention",
+        "steps/s",
+        "speed-up",
+        "attention's share",
+        "final loss",
+        "max loss diff",
+    ):
         table.add_column(column, justify="left" if column in ("decoder", "attention") else "right")
     for result in results:
         differences = {
@@ -150,7 +158,7 @@ def report(results: list[dict], console: Console) -> None:
 def run(quick: bool, output: Path | None = None, progress: bool = True) -> dict:
     """The comparison for both decoders: prints a table, saves a plot if ``output`` is a folder, returns the figures.
 
-    ``quick``: 200 steps of 64 words with hidden width 128; else 400 steps of 256 words with 256. Raises
+    ``quick``: 200 steps of 64 words, hidden width 128; else 400 steps of 256 words, width 256. Raises
     ``RuntimeError`` where the losses of the fused run do not follow those of the plain one.
     """
     steps, hidden, size = (200, 128, 64) if quick else (400, 256, 256)
@@ -191,7 +199,7 @@ def error_rates(model: Model, dictionary: Dictionary, words: list[str], size: in
 
 
 def demo(output: Path, steps: int = 3000, hidden: int = 256, size: int = 128) -> dict:
-    """Trains the step-by-step decoder with fused attention, prints error rates on held-out words, plots alignments."""
+    """Trains the step-by-step decoder with fused attention; error rates on held-out words, alignment plots."""
     console, dictionary = Console(), Dictionary()
     model = build(FusedAttention, hidden, len(dictionary.phones), stepwise=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

@@ -394,11 +394,14 @@ Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, c
   const Buffer<T> partial_weight(heads * splits * p.D_padded);
   std::fill_n(partial_weight.get(), heads * splits * p.D_padded, T(0));
 
+  // Probabilities replace the scores in place, unless the slope of the cap still needs these.
+  const Buffer<T> capped(!kept && p.softcap != 0 ? chunk_size * p.Tk : 0);
+  T* const recomputed = p.softcap != 0 ? capped.get() : probabilities.get();
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
     const int64_t rows = chunk.heads * chunk.queries;
     in.prepare_queries(chunk);
-    const T* s = kept ? scores.template const_data_ptr<T>() + first_row * p.Tk : probabilities.get();
-    if (!kept) in.score(chunk, probabilities.get());
+    const T* s = kept ? scores.template const_data_ptr<T>() + first_row * p.Tk : recomputed;
+    if (!kept) in.score(chunk, recomputed);
     if (grad_context) {
       const View<const T> dc = view<T>(*grad_context);
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fusedattn import _library
-from fusedattn._dispatch import UnsupportedError, choose, cpu_reasons, needs_function
+from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, cpu_reasons, needs_function
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -547,8 +547,8 @@ def attend(
         if not isinstance(t, Tensor):
             raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
     device = query.device
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        inputs = [_autocast(t, device.type) for t in (query, key, value, weight)]
+    if autocast_enabled(device):
+        inputs = [autocast(t) for t in (query, key, value, weight)]
         with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
             return attend(
                 *inputs,
@@ -613,9 +613,3 @@ def _requested(context, lse, weights, return_weights, return_lse):
     if not return_weights and not return_lse:
         return context
     return (context,) + ((weights,) if return_weights else ()) + ((lse,) if return_lse else ())
-
-
-def _autocast(t: Tensor, device_type: str) -> Tensor:
-    if not t.is_floating_point() or t.dtype == torch.float64:
-        return t
-    return t.to(torch.get_autocast_dtype(device_type))

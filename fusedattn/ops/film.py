@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fusedattn import _library
-from fusedattn._dispatch import choose, cpu_reasons, needs_function
+from fusedattn._dispatch import autocast, autocast_enabled, choose, cpu_reasons, needs_function
 
 # In the order of csrc/film/formula.h.
 ACTIVATIONS = {
@@ -302,10 +302,9 @@ def film(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if isinstance(x, Tensor) and autocast_enabled(x.device):
         x, gamma, beta, residual = (
-            t.to(dtype) if isinstance(t, Tensor) else t for t in (x, gamma, beta, residual)
+            autocast(t) if isinstance(t, Tensor) else t for t in (x, gamma, beta, residual)
         )
     _check_inputs(x, gamma, beta, channel_dim, activation, residual)
     device, dtype = x.device, x.dtype

@@ -1,0 +1,321 @@
+"""The kernels of FiLM against the reference: values and all gradients, within tests/tolerance.py."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_to_reference
+
+from fusedattn import FiLM, UnsupportedError, film, film_ref
+from fusedattn.ops.film import ACTIVATIONS
+
+pytestmark = pytest.mark.levels
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NAMES = ("x", "gamma", "beta", "residual")
+
+# Shape and channel dimension: runs along the channel, rows of channels, tails below and above a vector.
+SHAPES = [
+    ((1, 1), 1),
+    ((2, 63), 1),
+    ((3, 129), -1),
+    ((2, 5, 1), 1),
+    ((2, 3, 63), 1),
+    ((1, 7, 129), 1),
+    ((2, 129, 63), 2),
+    ((2, 33, 7, 5), 1),
+    ((2, 7, 5, 33), -1),
+    ((2, 3, 4, 5, 6), 2),
+    ((1, 2, 40000), 1),  # several pieces of a run
+    ((2, 3000, 17), 2),  # several pieces of rows
+]
+
+
+def shape_id(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else None
+
+
+def make_inputs(shape, channel_dim, dtype=torch.float32, shared=(), seed=0, spread=2.0):
+    """x, gamma, beta and residual; the parameters named in ``shared`` are (C,), the others (B, C)."""
+    generator = torch.Generator().manual_seed(seed)
+    B, C = shape[0], shape[channel_dim]
+    shapes = {"x": shape, "gamma": (B, C), "beta": (B, C), "residual": shape}
+    shapes |= {name: (C,) for name in shared}
+    return {
+        name: (torch.randn(s, generator=generator, dtype=torch.float64) * spread).to(dtype)
+        for name, s in shapes.items()
+    }
+
+
+def run(function, inputs, dtype=None, layout=lambda t: t, **options):
+    """The output and the gradients of all inputs for a random gradient of the output."""
+    leaves = {k: None if t is None else t.to(dtype or t.dtype).requires_grad_() for k, t in inputs.items()}
+    x, gamma, beta, residual = (leaves[name] for name in NAMES)
+    y = function(layout(x), gamma, beta, residual=None if residual is None else layout(residual), **options)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(x.dtype if dtype is None else y.dtype)
+    if dtype is not None:  # the same numbers as in the dtype under test
+        grad = grad.to(inputs["x"].dtype).to(dtype)
+    given = {k: t for k, t in leaves.items() if t is not None}
+    grads = torch.autograd.grad(y, list(given.values()), grad)
+    return {"y": y} | {f"grad_{name}": g for name, g in zip(given, grads, strict=True)}
+
+
+def check(inputs, kernel=film, **options):
+    actual = run(kernel, inputs, **options)
+    eager = run(film_ref, inputs, **options)
+    exact = run(film_ref, inputs, torch.float64, **options)
+    x = inputs["x"]
+    terms = x.numel() // max(x.shape[options.get("channel_dim", 1)], 1)
+    biggest = {name: t.abs().max().item() if t is not None and t.numel() else 0.0 for name, t in inputs.items()}
+    z = (biggest["gamma"] + 1) * biggest["x"] + biggest["beta"]  # magnitude of the terms of z
+    grad = 6.0  # largest |dy| of a normal sample of these sizes, times the largest slope
+    scales = {
+        "y": z + biggest["residual"],
+        # The slope is a function of z: an error of z moves it by at most its curvature, below 1.
+        "grad_x": grad * (biggest["gamma"] + 1) * (1 + z),
+        "grad_gamma": grad * biggest["x"] * (1 + z) * terms**0.5,
+        "grad_beta": grad * (1 + z) * terms**0.5,
+        "grad_residual": grad,
+    }
+    for name, result in actual.items():
+        n = terms if name in ("grad_gamma", "grad_beta") else 1
+        assert_close_to_reference(result, eager[name], exact[name], terms=n, name=name, scale=scales[name])
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "channel_dim"), SHAPES, ids=shape_id)
+def test_matches_the_reference(shape, channel_dim, dtype):
+    check(make_inputs(shape, channel_dim, dtype), channel_dim=channel_dim, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, dtype):
+    for shape, channel_dim in (((2, 5, 67), 1), ((2, 67, 5), 2)):
+        inputs = make_inputs(shape, channel_dim, dtype)
+        check(inputs, channel_dim=channel_dim, activation=activation, gamma_offset=1.0)
+
+
+@pytest.mark.parametrize(
+    "shared", [(), ("gamma",), ("beta",), ("gamma", "beta")], ids=lambda s: "+".join(s) or "none"
+)
+@pytest.mark.parametrize(
+    "absent", [(), ("gamma",), ("beta",), ("residual",), NAMES[1:]], ids=lambda s: "+".join(s)
+)
+def test_optional_and_shared_parameters(absent, shared):
+    for shape, channel_dim in (((3, 6, 35), 1), ((3, 35, 6), 2)):
+        inputs = make_inputs(shape, channel_dim, shared=shared) | dict.fromkeys(absent)
+        check(inputs, channel_dim=channel_dim, activation="tanh")
+
+
+def test_offset_belongs_to_gamma():
+    """Without gamma the factor is 1, whatever gamma_offset."""
+    x, beta = torch.randn(2, 3, 4), torch.randn(2, 3)
+    assert torch.equal(film(x, beta=beta, gamma_offset=5.0), film(x, beta=beta))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_layouts_are_kept_without_a_copy(dtype):
+    inputs = make_inputs((3, 35, 6, 7), 1, dtype)
+
+    def channels_last(t):
+        return t.contiguous(memory_format=torch.channels_last)
+
+    actual = check(inputs, layout=channels_last, activation="gelu")
+    assert actual["y"].is_contiguous(memory_format=torch.channels_last)
+    plain = run(film, inputs, activation="gelu")
+    for name in ("y", "grad_x"):
+        assert torch.equal(actual[name], plain[name]), "the layout must not change an element"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda t: t[:, :, ::2],
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: t.transpose(1, 2),
+    ],
+    ids=["strided", "batch-inside", "transposed"],
+)
+def test_other_strides(layout):
+    inputs = make_inputs((4, 6, 10), 1)
+    C = layout(inputs["x"]).shape[1]
+    inputs |= {name: torch.randn(4, C) for name in ("gamma", "beta")}
+    check(inputs, layout=layout, activation="relu")
+
+
+def test_expanded_input():
+    inputs = make_inputs((1, 6, 10), 1) | {"gamma": torch.randn(4, 6), "beta": torch.randn(4, 6)}
+    check(inputs, layout=lambda t: t.expand(4, -1, -1))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=shape_id)
+def test_empty(shape):
+    actual = run(film, make_inputs(shape, 1), activation="silu")
+    exact = run(film_ref, make_inputs(shape, 1), activation="silu")
+    for name, result in actual.items():
+        assert torch.equal(result, exact[name]), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_infinity_and_huge_values_behave_as_in_the_reference(activation):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 90.0, -90.0, 20.0, -20.0, 0.0])
+    x = x.repeat(4).view(1, 1, 40)
+    one = torch.ones(1, 1)
+    actual = film(x, one, activation=activation)
+    expected = film_ref(
+        x.double(), one.double(), activation=activation
+    )  # float32 GELU of inf is NaN in some builds
+    torch.testing.assert_close(actual, expected.float(), equal_nan=True, atol=1e-30, rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    rank = data.draw(st.integers(2, 5))
+    shape = tuple(data.draw(st.lists(st.integers(1, 20), min_size=rank, max_size=rank)))
+    channel_dim = data.draw(st.integers(1, rank - 1))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    order = data.draw(st.permutations(range(rank)))
+    inverse = sorted(range(rank), key=lambda d: order[d])
+    shared = data.draw(st.sets(st.sampled_from(["gamma", "beta"])))
+    check(
+        make_inputs(shape, channel_dim, dtype, shared),
+        layout=lambda t: t.permute(order).contiguous().permute(inverse),
+        channel_dim=channel_dim,
+        activation=data.draw(st.sampled_from(list(ACTIVATIONS))),
+        gamma_offset=data.draw(st.sampled_from([0.0, 1.0])),
+    )
+
+
+def test_bitwise_reproducible():
+    inputs = make_inputs((3, 17, 5000), 1)
+    first, second = (run(film, inputs, activation="gelu") for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_first_and_second_derivatives(activation):
+    inputs = make_inputs((2, 3, 5), 1, torch.float64, shared=("beta",))
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+
+    def function(x, gamma, beta, residual):
+        return film(x, gamma, beta, residual=residual, activation=activation, gamma_offset=1.0)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_raw_ops_pass_opcheck(channels_last):
+    x = torch.randn(2, 3, 4, 5)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    gamma, beta = torch.randn(2, 3), torch.randn(3)
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for args in (
+        (x, gamma, beta, 1, 1.0, 3, x),
+        (x, None, None, 1, 0.0, 0, None),
+        (x[:, :, ::2], gamma, None, 1, 0.0, 1, None),
+    ):
+        torch.library.opcheck(torch.ops.fusedattn.film_fwd.default, args, test_utils=utils)
+        torch.library.opcheck(
+            torch.ops.fusedattn.film_bwd.default, (torch.randn_like(args[0]), *args[:6]), test_utils=utils
+        )
+
+
+def test_compile_without_graph_breaks():
+    def function(x, gamma, beta):
+        return film(x * 2, gamma, beta, activation="gelu", gamma_offset=1.0).sin()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for n in (5, 6):
+        leaves = [torch.randn(2, n, 7), torch.randn(2, n), torch.randn(n)]
+        results = []
+        for f in (function, compiled):
+            inputs = [t.clone().requires_grad_() for t in leaves]
+            y = f(*inputs)
+            results.append([y, *torch.autograd.grad(y.sum(), inputs)])
+        torch.testing.assert_close(*results)
+
+
+def test_function_transforms():
+    x, gamma, beta = torch.randn(4, 2, 3, 5), torch.randn(4, 3), torch.randn(2, 3)
+
+    def loss(function, x, gamma, beta):
+        return function(x, gamma, beta, activation="silu").square().sum()
+
+    for dims in ((0, 0, None), (0, None, None), (None, 0, None)):
+        args = [t if d == 0 else t[0] if t is not beta else t for t, d in zip((x, gamma, beta), dims, strict=True)]
+        results = [
+            torch.func.vmap(torch.func.grad(lambda *a, f=f: loss(f, *a), argnums=(0, 1, 2)), in_dims=dims)(*args)
+            for f in (film, film_ref)
+        ]
+        torch.testing.assert_close(*results)
+    jacobians = [
+        torch.func.jacrev(lambda t, f=f: f(t, gamma[0], activation="tanh"))(x[0]) for f in (film, film_ref)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_export_and_autocast():
+    module = FiLM(4, 3, activation="silu")
+    torch.nn.init.normal_(module.conditioner.weight)
+    x, condition = torch.randn(2, 3, 5), torch.randn(2, 4)
+    exported = torch.export.export(module, (x, condition)).module()
+    torch.testing.assert_close(exported(x, condition), module(x, condition))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x, condition)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), module(x, condition), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("gamma_offset", [0.0, 1.0])
+def test_module_starts_as_the_identity_and_can_be_copied(gamma_offset):
+    module = FiLM(4, 3, channel_dim=2, gamma_offset=gamma_offset)
+    x, condition = torch.randn(2, 5, 3), torch.randn(2, 4)
+    assert torch.equal(module(x, condition), x)
+    torch.nn.init.normal_(module.conditioner.weight)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x, condition), module(x, condition))
+    fresh = FiLM(4, 3, channel_dim=2, gamma_offset=gamma_offset)
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh(x, condition), module(x, condition))
+
+
+X, G = torch.randn(2, 3, 4), torch.randn(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "words"),
+    [
+        (([1.0],), {}, TypeError, ["x", "Tensor", "list"]),
+        ((X.long(),), {}, ValueError, ["x", "floating-point", "int64"]),
+        ((X[0, 0],), {}, ValueError, ["x", "rank 2", "(4,)"]),
+        ((X, G[:1]), {}, ValueError, ["gamma", "(3,) or (2, 3)", "(1, 3)"]),
+        ((X, None, G.T), {}, ValueError, ["beta", "(3,) or (2, 3)", "(3, 2)"]),
+        ((X, G.double()), {}, ValueError, ["gamma", "float32", "float64"]),
+        ((X, G.to("meta")), {}, ValueError, ["gamma", "cpu", "meta"]),
+        ((X,), {"residual": X[:1]}, ValueError, ["residual", "(2, 3, 4)", "(1, 3, 4)"]),
+        ((X,), {"channel_dim": 0}, ValueError, ["channel_dim", "got 0"]),
+        ((X,), {"channel_dim": 3}, ValueError, ["channel_dim", "got 3"]),
+        ((X,), {"activation": "swish"}, ValueError, ["activation", "'silu'", "'swish'"]),
+        ((X,), {"backend": "gpu"}, ValueError, ["backend", "'cpu'", "'gpu'"]),
+        ((X.to("meta"),), {}, UnsupportedError, ["cpu", "meta"]),
+        ((X.to("meta"),), {"backend": "cpu"}, UnsupportedError, ["(2, 3, 4)", "meta"]),
+    ],
+)
+def test_bad_input_is_named(args, options, error, words):
+    with pytest.raises(error) as caught:
+        film(*args, **options)
+    for word in words:
+        assert word in str(caught.value)
