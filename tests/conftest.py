@@ -28,11 +28,9 @@ def pytest_report_header():
 
 
 def pytest_make_parametrize_id(val, argname):
-    """A dtype reads ``float16``, a dict of sizes ``B1-Tq63-D64``, a bool ``is_causal`` or ``no_is_causal``."""
+    """A dtype reads ``float16``, a bool ``is_causal`` or ``no_is_causal``."""
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
-    if isinstance(val, dict):
-        return "-".join(f"{name}{size}" for name, size in val.items())
     if isinstance(val, bool):
         return argname if val else f"no_{argname}"
     return None
