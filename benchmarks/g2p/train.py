@@ -156,7 +156,7 @@ def report(results: list[dict], console: Console) -> None:
 
 
 def run(quick: bool, output: Path | None = None, progress: bool = True) -> dict:
-    """The comparison for both decoders: prints a table, plots into the folder ``output`` if given, returns figures.
+    """The comparison for both decoders: prints a table, plots into the folder ``output``, returns the figures.
 
     ``quick``: 200 steps of 64 words, hidden width 128; else 400 steps of 256 words, width 256. Raises
     ``RuntimeError`` where the losses of the fused run do not follow those of the plain one.
