@@ -76,23 +76,22 @@ FUSEDATTN_INLINE Rows<T> copied(Rows<T> x, int64_t n, int64_t width, T* y, int64
   return {y, stride};
 }
 
-// y = exp(2x), zeros up to whole vectors; returns max |x|.
+// y = exp(2x), zeros up to whole vectors; returns max |x|. Beyond ScoreRange::PAIR y is anything, and not used.
 template <typename T>
 FUSEDATTN_INLINE T exp2x_padded(const T* x, int64_t n, T* y) {
   constexpr int W = LANES<T>;
-  const T limit = ScoreRange<T>::PAIR;  // beyond it y is not used
   Vec<T> bound{};
   int64_t d = 0;
   for (; d + W <= n; d += W) {
     const Vec<T> v = load(x + d);
     bound = max(abs(v), bound);
-    store(y + d, exp_below<2>(min(splat(limit), v)));
+    store(y + d, exp_unclamped<2>(v));
   }
   if (d < n) {
     const Vec<T> v = load_partial(x + d, n - d);
     bound = max(abs(v), bound);
     store(y + d, Vec<T>{});
-    store_partial(y + d, exp_below<2>(min(splat(limit), v)), n - d);
+    store_partial(y + d, exp_unclamped<2>(v), n - d);
   }
   return horizontal_max<T>(bound);
 }
@@ -100,7 +99,8 @@ FUSEDATTN_INLINE T exp2x_padded(const T* x, int64_t n, T* y) {
 // 1 + exp(2 min(q + k, limit))
 template <typename T>
 FUSEDATTN_INLINE Vec<T> denominator_of_sum(Vec<T> q, Vec<T> k, T limit) {
-  return exp_below<2>(min(splat(limit), q + k)) + 1;
+  // From below, where 1 + exp(2x) is 1 to rounding, the limit keeps exp_unclamped in its range.
+  return exp_unclamped<2>(max(splat(-2 * limit), min(splat(limit), q + k))) + 1;
 }
 
 // sums[i * KEYS + j] over d: sum of w r (QUAD and PAIR: rows hold exponentials; SUM: rows hold q and k), of
@@ -534,7 +534,7 @@ void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const T
         k[j] = n == W ? load(key_exp[j] + d) : load_partial(key_exp[j] + d, n);
       } else {
         k[j] = n == W ? load(key[j] + d) : load_partial(key[j] + d, n);
-        if (!sum_form) k[j] = exp_below<2>(k[j]);
+        if (!sum_form) k[j] = exp_unclamped<2>(k[j]);
       }
     }
     for (int64_t i = 0; i < chunk.queries; ++i) {
@@ -672,8 +672,8 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
   const T limit = ScoreRange<T>::PAIR;
   const bool sum_form = !(horizontal_max<T>(bound) + horizontal_max<T>(key_bound) <= limit);
   if (!sum_form) {
-    for (int64_t i = 0; i < chunk.queries; ++i) store(q + i * W, exp_below<2>(load(q + i * W)));
-    for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_below<2>(load(k + j * W)));
+    for (int64_t i = 0; i < chunk.queries; ++i) store(q + i * W, exp_unclamped<2>(load(q + i * W)));
+    for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_unclamped<2>(load(k + j * W)));
   }
 
   g += head * chunk.queries * p.Tk + first_key;

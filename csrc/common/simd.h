@@ -156,11 +156,10 @@ FUSEDATTN_INLINE Vec<float> reciprocal(Vec<float> x) {
 FUSEDATTN_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
 // exp(FACTOR x) for FACTOR 1 or 2 to 2 ulp, as 2^n 2^f: n = round(FACTOR x log2 e), |f| <= 1/2, and a polynomial
-// (Chebyshev fit of (2^f - 1) / f, error 5e-9) for 2^f. Wants FACTOR x <= 87 and takes -87 for
-// anything less: the result is a normal number. NaN stays NaN.
+// (Chebyshev fit of (2^f - 1) / f, error 5e-9) for 2^f. Any number may come out where |FACTOR x| > 87. NaN stays
+// NaN.
 template <int FACTOR = 1>
-FUSEDATTN_INLINE Vec<float> exp_below(Vec<float> x) {
-  x = max(splat(-87.0f / FACTOR), x);
+FUSEDATTN_INLINE Vec<float> exp_unclamped(Vec<float> x) {
 #if defined(__AVX512F__)
   const Vec<float> n = _mm512_roundscale_ps(x * (FACTOR * 1.44269502f), _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -187,10 +186,10 @@ FUSEDATTN_INLINE Vec<float> exp_below(Vec<float> x) {
 #endif
 }
 
-// As above in float64, for FACTOR x <= 708: Taylor polynomial of degree 13, truncation error 4e-18.
+// As above in float64, for |FACTOR x| <= 708: Taylor polynomial of degree 13, truncation error 4e-18.
 template <int FACTOR = 1>
-FUSEDATTN_INLINE Vec<double> exp_below(Vec<double> x) {
-  x = max(splat(-708.0), x * double(FACTOR));
+FUSEDATTN_INLINE Vec<double> exp_unclamped(Vec<double> x) {
+  x *= double(FACTOR);
   const double ROUND = 6755399441055744.0;  // 1.5 * 2^52
   const Vec<double> shifted = x * 1.4426950408889634074 + ROUND;
   const Vec<double> n = shifted - ROUND;
@@ -212,8 +211,8 @@ FUSEDATTN_INLINE Vec<double> exp_below(Vec<double> x) {
 }
 
 // exp(x) with x clamped to where the result and its reciprocal are normal numbers.
-FUSEDATTN_INLINE Vec<float> exp(Vec<float> x) { return exp_below(min(splat(87.0f), max(splat(-87.0f), x))); }
-FUSEDATTN_INLINE Vec<double> exp(Vec<double> x) { return exp_below(min(splat(708.0), x)); }
+FUSEDATTN_INLINE Vec<float> exp(Vec<float> x) { return exp_unclamped(min(splat(87.0f), max(splat(-87.0f), x))); }
+FUSEDATTN_INLINE Vec<double> exp(Vec<double> x) { return exp_unclamped(min(splat(708.0), max(splat(-708.0), x))); }
 
 // tanh(x) with relative accuracy near zero, where 1 - 2 / (1 + exp(2x)) only has that of 1.
 FUSEDATTN_INLINE Vec<float> tanh(Vec<float> x) {

@@ -35,11 +35,20 @@ FUSEDATTN_INLINE void store_tail(S* p, Vec<Arithmetic<S>> v, int64_t n) {
   __builtin_memcpy(p, tail, n * sizeof(S));
 }
 
-// 1 / (1 + exp(-z)), 0 far below: -inf times it is NaN, as in PyTorch.
+// s = 1 / (1 + exp(-z)), and 1 - s without cancellation. Far below s is 0: -inf times it is NaN, as in PyTorch.
+template <typename T>
+struct Logistic {
+  Vec<T> s, complement;
+};
+template <typename T>
+FUSEDATTN_INLINE Logistic<T> logistic(Vec<T> z) {
+  const Vec<T> e = exp(-z);
+  const Vec<T> s = reciprocal(1 + e);
+  return {z < (sizeof(T) == 4 ? T(-87) : T(-708)) ? Vec<T>{} : s, e * s};
+}
 template <typename T>
 FUSEDATTN_INLINE Vec<T> sigmoid(Vec<T> z) {
-  const Vec<T> s = reciprocal(1 + exp(-z));
-  return z < (sizeof(T) == 4 ? T(-87) : T(-708)) ? Vec<T>{} : s;
+  return logistic<T>(z).s;
 }
 
 // erfc(z) / 2 for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2), relative error 1.2e-7 (Chebyshev fit,
@@ -94,22 +103,22 @@ FUSEDATTN_INLINE Vec<T> slope(Vec<T> z) {
   if constexpr (activation == Activation::RELU) return z > 0 ? one : Vec<T>{};
   if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? one : splat(T(LEAKY_SLOPE));
   if constexpr (activation == Activation::SILU) {
-    const Vec<T> s = sigmoid<T>(z);
-    return s * (1 + z * (1 - s));
+    const Logistic<T> p = logistic<T>(z);
+    return p.s * (1 + z * p.complement);
   }
   if constexpr (activation == Activation::GELU)
     return normal_cdf<T>(z) + z * (T(INV_SQRT_2PI) * exp(T(-0.5) * z * z));
   if constexpr (activation == Activation::GELU_TANH) {
-    const Vec<T> s = sigmoid<T>(gelu_tanh_argument<T>(z));
-    return s + z * s * (1 - s) * (T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z));
+    const Logistic<T> p = logistic<T>(gelu_tanh_argument<T>(z));
+    return p.s + z * p.s * p.complement * (T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z));
   }
   if constexpr (activation == Activation::TANH) {
     const Vec<T> t = tanh(z);
     return 1 - t * t;
   }
   if constexpr (activation == Activation::SIGMOID) {
-    const Vec<T> s = sigmoid<T>(z);
-    return s * (1 - s);
+    const Logistic<T> p = logistic<T>(z);
+    return p.s * p.complement;
   }
   return one;
 }
