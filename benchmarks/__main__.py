@@ -9,14 +9,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cases, contenders, levels, machine, measure, memory, plots, report
+from . import cases, contenders, fresh, levels, machine, measure, memory, plots, report
 
 README = machine.ROOT / "README.md"
 SWEEP_LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -35,15 +34,14 @@ class Plan:
         self.level_rounds = 4 if full else 0
 
 
-def sweep_functions(case: cases.AttentionCase, mode: str) -> dict[str, Callable]:
+def sweep_contenders(case: cases.AttentionCase, mode: str) -> list[str]:
     """One form of each contender, eager and compiled code only where their memory allows."""
-    functions = contenders.of(case)
-    keep = [contenders.FUSED]
+    names = [contenders.FUSED]
     if case.eager_bytes(mode) <= EAGER_LIMIT:
-        keep.append("eager @")
+        names.insert(0, "eager @")
     if case.eager_bytes(mode) <= machine.available_memory() // 2:
-        keep.append("compile sum")
-    return {name: f for name, f in functions.items() if name in keep}
+        names.insert(-1, "compile sum")
+    return names
 
 
 def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
@@ -52,6 +50,7 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
     film = cases.film(sizes)
     sweep = cases.sweep(SWEEP_LENGTHS)
     every = [("attention", case) for case in cases.ATTENTION] + [("film", case) for case in film]
+    every.append(("small", cases.SMALL))
     started = time.time()
     result: dict = {"machine": machine.stamp(), "rows": []}
     rows: list[dict] = result["rows"]
@@ -63,7 +62,7 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
         TimeElapsedColumn(),
         console=console,
     )
-    steps = 2 + len(every) + 1 + len(sweep) * len(plan.sweep_modes) + bool(plan.level_rounds)
+    steps = 2 + len(every) + len(sweep) * len(plan.sweep_modes) + bool(plan.level_rounds)
     memory_jobs = []
     with bar:
         task = bar.add_task("ceilings", total=steps)
@@ -80,32 +79,30 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
             rows.extend(new)
             bar.update(task, advance=1)
 
-        before = measure.ceilings(sizes)
+        before = fresh.call(measure.ceilings, sizes)
         done("ceilings")
 
         for group, case in every:
             bar.update(task, description=case.name)
-            functions = contenders.of(case)
-            data = case.inputs(), case.grad_output()
-            measure.check_agreement(case, functions, *data)
-            new = measure.time_case(group, case, functions, cases.MODES, plan.rounds, plan.min_seconds, data)
+            measure.check_agreement(case, contenders.of(case), case.inputs(), case.grad_output())
+            arguments = (cases.MODES, plan.rounds, plan.min_seconds)
+            if case is cases.SMALL:
+                arguments = (cases.MODES, SMALL_ROUNDS, 0.01)
+            new = fresh.call(measure.time_case, group, case, *arguments)
             if isinstance(case, cases.FilmCase):
                 new = [{**row, "size": case.size} for row in new]
             done(case.name, new)
-            memory_jobs += [(group, case, mode, _fastest(new, mode)) for mode in cases.MODES]
-
-        bar.update(task, description="a small call")
-        functions = contenders.of(cases.SMALL)
-        measure.check_agreement(cases.SMALL, functions, cases.SMALL.inputs(), cases.SMALL.grad_output())
-        done("small call", measure.time_case("small", cases.SMALL, functions, cases.MODES, SMALL_ROUNDS, 0.01))
+            if group != "small":
+                memory_jobs += [(group, case, mode, _fastest(new, mode)) for mode in cases.MODES]
 
         for mode in plan.sweep_modes:
             for case in sweep:
                 bar.update(task, description=f"sweep {case.name}")
-                functions = sweep_functions(case, mode)
-                new = measure.time_case("sweep", case, functions, (mode,), plan.sweep_rounds, plan.min_seconds)
+                names = sweep_contenders(case, mode)
+                arguments = ((mode,), plan.sweep_rounds, plan.min_seconds, names)
+                new = fresh.call(measure.time_case, "sweep", case, *arguments)
                 done(case.name, [{**row, "length": case.Tq} for row in new])
-                memory_jobs.append(("sweep", case, mode, list(functions)))
+                memory_jobs.append(("sweep", case, mode, names))
 
         if plan.level_rounds:
             bar.update(task, description="CPU levels")
@@ -113,7 +110,7 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
 
         bar.update(task, description="ceilings again")
         # the better of the two: a ceiling lowered by a busy machine would flatter
-        after = measure.ceilings(sizes)
+        after = fresh.call(measure.ceilings, sizes)
         result["ceilings"] = ceilings = {name: max(before[name], after[name]) for name in before}
         done("ceilings")
 

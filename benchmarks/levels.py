@@ -1,18 +1,11 @@
 """fusedattn's time at each CPU level. The level is read once per process, so each has its own."""
 
-import json
-import os
 import statistics
-import subprocess
-import sys
-
-import torch
 
 from fusedattn._library import cpu_capability
 
-from . import contenders, measure
-from .cases import ATTENTION, MODES, Case, from_json, to_json
-from .machine import ROOT
+from . import contenders, fresh, measure
+from .cases import ATTENTION, MODES, Case
 
 LEVELS = ("default", "avx2", "avx512")
 
@@ -20,22 +13,10 @@ LEVELS = ("default", "avx2", "avx512")
 def rows(rounds: int, cases: tuple[Case, ...] = ATTENTION) -> list[dict]:
     """Rows of group "levels", the contender being the level. Processes alternate, as contenders do."""
     levels = LEVELS[: LEVELS.index(cpu_capability()) + 1]
-    request = json.dumps({"threads": torch.get_num_threads(), "cases": [to_json(case) for case in cases]})
     found: dict[tuple, list[dict]] = {}
     for n in range(rounds):
         for level in levels if n % 2 == 0 else reversed(levels):
-            environment = {**os.environ, "FUSEDATTN_CPU_CAPABILITY": level}
-            command = [sys.executable, "-m", "benchmarks.levels"]
-            done = subprocess.run(
-                command,
-                input=request,
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                check=True,
-            )
-            for row in json.loads(done.stdout):
+            for row in fresh.call(_rows, cases, environment={"FUSEDATTN_CPU_CAPABILITY": level}):
                 found.setdefault((row["case"], row["mode"], level), []).append(row)
     merged = []
     for (_, _, level), several in found.items():
@@ -47,16 +28,6 @@ def rows(rounds: int, cases: tuple[Case, ...] = ATTENTION) -> list[dict]:
     return merged
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    torch.set_num_threads(request["threads"])
-    found = []
-    for fields in request["cases"]:
-        case = from_json(fields)
-        fused = {contenders.FUSED: contenders.of(case, compile=False)[contenders.FUSED]}
-        found += measure.time_case("levels", case, fused, MODES, rounds=5, min_seconds=0.02)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+def _rows(cases: tuple[Case, ...]) -> list[dict]:
+    names = [contenders.FUSED]
+    return [row for case in cases for row in measure.time_case("levels", case, MODES, 5, 0.02, names)]

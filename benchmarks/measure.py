@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil, sqrt
 
 import torch
@@ -94,14 +94,16 @@ def _seconds(run: Callable, repeats: int) -> float:
 def time_case(
     group: str,
     case: Case,
-    functions: dict[str, Callable],
     modes: tuple[str, ...],
     rounds: int,
     min_seconds: float,
-    data: tuple | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[dict]:
-    """One row per mode and contender."""
-    inputs, grad = data or (case.inputs(), case.grad_output())
+    """One row per mode and contender; ``names`` limits the contenders."""
+    functions = contenders.of(case)
+    if names is not None:
+        functions = {name: functions[name] for name in names}
+    inputs, grad = case.inputs(), case.grad_output()
     rows = []
     for mode in modes:
         steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
