@@ -1,5 +1,6 @@
 """Chooses a backend and says why the others cannot run: one predicate per backend does both."""
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -78,3 +79,20 @@ def autocast(t: Tensor) -> Tensor:
     if not t.is_floating_point() or t.dtype == torch.float64:
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
+
+
+def signature_kept(function: type) -> type:
+    """Class decorator: the signature that ``autograd.Function.apply`` else works out anew in every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
+
+
+def traced(tensors) -> tuple:
+    """Views of tensors while torch.compile traces, else the tensors (or None) themselves.
+
+    Under ``torch.func.grad`` dynamo does not know of its inputs that they require gradients, takes a Function for
+    inference, and the gradients come out zero. It knows of what is made from them.
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(tensors)
+    return tuple(t if t is None else t.view_as(t) for t in tensors)

@@ -242,6 +242,16 @@ def test_compile_without_graph_breaks():
         torch.testing.assert_close(*results)
 
 
+def test_compile_of_gradient():
+    def loss(x, gamma, beta):
+        return film(x, gamma, beta, activation="silu").square().sum()
+
+    gradient = torch.func.grad(loss, (0, 1, 2))
+    compiled = torch.compile(lambda *inputs: gradient(*inputs), fullgraph=True, backend="aot_eager")
+    inputs = torch.randn(2, 3, 5), torch.randn(2, 3), torch.randn(3)
+    torch.testing.assert_close(compiled(*inputs), gradient(*inputs))
+
+
 def test_function_transforms():
     x, gamma, beta = torch.randn(4, 2, 3, 5), torch.randn(4, 3), torch.randn(2, 3)
 

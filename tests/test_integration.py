@@ -340,12 +340,13 @@ def test_compile_does_not_recompile_for_every_length(fresh_dynamo):
     assert len(graphs) == 1
 
 
-def test_compile_of_transforms(fresh_dynamo):
-    inputs = make_inputs(requires_grad=False)
+@pytest.mark.parametrize("H", [None, 2])
+def test_compile_of_transforms(H, fresh_dynamo):
+    inputs = make_inputs(H=H, requires_grad=False)
     gradient = torch.func.grad(loss, ALL)
     compiled = torch.compile(lambda *i: gradient(*i), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), gradient(*inputs))
-    batched = make_inputs(N=(3,), requires_grad=False)
+    batched = make_inputs(H=H, N=(3,), requires_grad=False)
     compiled = torch.compile(lambda *i: torch.vmap(additive_attention)(*i), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*batched), torch.vmap(additive_attention)(*batched))
 

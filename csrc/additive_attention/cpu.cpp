@@ -410,16 +410,15 @@ Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, c
     } else {
       std::fill_n(g.get(), rows * p.Tk, T(0));
     }
+    const T* extra = grad_weights ? grad_weights->template const_data_ptr<T>() + first_row * p.Tk : nullptr;
+    const T* dl = grad_lse ? grad_lse->template const_data_ptr<T>() + first_row : nullptr;
+    const T* l = lse.template const_data_ptr<T>() + first_row;
     parallel<T>(rows, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t row = first; row < last; ++row) {
-        if (grad_weights) {
-          const T* extra = grad_weights->template const_data_ptr<T>() + (first_row + row) * p.Tk;
-          for (int64_t j = 0; j < p.Tk; ++j) g.get()[row * p.Tk + j] += extra[j];
-        }
-        const T dl = grad_lse ? grad_lse->template const_data_ptr<T>()[first_row + row] : T(0);
-        row_sums.get()[first_row + row] =
-            kernel.grad_scores(p, s + row * p.Tk, lse.template const_data_ptr<T>()[first_row + row], dl,
-                               probabilities.get() + row * p.Tk, g.get() + row * p.Tk);
+        T* g_row = g.get() + row * p.Tk;
+        for (int64_t j = 0; extra != nullptr && j < p.Tk; ++j) g_row[j] += extra[row * p.Tk + j];
+        row_sums.get()[first_row + row] = kernel.grad_scores(
+            p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
       }
     });
     if (grad_context) {

@@ -75,11 +75,13 @@ bool same_strides(const Tensor& a, const Tensor& b) {
 struct Layout {
   Tensor x;
   int64_t B, M, C, N;
+  bool copied = false;
 
   Layout(const Tensor& input, int64_t channel_dim) : x(input) {
     std::vector<int64_t> order = memory_order(x);
     if (!dense_in(x, order) || order[0] != 0) {
       x = torch::stable::contiguous(x);
+      copied = true;
       std::iota(order.begin(), order.end(), 0);
     }
     B = x.size(0), M = 1, C = x.size(channel_dim), N = 1;
@@ -125,12 +127,15 @@ ChannelValues channel_values(const OptionalTensor& source, const Layout& layout,
                   "film: gamma and beta must be (C,) or (B, C)");
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const Tensor t = torch::stable::contiguous(torch::stable::to(*source, type));
-  for (int64_t n = 0; n < rows * C; ++n) out[n] = t.const_data_ptr<T>()[n] + offset;
+  const T* in = t.const_data_ptr<T>();
+  for (int64_t n = 0; n < rows * C; ++n) out[n] = in[n] + offset;
   return values;
 }
 
-// y with the strides that empty_like gives for x, which is what the operator's fake promises.
-Tensor restored(const Tensor& y, const Tensor& x) {
+// y with the strides that empty_like gives for x, which is what the operator's fake promises. Where x is dense it
+// gave them already.
+Tensor restored(const Tensor& y, const Tensor& x, const Layout& layout) {
+  if (!layout.copied) return y;
   Tensor out = torch::stable::empty_like(x);
   if (same_strides(out, y)) return y;
   torch::stable::copy_(out, y);
@@ -138,6 +143,35 @@ Tensor restored(const Tensor& y, const Tensor& x) {
 }
 
 const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
+
+// Tasks over (B, M, C) runs of N elements: neighbouring channels share one where runs are short, and long runs are
+// cut into pieces.
+struct Runs {
+  const Layout& in;
+  int64_t pieces, group, groups, tasks, grain;
+
+  explicit Runs(const Layout& layout) : in(layout) {
+    pieces = ceil_div(in.N, PIECE);
+    group = std::min(in.C, std::max<int64_t>(1, PIECE / in.N));
+    groups = ceil_div(in.C, group);
+    tasks = in.B * in.M * groups * pieces;
+    grain = std::max<int64_t>(1, PIECE / (group * in.N));
+  }
+
+  struct Task {
+    int64_t b, c, channels, element, length, part;  // part: its first place among (B, M, C, pieces) sums
+  };
+  Task task(int64_t n) const {
+    const int64_t piece = n % pieces, c = n / pieces % groups * group, row = n / (pieces * groups);
+    const int64_t run = row * in.C + c;
+    return {row / in.M,
+            c,
+            std::min(group, in.C - c),
+            run * in.N + piece * PIECE,
+            std::min(PIECE, in.N - piece * PIECE),
+            run * pieces + piece};
+  }
+};
 
 template <typename T>
 Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, const OptionalTensor& beta,
@@ -155,16 +189,13 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
   const auto at = [&](int64_t element) { return r == nullptr ? nullptr : r + element * size; };
 
   if (in.N > 1) {
-    // Neighbouring runs share a task where they are short.
-    const int64_t pieces = ceil_div(in.N, PIECE), runs = in.B * in.M * in.C * pieces;
-    const int64_t grain = std::max<int64_t>(1, PIECE / in.N);
-    torch::stable::parallel_for(0, runs, grain, [&](int64_t first, int64_t last) {
+    const Runs runs(in);
+    torch::stable::parallel_for(0, runs.tasks, runs.grain, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
-        const int64_t run = n / pieces, begin = n % pieces * PIECE, c = run % in.C, b = run / (in.C * in.M);
-        const int64_t element = run * in.N + begin;
-        kernels().forward_run(type, activation, std::min(PIECE, in.N - begin), x + element * size,
-                              scale.row(b) + c * sizeof(T), shift.row(b) + c * sizeof(T), at(element),
-                              out + element * size);
+        const Runs::Task t = runs.task(n);
+        kernels().forward_runs(type, activation, t.channels, t.length, x + t.element * size,
+                               scale.row(t.b) + t.c * sizeof(T), shift.row(t.b) + t.c * sizeof(T), at(t.element),
+                               out + t.element * size);
       }
     });
   } else {
@@ -223,16 +254,16 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
   int64_t pieces;
   std::vector<T> dz_x, dz;
   if (runs) {
-    pieces = ceil_div(in.N, PIECE);
-    const int64_t count = in.B * in.M * in.C * pieces;
-    dz_x.resize(count), dz.resize(count);
-    torch::stable::parallel_for(0, count, std::max<int64_t>(1, PIECE / in.N), [&](int64_t first, int64_t last) {
+    const Runs cut(in);
+    pieces = cut.pieces;
+    dz_x.resize(in.B * in.M * in.C * pieces), dz.resize(dz_x.size());
+    torch::stable::parallel_for(0, cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
-        const int64_t run = n / pieces, begin = n % pieces * PIECE, c = run % in.C, b = run / (in.C * in.M);
-        const int64_t element = run * in.N + begin;
-        kernels().backward_run(type, activation, std::min(PIECE, in.N - begin), dy + element * size,
-                               x + element * size, scale.row(b) + c * sizeof(T), shift.row(b) + c * sizeof(T),
-                               out + element * size, &dz_x[n], &dz[n]);
+        const Runs::Task t = cut.task(n);
+        kernels().backward_runs(type, activation, t.channels, t.length, dy + t.element * size,
+                                x + t.element * size, scale.row(t.b) + t.c * sizeof(T),
+                                shift.row(t.b) + t.c * sizeof(T), out + t.element * size, &dz_x[t.part],
+                                &dz[t.part]);
       }
     });
   } else {
@@ -262,7 +293,7 @@ Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTens
   return restored(type == FilmType::DOUBLE
                       ? forward<double>(in, type, gamma, beta, gamma_offset, activation, residual)
                       : forward<float>(in, type, gamma, beta, gamma_offset, activation, residual),
-                  x);
+                  x, in);
 }
 
 Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
@@ -279,7 +310,7 @@ Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTen
   auto [dx, dgamma, dbeta] = type == FilmType::DOUBLE
                                  ? backward<double>(grad_output, in, type, gamma, beta, gamma_offset, activation)
                                  : backward<float>(grad_output, in, type, gamma, beta, gamma_offset, activation);
-  return {restored(dx, x), dgamma, dbeta};
+  return {restored(dx, x, in), dgamma, dbeta};
 }
 
 }  // namespace

@@ -249,12 +249,14 @@ FUSEDATTN_INLINE const To* as(const void* p) {
   return static_cast<const To*>(p);
 }
 
-void forward_run(FilmType type, int64_t activation, int64_t n, const void* x, const void* scale, const void* shift,
-                 const void* residual, void* y) {
+void forward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, const void* x, const void* scale,
+                  const void* shift, const void* residual, void* y) {
   with_type(type, activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
-    decltype(run)::forward(n, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual), static_cast<S*>(y));
+    for (int64_t c = 0; c < runs; ++c)
+      decltype(run)::forward(n, as<S>(x) + c * n, as<T>(scale) + c, as<T>(shift) + c,
+                             residual == nullptr ? nullptr : as<S>(residual) + c * n, static_cast<S*>(y) + c * n);
   });
 }
 
@@ -268,13 +270,15 @@ void forward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, co
   });
 }
 
-void backward_run(FilmType type, int64_t activation, int64_t n, const void* dy, const void* x, const void* scale,
-                  const void* shift, void* dx, void* sum_dz_x, void* sum_dz) {
+void backward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, const void* dy, const void* x,
+                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz) {
   with_type(type, activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
-    decltype(run)::backward(n, as<S>(dy), as<S>(x), as<T>(scale), as<T>(shift), static_cast<S*>(dx),
-                            static_cast<T*>(sum_dz_x), static_cast<T*>(sum_dz));
+    for (int64_t c = 0; c < runs; ++c)
+      decltype(run)::backward(n, as<S>(dy) + c * n, as<S>(x) + c * n, as<T>(scale) + c, as<T>(shift) + c,
+                              static_cast<S*>(dx) + c * n, static_cast<T*>(sum_dz_x) + c,
+                              static_cast<T*>(sum_dz) + c);
   });
 }
 
@@ -290,7 +294,7 @@ void backward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, c
 
 }  // namespace
 
-extern const FilmKernels film = {forward_run, forward_rows, backward_run, backward_rows};
+extern const FilmKernels film = {forward_runs, forward_rows, backward_runs, backward_rows};
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

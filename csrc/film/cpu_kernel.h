@@ -12,15 +12,15 @@ namespace fusedattn {
 enum class FilmType { FLOAT, DOUBLE, HALF, BFLOAT16 };
 
 struct FilmKernels {
-  // y = activation(scale x + shift) + residual over n elements of one channel (scale and shift are scalars) ...
-  void (*forward_run)(FilmType, int64_t activation, int64_t n, const void* x, const void* scale, const void* shift,
-                      const void* residual, void* y);
+  // y = activation(scale x + shift) + residual over `runs` channels of n elements each ...
+  void (*forward_runs)(FilmType, int64_t activation, int64_t runs, int64_t n, const void* x, const void* scale,
+                       const void* shift, const void* residual, void* y);
   // ... or over `rows` rows of C channels.
   void (*forward_rows)(FilmType, int64_t activation, int64_t rows, int64_t C, const void* x, const void* scale,
                        const void* shift, const void* residual, void* y);
-  // dz = dy activation'(z), dx = scale dz; writes sum of dz x and of dz, per channel for rows.
-  void (*backward_run)(FilmType, int64_t activation, int64_t n, const void* dy, const void* x, const void* scale,
-                       const void* shift, void* dx, void* sum_dz_x, void* sum_dz);
+  // dz = dy activation'(z), dx = scale dz; writes the sums of dz x and of dz, one per channel.
+  void (*backward_runs)(FilmType, int64_t activation, int64_t runs, int64_t n, const void* dy, const void* x,
+                        const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz);
   void (*backward_rows)(FilmType, int64_t activation, int64_t rows, int64_t C, const void* dy, const void* x,
                         const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz);
 };

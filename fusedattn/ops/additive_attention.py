@@ -28,7 +28,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fusedattn import _library
-from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, cpu_reasons, needs_function
+from fusedattn._dispatch import (
+    UnsupportedError,
+    autocast,
+    autocast_enabled,
+    choose,
+    cpu_reasons,
+    needs_function,
+    signature_kept,
+    traced,
+)
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -42,21 +51,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None, is_causal: bool) -> Tensor:
-    """bool (B, H, Tq, Tk): True where a query may attend to a key."""
-    B, H, Tq, Tk = shape
-    visible = torch.ones(1, 1, Tq, Tk, dtype=torch.bool, device=device)
+    """bool (B, [H,] Tq, Tk): True where a query may attend to a key."""
+    B, Tq, Tk = shape[0], shape[-2], shape[-1]
+    visible = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
     if is_causal:
         visible = visible.tril()
     if key_lengths is not None:
-        visible = visible & (torch.arange(Tk, device=device) < key_lengths[:, None]).view(B, 1, 1, Tk)
+        within = torch.arange(Tk, device=device) < key_lengths[:, None]
+        visible = visible & within.view(B, *(1,) * (len(shape) - 2), Tk)
     if mask is not None:
         visible = visible & mask
-    return visible.expand(B, H, Tq, Tk)
+    return visible.expand(shape)
 
 
 def _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
-    """(context, lse, weights) of 4-D inputs in plain PyTorch, differentiable to any order."""
-    scores = (torch.tanh(query.unsqueeze(3) + key.unsqueeze(2)) * weight[:, None, None]).sum(-1) * scale
+    """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
+    scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = _visible_keys(scores.shape, scores.device, mask, key_lengths, is_causal)
@@ -168,6 +178,7 @@ if _library.EXTENSION_ERROR is None:
 # Functions. Optional tensors come before the options; the order is that of the raw ops.
 
 
+@signature_kept
 class _AdditiveAttention(Function):
     @staticmethod
     def forward(
@@ -221,14 +232,15 @@ class _AdditiveAttention(Function):
             grad_weights = None
         if grad_context is None and grad_lse is None and grad_weights is None:
             return (None,) * 13
-        grads = _AdditiveAttentionBackward.apply(
-            grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores
-        )
+        given = [grad for grad in (grad_context, grad_lse, grad_weights) if grad is not None]
+        twice = needs_function((*given, *tensors[:4]))
+        bwd = _AdditiveAttentionBackward.apply if twice else torch.ops.fusedattn.additive_attention_bwd
+        grads = bwd(grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores)
         return (*grads, *(None,) * 9)
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        fold = _Fold(info.batch_size, in_dims, args)
+        fold = _Fold(info.batch_size, in_dims, args, query=0)
         mask, key_lengths = fold.mask_and_lengths(query=0, key=1, mask=4)
         outputs = _AdditiveAttention.apply(
             *(fold(n) for n in range(3)), fold.weight(3), mask, key_lengths, None, 0.0, *args[8:]
@@ -314,7 +326,7 @@ class _AdditiveAttentionBackward(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        fold = _Fold(info.batch_size, in_dims, args)
+        fold = _Fold(info.batch_size, in_dims, args, query=3)
         mask, key_lengths = fold.mask_and_lengths(query=3, key=4, mask=7)
         outputs = _AdditiveAttentionBackward.apply(
             *(fold(n) for n in range(6)),
@@ -330,25 +342,30 @@ class _AdditiveAttentionBackward(Function):
 
 
 class _Fold:
-    """Folds a vmapped dimension of size N into the heads: N of (B, H, ...) become (B, N H, ...).
+    """Folds a vmapped dimension of size N into the heads: N of (B, H, ...) become (B, N H, ...), or (B, N, ...).
 
-    Heads, because each of them has its own weight, and because with H = 1 (three-dimensional inputs) a tensor
-    that is not vmapped is expanded with stride 0, not copied.
+    Heads, because each of them has its own weight, and because without heads a tensor that is not vmapped is
+    expanded with stride 0, not copied.
     """
 
-    def __init__(self, N, in_dims, args):
+    def __init__(self, N, in_dims, args, query):
         self.N, self.in_dims, self.args = N, in_dims, args
+        self.heads = args[query].dim() - (in_dims[query] is not None) == 4
+
+    def _joined(self, t, dim):
+        return t.flatten(dim, dim + 1) if self.heads else t
 
     def __call__(self, n):
         t, dim = self.args[n], self.in_dims[n]
         if t is None or t.dim() == 1:  # absent, or the (0,) of an output that was not asked for
             return t
-        t = t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
-        return t.flatten(1, 2)
+        return self._joined(
+            t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1), 1
+        )
 
     def weight(self, n):
         t, dim = self.args[n], self.in_dims[n]
-        return (t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+        return self._joined(t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0), 0)
 
     def mask_and_lengths(self, query, key, mask):
         """Both arguments, folded (lengths follow the mask); lengths that differ over N become part of the mask."""
@@ -363,6 +380,8 @@ class _Fold:
     def unfolded(self, outputs):
         """The outputs with N apart from the heads, and where it is in each."""
         dims = tuple(None if t.dim() == 1 else 0 if t.dim() == 2 else 1 for t in outputs)
+        if not self.heads:
+            return tuple(outputs), dims
         split = (t if d is None else t.unflatten(d, (self.N, -1)) for t, d in zip(outputs, dims, strict=True))
         return tuple(split), dims
 
@@ -445,7 +464,7 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     compiling = torch.compiler.is_compiling()
     if compiling and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, *others))):
         return False
-    (Tq, D), Tk = query.shape[2:], key.shape[2]
+    (Tq, D), Tk = query.shape[-2:], key.shape[-2]
     return Tq * Tk <= (Tq + Tk) * D
 
 
@@ -578,34 +597,20 @@ def attend(
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64)
     options = (mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap)
-    no_heads = query.dim() == 3
-    if backend == "cpu" and not needs_function((query, key, value, weight)):
-        # A Function and the views around it cost more than a small problem.
-        if not no_heads and weight.dim() == 1:
-            weight = weight.expand(query.shape[1], -1)
-        elif no_heads and weight.dim() == 2:
-            weight = weight[0]
-        outputs = torch.ops.fusedattn.additive_attention_fwd(
-            query, key, value, weight, *options, return_weights, False
-        )
-        return _requested(*outputs[:3], return_weights, return_lse)
-    if no_heads:
-        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unsqueeze(1)
-    if weight.dim() == 1:
+    if query.dim() == 4 and weight.dim() == 1:
         weight = weight.expand(query.shape[1], -1)
+    elif query.dim() == 3 and weight.dim() == 2:
+        weight = weight[0]
+    inputs = (query, key, value, weight)
     if backend == "reference":
-        context, lse, weights = _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap)
-    else:
-        keep = _keeps_scores(query, key, weight, value)
-        context, lse, weights, _ = _AdditiveAttention.apply(
-            query, key, value, weight, mask, *options[1:], return_weights, keep
+        context, lse, weights = _reference(*inputs, mask, key_lengths, is_causal, scale, softcap)
+    elif needs_function(inputs):
+        keep = _keeps_scores(*inputs)
+        context, lse, weights, _ = _AdditiveAttention.apply(*traced(inputs), *options, return_weights, keep)
+    else:  # a Function costs more than a small problem
+        context, lse, weights, _ = torch.ops.fusedattn.additive_attention_fwd(
+            *inputs, *options, return_weights, False
         )
-    if no_heads:
-        context = context.squeeze(1)
-        lse = lse.squeeze(1) if return_lse else None
-        weights = weights.squeeze(1) if return_weights else None
     return _requested(context, lse, weights, return_weights, return_lse)
 
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fusedattn import _library
-from fusedattn._dispatch import autocast, autocast_enabled, choose, cpu_reasons, needs_function
+from fusedattn._dispatch import (
+    autocast,
+    autocast_enabled,
+    choose,
+    cpu_reasons,
+    needs_function,
+    signature_kept,
+    traced,
+)
 
 # In the order of csrc/film/formula.h.
 ACTIVATIONS = {
@@ -104,6 +112,7 @@ if _library.EXTENSION_ERROR is None:
 # Functions
 
 
+@signature_kept
 class _FiLM(Function):
     @staticmethod
     def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation):
@@ -118,7 +127,9 @@ class _FiLM(Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, gamma, beta = ctx.saved_tensors
-        dx, dgamma, dbeta = _FiLMBackward.apply(grad_output, x, gamma, beta, *ctx.options)
+        twice = needs_function([t for t in (grad_output, x, gamma, beta) if t is not None])
+        film_bwd = _FiLMBackward.apply if twice else torch.ops.fusedattn.film_bwd
+        dx, dgamma, dbeta = film_bwd(grad_output, x, gamma, beta, *ctx.options)
         return (
             dx,
             None if gamma is None else dgamma,
@@ -319,5 +330,6 @@ def film(
         return _reference(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
     number = _NUMBERS[activation]
     if needs_function([t for t in (x, gamma, beta, residual) if t is not None]):
-        return _FiLM.apply(x, gamma, beta, residual, channel_dim, gamma_offset, number)
+        tensors = traced((x, gamma, beta, residual))
+        return _FiLM.apply(*tensors, channel_dim, gamma_offset, number)
     return torch.ops.fusedattn.film_fwd(x, gamma, beta, channel_dim, gamma_offset, number, residual)
