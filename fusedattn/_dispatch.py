@@ -71,7 +71,8 @@ def needs_function(tensors) -> bool:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device (some, like meta, have none)."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
 
 
 def autocast(t: Tensor) -> Tensor:

@@ -98,8 +98,15 @@ View<const T> view(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Straight from the C interface: torch::stable::empty goes through the dispatcher, which a small call notices.
 Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  Tensor t = torch::stable::empty(shape, type);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t n = shape.size(); n-- > 1;) strides[n - 1] = strides[n] * std::max<int64_t>(shape[n], 1);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
   advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
   return t;
 }
