@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+from math import inf
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from . import cases, contenders, fresh, levels, machine, measure, memory, plots,
 
 README = machine.ROOT / "README.md"
 SWEEP_LENGTHS = (64, 128, 256, 512, 1024, 2048)
-EAGER_LIMIT = 4 << 30  # bytes of (B, Tq, Tk, D) tensors up to which the sweep runs eager
 SMALL_ROUNDS = 21  # microseconds each: many rounds cost nothing
 
 
@@ -29,15 +29,18 @@ class Plan:
     def __init__(self, full: bool):
         self.rounds = 11 if full else 5
         self.min_seconds = 0.1 if full else 0.02
+        self.budget = inf if full else 4.0  # seconds of a case and mode from the fourth round on
+        self.memory_modes = cases.MODES if full else ("training",)
         self.sweep_modes = cases.MODES if full else ("training",)
         self.sweep_rounds = 5 if full else 3
+        self.eager_limit = (4 if full else 1) << 30  # bytes of (B, Tq, Tk, D) tensors for the sweep's eager
         self.level_rounds = 4 if full else 0
 
 
-def sweep_contenders(case: cases.AttentionCase, mode: str) -> list[str]:
+def sweep_contenders(case: cases.AttentionCase, mode: str, eager_limit: int) -> list[str]:
     """One form of each contender, eager and compiled code only where their memory allows."""
     names = [contenders.FUSED]
-    if case.eager_bytes(mode) <= EAGER_LIMIT:
+    if case.eager_bytes(mode) <= eager_limit:
         names.insert(0, "eager @")
     if case.eager_bytes(mode) <= machine.available_memory() // 2:
         names.insert(-1, "compile sum")
@@ -85,7 +88,7 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
         for group, case in every:
             bar.update(task, description=case.name)
             measure.check_agreement(case, contenders.of(case), case.inputs(), case.grad_output())
-            arguments = (cases.MODES, plan.rounds, plan.min_seconds)
+            arguments = (cases.MODES, plan.rounds, plan.min_seconds, plan.budget)
             if case is cases.SMALL:
                 arguments = (cases.MODES, SMALL_ROUNDS, 0.01)
             new = fresh.call(measure.time_case, group, case, *arguments)
@@ -93,13 +96,13 @@ def run(plan: Plan, console: Console, with_g2p: bool, quick: bool) -> dict:
                 new = [{**row, "size": case.size} for row in new]
             done(case.name, new)
             if group != "small":
-                memory_jobs += [(group, case, mode, _fastest(new, mode)) for mode in cases.MODES]
+                memory_jobs += [(group, case, mode, _fastest(new, mode)) for mode in plan.memory_modes]
 
         for mode in plan.sweep_modes:
             for case in sweep:
                 bar.update(task, description=f"sweep {case.name}")
-                names = sweep_contenders(case, mode)
-                arguments = ((mode,), plan.sweep_rounds, plan.min_seconds, names)
+                names = sweep_contenders(case, mode, plan.eager_limit)
+                arguments = ((mode,), plan.sweep_rounds, plan.min_seconds, plan.budget, names)
                 new = fresh.call(measure.time_case, "sweep", case, *arguments)
                 done(case.name, [{**row, "length": case.Tq} for row in new])
                 memory_jobs.append(("sweep", case, mode, names))

@@ -1,21 +1,29 @@
 """Runs a measurement in a process of its own.
 
 What ran before decides what memory costs: a process that has freed much of its heap serves even large tensors
-from there, without the page faults that a fresh block brings. So every case starts from the same state.
+from there, without the page faults that a fresh block brings. So every case starts from the same state: a fork
+of a server that has imported PyTorch and done nothing else.
 """
 
 import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
-from unittest import mock
 
 import torch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch._dynamo"])
 
 
 def call(function: Callable, *arguments, environment: dict[str, str] | None = None) -> Any:
     """``function(*arguments)`` in a new process with as many threads as here; all of them must pickle."""
-    pool = multiprocessing.get_context("spawn").Pool
-    threads = torch.get_num_threads()
-    with mock.patch.dict(os.environ, environment or {}), pool(1, torch.set_num_threads, (threads,)) as process:
-        return process.apply(function, arguments)
+    with ProcessPoolExecutor(1, _context) as process:
+        return process.submit(_run, environment or {}, torch.get_num_threads(), function, arguments).result()
+
+
+def _run(environment: dict[str, str], threads: int, function: Callable, arguments: tuple) -> Any:
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    return function(*arguments)

@@ -30,4 +30,4 @@ def rows(rounds: int, cases: tuple[Case, ...] = ATTENTION) -> list[dict]:
 
 def _rows(cases: tuple[Case, ...]) -> list[dict]:
     names = [contenders.FUSED]
-    return [row for case in cases for row in measure.time_case("levels", case, MODES, 5, 0.02, names)]
+    return [row for case in cases for row in measure.time_case("levels", case, MODES, 5, 0.02, names=names)]

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from . import contenders
 from .cases import MODES, AttentionCase, Case
 
 EPSILON = torch.finfo(torch.float32).eps
+FAR_BEHIND = 1.25  # times the faster rival's first call
 
 
 class DisagreementError(RuntimeError):
@@ -56,32 +57,46 @@ def alternate(
     rounds: int,
     min_seconds: float,
     rivals: tuple[tuple[str, ...], ...] = (),
-    warm_rounds: int = 1,
+    budget: float = inf,
 ) -> dict[str, list[float]]:
     """Seconds per call of each step, one sample a round.
 
     Rounds run forwards, backwards, and shifted by one each time after that, so that a drift of the machine
-    meets all steps alike. A sample repeats a short step until it has run for min_seconds. Of each group of
-    rivals, which compute the same thing, only the fastest goes on after two rounds.
+    meets all steps alike. A sample repeats a short step until it has run for min_seconds; one call before it
+    is not timed, because a virtual machine hands memory that lies free for seconds back to its host, and
+    whoever touches it next would pay ten times a page fault. Of each group of rivals, which compute the same
+    thing, only the fastest goes on after two rounds, and one far behind never starts. After three rounds no
+    new one begins once `budget` seconds have gone.
     """
-    repeats = {}
+    first = {}
     for name, run in steps.items():
-        for _ in range(warm_rounds):
-            run()
-        repeats[name] = ceil(min_seconds / max(_seconds(run, 1), 1e-9))
+        run()
+        first[name] = max(_seconds(run, 1), 1e-9)
+    repeats = {name: ceil(min_seconds / seconds) for name, seconds in first.items()}
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    order = _without_slower(list(steps), rivals, first, margin=FAR_BEHIND)
+    start = time.perf_counter()
     for n in range(rounds):
+        if n >= 3 and time.perf_counter() - start > budget:
+            break
         for name in order if n % 2 == 0 else reversed(order):
+            steps[name]()
             samples[name].append(_seconds(steps[name], repeats[name]))
         if n == 1:
-            for group in rivals:
-                present = [name for name in group if name in steps]
-                fastest = min(present, key=lambda name: min(samples[name]), default=None)
-                order = [name for name in order if name not in present or name == fastest]
+            order = _without_slower(order, rivals, {name: min(samples[name]) for name in order})
         if n % 2 == 1:
             order = order[1:] + order[:1]
-    return samples
+    return {name: samples[name] or [first[name]] for name in steps}
+
+
+def _without_slower(
+    order: list[str], rivals: tuple[tuple[str, ...], ...], seconds: dict[str, float], margin: float = 1.0
+) -> list[str]:
+    """The names in order, without those that take longer than margin times the fastest of their rivals."""
+    for group in rivals:
+        fastest = min((seconds[name] for name in group if name in order), default=inf)
+        order = [name for name in order if name not in group or seconds[name] <= margin * fastest]
+    return order
 
 
 def _seconds(run: Callable, repeats: int) -> float:
@@ -97,9 +112,10 @@ def time_case(
     modes: tuple[str, ...],
     rounds: int,
     min_seconds: float,
+    budget: float = inf,
     names: Sequence[str] | None = None,
 ) -> list[dict]:
-    """One row per mode and contender; ``names`` limits the contenders."""
+    """One row per mode and contender; ``names`` limits the contenders, for the rest see :func:`alternate`."""
     functions = contenders.of(case)
     if names is not None:
         functions = {name: functions[name] for name in names}
@@ -107,7 +123,7 @@ def time_case(
     rows = []
     for mode in modes:
         steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
-        samples = alternate(steps, rounds, min_seconds, (contenders.EAGER, contenders.COMPILED))
+        samples = alternate(steps, rounds, min_seconds, (contenders.EAGER, contenders.COMPILED), budget)
         for name, seconds in samples.items():
             # a clone moves the bytes of x once in and once out, whatever the step it stands beside
             work = case.work("forward" if name == contenders.CLONE else mode)
