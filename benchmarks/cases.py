@@ -47,11 +47,18 @@ class AttentionCase:
         """Scored elements; a training step is counted once, so that the rates of both modes compare."""
         return self.B * self.Tq * self.Tk * self.D
 
-    def bytes_moved(self, mode: str) -> int:
-        """Least traffic: every input read and output written once, and again by the backward pass."""
-        inputs = self.B * (self.Tq + 2 * self.Tk) * self.D + self.D
-        output = self.B * self.Tq * self.D
-        return 4 * (inputs + output if mode == "forward" else 3 * inputs + 2 * output)
+    def bytes_read(self, mode: str) -> int:
+        """Every input once, and again by the backward pass, which reads the output's gradient too."""
+        inputs, output = self._elements()
+        return 4 * (inputs if mode == "forward" else 2 * inputs + output)
+
+    def bytes_written(self, mode: str) -> int:
+        """The output, and a gradient of every input."""
+        inputs, output = self._elements()
+        return 4 * (output if mode == "forward" else output + inputs)
+
+    def _elements(self) -> tuple[int, int]:
+        return self.B * (self.Tq + 2 * self.Tk) * self.D + self.D, self.B * self.Tq * self.D
 
     def vector_operations(self, mode: str) -> float:
         """Multiply-type operations of the algorithm used; with Dv = D each product with the values adds one
@@ -65,6 +72,11 @@ class AttentionCase:
     def eager_bytes(self, mode: str) -> int:
         """What the (B, Tq, Tk, D) tensors of the eager form take: the sum and its tanh, then a gradient."""
         return 4 * self.B * self.Tq * self.Tk * self.D * (2 if mode == "forward" else 3)
+
+    def blocks_of_rows(self) -> list[slice]:
+        """Slices of the queries, each with some 2^20 scored elements."""
+        rows = max(1, (1 << 20) // (self.Tk * self.D))
+        return [slice(i, i + rows) for i in range(0, self.Tq, rows)]
 
     def summed_terms(self) -> dict[str, int]:
         """How many terms each result adds up."""
@@ -116,11 +128,18 @@ class FilmCase:
         return 4 * self.B * self.C * (self.N if self.layout == "BTC" else self.N * self.N)
 
     def work(self, mode: str) -> float:
-        return self.bytes_moved(mode)
+        return self.bytes_read(mode) + self.bytes_written(mode)
 
-    def bytes_moved(self, mode: str) -> int:
-        """Forward reads x and writes y; backward reads x and dy and writes dx."""
-        return self.x_bytes() * (2 if mode == "forward" else 5)
+    def bytes_read(self, mode: str) -> int:
+        """Forward reads x; backward reads x and dy."""
+        return self.x_bytes() * (1 if mode == "forward" else 3)
+
+    def bytes_written(self, mode: str) -> int:
+        """Forward writes y; backward writes dx."""
+        return self.x_bytes() * (1 if mode == "forward" else 2)
+
+    def blocks_of_rows(self) -> list[slice]:
+        return [slice(None)]
 
     def eager_bytes(self, mode: str) -> int:
         return 3 * self.x_bytes()

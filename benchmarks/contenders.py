@@ -75,23 +75,23 @@ def step(case: Case, mode: str, name: str, function: Function, inputs: tuple[Ten
     return training
 
 
-def reference(case: Case, mode: str, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """The results in float64, one batch element at a time so that memory stays small."""
-    parts = []
+def reference(case: Case, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients in float64, few rows at a time so that all that lies between stays in cache."""
+    function = _plain(case)
+    output = torch.empty_like(grad, dtype=torch.float64)
+    grads = [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
     for b in range(case.B):
-        rows = [x[b : b + 1] if x.dim() > 1 else x for x in inputs]
-        leaves = tuple(x.double().requires_grad_(mode == "training") for x in rows)
-        function = _plain(case)
-        output = function(*leaves)
-        gradients = ()
-        if mode == "training":
-            gradients = torch.autograd.grad(output, leaves, grad[b : b + 1].double())
-        parts.append((output.detach(), *gradients))
-    shared = [False] + [x.dim() == 1 for x in inputs]  # a weight without a batch sums its gradients
-    return tuple(
-        torch.stack(pieces).sum(0) if shared[n] else torch.cat(pieces)
-        for n, pieces in enumerate(zip(*parts, strict=True))
-    )
+        element = slice(b, b + 1)
+        for rows in case.blocks_of_rows():
+            # the first input has the output's rows; a weight without a batch sums its gradients
+            where = [(element, rows)] + [element if x.dim() > 1 else ... for x in inputs[1:]]
+            leaves = [x[at].double().requires_grad_() for x, at in zip(inputs, where, strict=True)]
+            part = function(*leaves)
+            output[element, rows] = part.detach()
+            found = torch.autograd.grad(part, leaves, grad[element, rows].double())
+            for total, at, g in zip(grads, where, found, strict=True):
+                total[at] += g
+    return output, *grads
 
 
 def _plain(case: Case) -> Function:

@@ -1,5 +1,6 @@
 """Agreement, time and ceilings. Peak memory is in memory.py: it needs a process of its own."""
 
+import mmap
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -8,11 +9,12 @@ from math import ceil, inf, sqrt
 import torch
 from torch import Tensor
 
-from . import contenders
+from . import contenders, memory
 from .cases import MODES, AttentionCase, Case
 
 EPSILON = torch.finfo(torch.float32).eps
 FAR_BEHIND = 1.25  # times the faster rival's first call
+LONG = 0.25  # seconds of a step whose memory is worth touching instead of running it twice
 
 
 class DisagreementError(RuntimeError):
@@ -26,7 +28,7 @@ def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Te
     as sqrt(n): eps sqrt(n) max|reference|.
     """
     terms = case.summed_terms()
-    expected = dict(zip(terms, contenders.reference(case, "training", inputs, grad), strict=True))
+    expected = dict(zip(terms, contenders.reference(case, inputs, grad), strict=True))
     scale = {name: x.abs().max().item() for name, x in expected.items()}
     floor = {name: EPSILON * sqrt(n) * scale[name] for name, n in terms.items()}
 
@@ -38,10 +40,16 @@ def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Te
             for (what, reference), result in zip(expected.items(), results, strict=False)
         }
 
-    found = {(name, mode): errors(name, mode) for mode in MODES for name in functions if name != contenders.CLONE}
+    found = {
+        (name, mode): errors(name, mode)
+        for name in functions
+        if name != contenders.CLONE
+        for mode in MODES
+        if mode == "training" or not name.startswith("eager")  # eager runs the same code in both
+    }
     for (name, mode), error in found.items():
         for what, value in error.items():
-            eager = max(e[what] for (n, m), e in found.items() if n.startswith("eager") and m == mode)
+            eager = max(e[what] for (n, _), e in found.items() if n.startswith("eager"))
             allowed = 2 * eager + floor[what]
             # eager itself is held to the floor alone, with room for the many operations of its score
             bound = 64 * floor[what] if name.startswith("eager") else allowed
@@ -58,29 +66,34 @@ def alternate(
     min_seconds: float,
     rivals: tuple[tuple[str, ...], ...] = (),
     budget: float = inf,
+    working_set: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds per call of each step, one sample a round.
 
     Rounds run forwards, backwards, and shifted by one each time after that, so that a drift of the machine
-    meets all steps alike. A sample repeats a short step until it has run for min_seconds; one call before it
-    is not timed, because a virtual machine hands memory that lies free for seconds back to its host, and
-    whoever touches it next would pay ten times a page fault. Of each group of rivals, which compute the same
-    thing, only the fastest goes on after two rounds, and one far behind never starts. After three rounds no
-    new one begins once `budget` seconds have gone.
+    meets all steps alike. A sample repeats a short step until it has run for min_seconds. Memory that lies
+    free for seconds a virtual machine hands back to its host, and whoever touches it next would pay ten times
+    a page fault; so one call that is not timed goes before every sample, or, before a long step, working_set
+    bytes are written. Of each group of rivals, which compute the same thing, only the fastest goes on after
+    two rounds, and one far behind never starts. After two rounds no new one begins once `budget` seconds have
+    gone. The call that finds out how long a step takes counts as a sample where none needs repeating.
     """
     first = {}
     for name, run in steps.items():
         run()
         first[name] = max(_seconds(run, 1), 1e-9)
     repeats = {name: ceil(min_seconds / seconds) for name, seconds in first.items()}
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    samples = {name: [first[name]] if repeats[name] == 1 else [] for name in steps}
     order = _without_slower(list(steps), rivals, first, margin=FAR_BEHIND)
     start = time.perf_counter()
     for n in range(rounds):
-        if n >= 3 and time.perf_counter() - start > budget:
+        if n >= 2 and time.perf_counter() - start > budget:
             break
         for name in order if n % 2 == 0 else reversed(order):
-            steps[name]()
+            if first[name] > LONG and working_set:
+                _write_fresh(working_set)
+            else:
+                steps[name]()
             samples[name].append(_seconds(steps[name], repeats[name]))
         if n == 1:
             order = _without_slower(order, rivals, {name: min(samples[name]) for name in order})
@@ -114,16 +127,24 @@ def time_case(
     min_seconds: float,
     budget: float = inf,
     names: Sequence[str] | None = None,
+    check: bool = False,
 ) -> list[dict]:
-    """One row per mode and contender; ``names`` limits the contenders, for the rest see :func:`alternate`."""
+    """One row per mode and contender, after checking agreement if asked.
+
+    ``names`` limits the contenders, for the rest see :func:`alternate`.
+    """
     functions = contenders.of(case)
     if names is not None:
         functions = {name: functions[name] for name in names}
     inputs, grad = case.inputs(), case.grad_output()
+    if check:
+        check_agreement(case, functions, inputs, grad)
+        memory.release()
     rows = []
     for mode in modes:
         steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
-        samples = alternate(steps, rounds, min_seconds, (contenders.EAGER, contenders.COMPILED), budget)
+        rivals = (contenders.EAGER, contenders.COMPILED)
+        samples = alternate(steps, rounds, min_seconds, rivals, budget, case.eager_bytes(mode))
         for name, seconds in samples.items():
             # a clone moves the bytes of x once in and once out, whatever the step it stands beside
             work = case.work("forward" if name == contenders.CLONE else mode)
@@ -148,8 +169,9 @@ def ceilings(sizes: dict[str, int], rounds: int = 7) -> dict[str, float]:
     """The best this machine does, per second: bytes (reads plus writes, in GB) and multiply-adds (in G).
 
     clone writes through a fresh output, so the system's page faults are in it; copy writes memory that
-    exists; read only sums. The multiply-add rate is that of a matrix product, from whichever of PyTorch's two
-    libraries is faster: MKL leaves AVX-512 unused on some CPUs that have it.
+    exists; read only sums; fresh writes new memory in huge pages, which the system must clear first. The
+    multiply-add rate is that of a matrix product, from whichever of PyTorch's two libraries is faster: MKL
+    leaves AVX-512 unused on some CPUs that have it.
     """
     n = 1024
     a, b, product = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
@@ -164,6 +186,7 @@ def ceilings(sizes: dict[str, int], rounds: int = 7) -> dict[str, float]:
             ("clone", x.clone, 2 * size),
             ("copy", lambda x=x, y=y: y.copy_(x), 2 * size),
             ("read", x.sum, size),
+            ("fresh", lambda size=size: _write_fresh(size), size),
         ):
             steps[f"{name} {where}"] = run
             work[f"{name} {where}"] = moved
@@ -174,15 +197,27 @@ def ceilings(sizes: dict[str, int], rounds: int = 7) -> dict[str, float]:
     return {"multiply-add": max(products), **rates}
 
 
+def _write_fresh(size: int) -> None:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE) as block:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(block, dtype=torch.float32).fill_(1)
+
+
 def ceiling_seconds(case: Case, mode: str, ceiling: dict[str, float], cache_bytes: int) -> tuple[float, str]:
-    """The least time the measured ceilings allow a case, and which of them sets it."""
-    moved = case.bytes_moved(mode)
-    where = "cache" if moved <= cache_bytes else "memory"
-    rates = [ceiling[f"{name} {where}"] for name in ("copy", "clone", "read")]
-    bounds = {"bytes": moved / max(rates) / 1e9}
+    """The least time the measured ceilings allow a case, and which of them sets it.
+
+    Within the cache outputs go to memory that exists; beyond it they are fresh.
+    """
+    read, written = case.bytes_read(mode), case.bytes_written(mode)
+    if read + written <= cache_bytes:
+        fastest = max(ceiling["copy cache"], ceiling["clone cache"], ceiling["read cache"])
+        seconds = (read + written) / fastest
+    else:
+        fastest = max(ceiling["copy memory"], ceiling["read memory"])
+        seconds = read / fastest + written / max(ceiling["fresh memory"], ceiling["clone memory"])
+    bounds = {"bytes": seconds / 1e9}
     if isinstance(case, AttentionCase):
         bounds["compute"] = case.vector_operations(mode) / ceiling["multiply-add"] / 1e9
-    else:
-        bounds["bytes"] = moved / ceiling[f"copy {case.size}"] / 1e9
     limit = max(bounds, key=bounds.get)
     return bounds[limit], limit

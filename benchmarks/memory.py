@@ -51,7 +51,8 @@ def _resident(field: str) -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
 
 
-def _release() -> None:
+def release() -> None:
+    """Gives memory that was freed back to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -62,7 +63,7 @@ def _peak_beyond_results(run) -> int | None:
     results = run()
     size = sum(x.untyped_storage().nbytes() for x in results)
     del results
-    _release()
+    release()
     try:
         before = _resident("VmRSS")
         with open("/proc/self/clear_refs", "w") as control:

@@ -120,9 +120,6 @@ def additive_attention_ref(
     )
 
 
-# Memory
-
-
 # Fakes: shapes and dtypes of the raw ops, for torch.compile and torch.export
 
 if _library.EXTENSION_ERROR is None:
