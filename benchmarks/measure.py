@@ -67,6 +67,7 @@ def alternate(
     rivals: tuple[tuple[str, ...], ...] = (),
     budget: float = inf,
     working_set: int = 0,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of each step, one sample a round.
 
@@ -74,14 +75,16 @@ def alternate(
     meets all steps alike. A sample repeats a short step until it has run for min_seconds. Memory that lies
     free for seconds a virtual machine hands back to its host, and whoever touches it next would pay ten times
     a page fault; so one call that is not timed goes before every sample, or, before a long step, working_set
-    bytes are written. Of each group of rivals, which compute the same thing, only the fastest goes on after
-    two rounds, and one far behind never starts. After two rounds no new one begins once `budget` seconds have
-    gone. The call that finds out how long a step takes counts as a sample where none needs repeating.
+    bytes are written. ``warm`` says that every step has run before. Of each group of rivals, which compute
+    the same thing, only the fastest goes on after two rounds, and one far behind never starts. After two
+    rounds no new one begins once `budget` seconds have gone. The call that finds out how long a step takes
+    counts as a sample where none needs repeating.
     """
     first = {}
     for name, run in steps.items():
-        run()
-        first[name] = max(_seconds(run, 1), 1e-9)
+        first[name] = _seconds(run, 1)
+        if not warm or first[name] < LONG:
+            first[name] = max(_seconds(run, 1), 1e-9)
     repeats = {name: ceil(min_seconds / seconds) for name, seconds in first.items()}
     samples = {name: [first[name]] if repeats[name] == 1 else [] for name in steps}
     order = _without_slower(list(steps), rivals, first, margin=FAR_BEHIND)
@@ -144,7 +147,7 @@ def time_case(
     for mode in modes:
         steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
         rivals = (contenders.EAGER, contenders.COMPILED)
-        samples = alternate(steps, rounds, min_seconds, rivals, budget, case.eager_bytes(mode))
+        samples = alternate(steps, rounds, min_seconds, rivals, budget, case.eager_bytes(mode), warm=check)
         for name, seconds in samples.items():
             # a clone moves the bytes of x once in and once out, whatever the step it stands beside
             work = case.work("forward" if name == contenders.CLONE else mode)

@@ -158,10 +158,10 @@ def report(results: list[dict], console: Console) -> None:
 def run(quick: bool, output: Path | None = None, progress: bool = True) -> dict:
     """The comparison for both decoders: prints a table, plots into the folder ``output``, returns the figures.
 
-    ``quick``: 200 steps of 64 words, hidden width 128; else 400 steps of 256 words, width 256. Raises
+    ``quick``: 200 steps of 32 words, hidden width 128; else 400 steps of 256 words, width 256. Raises
     ``RuntimeError`` where the losses of the fused run do not follow those of the plain one.
     """
-    steps, hidden, size = (200, 128, 64) if quick else (400, 256, 256)
+    steps, hidden, size = (200, 128, 32) if quick else (400, 256, 256)
     dictionary = Dictionary()
     results = [compare(dictionary, stepwise, steps, hidden, size, progress) for stepwise in (True, False)]
     report(results, Console())
