@@ -24,7 +24,8 @@
 #endif
 
 #define FUSEDATTN_DEVICE __device__ __forceinline__
-#define FUSEDATTN_INLINE __host__ __device__ __forceinline__
+#define FUSEDATTN_HOST_DEVICE __host__ __device__ __forceinline__
+#define FUSEDATTN_INLINE FUSEDATTN_DEVICE  // of the formulas
 
 #if defined(__CUDACC__)
 #define FUSEDATTN_DYNAMIC_SHARED(T, name)                                  \
@@ -91,41 +92,46 @@ struct ArithmeticOf<double> {
 template <typename S>
 using Arithmetic = typename ArithmeticOf<S>::type;
 
-FUSEDATTN_INLINE float to_arithmetic(float x) { return x; }
-FUSEDATTN_INLINE double to_arithmetic(double x) { return x; }
-FUSEDATTN_INLINE float to_arithmetic(__half x) { return __half2float(x); }
-FUSEDATTN_INLINE float to_arithmetic(__nv_bfloat16 x) { return __bfloat162float(x); }
+FUSEDATTN_HOST_DEVICE float to_arithmetic(float x) { return x; }
+FUSEDATTN_HOST_DEVICE double to_arithmetic(double x) { return x; }
+FUSEDATTN_HOST_DEVICE float to_arithmetic(__half x) { return __half2float(x); }
+FUSEDATTN_HOST_DEVICE float to_arithmetic(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename S>
-FUSEDATTN_INLINE S to_storage(Arithmetic<S> x) {
+FUSEDATTN_HOST_DEVICE S to_storage(Arithmetic<S> x) {
   return x;
 }
 template <>
-FUSEDATTN_INLINE __half to_storage<__half>(float x) {
+FUSEDATTN_HOST_DEVICE __half to_storage<__half>(float x) {
   return __float2half_rn(x);
 }
 template <>
-FUSEDATTN_INLINE __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
+FUSEDATTN_HOST_DEVICE __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// 16 bytes of storage elements, moved by one instruction; p must be aligned to 16 bytes.
-template <typename S>
-struct alignas(16) Pack {
-  static constexpr int SIZE = 16 / sizeof(S);
-  S element[SIZE];
+// W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction. Their address must be
+// a multiple of their size.
+template <typename S, int W = 16 / sizeof(S)>
+struct alignas(W * sizeof(S)) Pack {
+  static constexpr int SIZE = W;
+  S element[W];
 };
 
+template <int W, typename S>
+FUSEDATTN_DEVICE Pack<S, W> load_pack(const S* p) {
+  return *reinterpret_cast<const Pack<S, W>*>(p);
+}
 template <typename S>
 FUSEDATTN_DEVICE Pack<S> load_pack(const S* p) {
   return *reinterpret_cast<const Pack<S>*>(p);
 }
-template <typename S>
-FUSEDATTN_DEVICE void store_pack(S* p, const Pack<S>& pack) {
-  *reinterpret_cast<Pack<S>*>(p) = pack;
+template <typename S, int W>
+FUSEDATTN_DEVICE void store_pack(S* p, const Pack<S, W>& pack) {
+  *reinterpret_cast<Pack<S, W>*>(p) = pack;
 }
 
-FUSEDATTN_INLINE bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+FUSEDATTN_HOST_DEVICE bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // One instruction each in float (2 ulp; subnormal numbers count as zero), accurate in double.
 FUSEDATTN_DEVICE float rcp_approx(float x) {
