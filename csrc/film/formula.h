@@ -1,8 +1,8 @@
 // The mathematics of FiLM, for every C++ kernel of the op: y = activation(z) + residual, z = scale x + shift,
 // with scale = gamma + gamma_offset and shift = beta per channel. Backward: dz = dy activation'(z), dx = scale dz.
 //
-// M is the kernel's arithmetic: M::V is a number or a vector of numbers of type M::T, and M has exp (of its argument
-// clamped to where the result and its reciprocal are normal numbers), reciprocal, tanh and half_erfc.
+// M is the kernel's arithmetic: M::V is a number or a vector of numbers of type M::T, and M has exp (of its
+// argument clamped to where the result and its reciprocal are normal numbers), reciprocal, tanh and half_erfc.
 #pragma once
 
 #ifndef FUSEDATTN_INLINE

@@ -1,18 +1,19 @@
-// How a launcher of csrc/<op>/cuda_*.cuh becomes a Python function of the emulator's module.
+// How a launcher of csrc/<op>/cuda_*.cuh becomes a Python function that runs it on the CPU.
 //
-// One file bind_<op>.cpp for each launcher or op; every such file is found and compiled by build.py. It defines
+// A file bind_<name>.cpp becomes the module <name>; nothing else has to know of it. It reads
 //
-//   BINDINGS(module) {
-//     module.def("film_fwd", [](const std::string& dtype, py::array x, std::optional<py::array> residual, ...) {
+//   BINDINGS(film, module) {
+//     module.def("film_fwd", [](const std::string& dtype, const py::array& x, const Array& residual, ...) {
 //       with_storage(dtype, [&](auto storage) {
 //         using S = decltype(storage);
-//         launch_film_fwd<S>(..., data<S>(x), data<S>(residual), ..., nullptr);
+//         fusedattn::launch_film_fwd<S>(..., data<S>(x), data<S>(residual), ..., nullptr);
 //       });
 //     });
 //   }
 //
-// Arrays come with their strides and are passed on without a copy, so that AddressSanitizer knows where they end;
-// outputs are arrays that the caller filled with NaN. float16 and bfloat16 travel as uint16 (arrays.py).
+// and a test says `film = build.load("film")` (build.py). Arrays come with their strides and are passed on without
+// a copy, so that AddressSanitizer knows where they end; outputs are arrays that the caller filled with NaN.
+// float16 and bfloat16 travel as uint16 (arrays.py).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,18 +27,19 @@
 #include <string>
 #include <vector>
 
+#include "cuda_emulator.h"
+
 namespace py = pybind11;
 
-using Binder = void (*)(py::module_&);
+using Array = std::optional<py::array>;
 
-inline std::vector<Binder>& binders() {
-  static std::vector<Binder> all;
-  return all;
-}
-
-#define BINDINGS(module)                                                \
-  static void bind(py::module_& module);                                \
-  static const bool bound = (binders().push_back(&bind), sizeof(bool)); \
+#define BINDINGS(name, module)                                           \
+  static void bind(py::module_& module);                                 \
+  PYBIND11_MODULE(name, module) {                                        \
+    module.def("set_order", &cuda_emulator::set_order, py::arg("seed")); \
+    module.def("switch_count", &cuda_emulator::switch_count);            \
+    bind(module);                                                        \
+  }                                                                      \
   static void bind(py::module_& module)
 
 // body(S{}) for the storage type that torch calls `dtype`.
@@ -56,7 +58,7 @@ S* data(const py::array& array) {
   return static_cast<S*>(const_cast<void*>(array.data()));
 }
 template <typename S>
-S* data(const std::optional<py::array>& array) {
+S* data(const Array& array) {
   return array ? data<S>(*array) : nullptr;
 }
 

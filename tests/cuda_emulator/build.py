@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for the CPU (cuda_emulator.h) into a Python module, and runs Python with it.
+"""Compiles CUDA kernels for the CPU (cuda_emulator.h) into Python modules, and runs Python with them.
 
     python tests/cuda_emulator/build.py plain|address|thread [arguments of python]
 
@@ -7,6 +7,7 @@ ThreadSanitizer. A sanitizer must be loaded before everything else, so it needs 
 arguments, the script starts one. Modules are kept in ``build/cuda_emulator``, and ninja compiles what has changed.
 """
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -18,7 +19,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SANITIZERS = {"plain": "", "address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
+SANITIZERS = {
+    "plain": "",
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-fsanitize=thread",
+}
 LIBRARIES = {"plain": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 # Which variant this process was started for; only that one can be imported.
 VARIABLE = "FUSEDATTN_EMULATOR_VARIANT"
@@ -52,62 +57,60 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def build(variant: str = "plain", sources: dict[str, Path] | None = None, folder: Path | None = None) -> Path:
-    """The module of a variant, compiled where it is older than a source.
+def build(name: str, variant: str = "plain", source: Path | None = None) -> Path:
+    """The compiled module ``name`` of a variant, made anew where it is older than what it is made of.
 
     Args:
+        name: of the module, which ``BINDINGS`` of the source repeats.
         variant: a key of ``SANITIZERS``.
-        sources: bindings by name of their object file; default: every ``bind_*.cpp``.
-        folder: where to build; default: ``build/cuda_emulator/<variant>``.
+        source: its file; default: ``bind_<name>.cpp`` here.
     """
     import pybind11
 
-    folder = folder or ROOT / "build" / "cuda_emulator" / variant
+    folder = ROOT / "build" / "cuda_emulator" / variant
     folder.mkdir(parents=True, exist_ok=True)
-    if sources is None:
-        sources = {path.stem: path for path in sorted(HERE.glob("bind_*.cpp"))}
+    source = source or HERE / f"bind_{name}.cpp"
     includes = [ROOT / "csrc", HERE, toolkit_headers(), pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-std=c++17", "-O1" if variant != "plain" else "-O2", "-g1", "-fPIC", "-fvisibility=hidden"]
+    flags = ["-std=c++17", "-O2" if variant == "plain" else "-O1", "-g1", "-fPIC", "-fvisibility=hidden"]
     # As nvcc: a multiplication and the addition of its result round once.
     flags += ["-mfma", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Werror", *(f"-I{path}" for path in includes)]
-    kernel_flags = f"{SANITIZERS[variant]} -fno-sanitize-recover=undefined" if variant == "address" else ""
-    kernel_flags = kernel_flags or SANITIZERS[variant]
     define = {"plain": "", "address": "-DCUDA_EMULATOR_ASAN", "thread": "-DCUDA_EMULATOR_TSAN"}[variant]
-    lines = [
-        f"flags = {' '.join(flags)}",
-        "rule compile",
-        "  command = g++ $flags $more -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = g++ -shared {SANITIZERS[variant]} $in -o $out",
-        # First, so that the linker keeps its copies of inline functions: they are not instrumented.
-        f"build scheduler.o: compile {HERE / 'cuda_emulator.cpp'}",
-        f"  more = {define}",
-        f"build module.o: compile {HERE / 'module.cpp'}",
-    ]
-    for name, path in sources.items():
-        lines += [f"build {name}.o: compile {path}", f"  more = {kernel_flags}"]
-    lines.append(f"build emulated.so: link scheduler.o module.o {' '.join(f'{name}.o' for name in sources)}")
-    text = "\n".join(lines) + "\n"
-    file = folder / "build.ninja"
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
-    ninja = shutil.which("ninja", path=_path())
-    result = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True)
+    text = f"""
+flags = {" ".join(flags)}
+sanitizer = {SANITIZERS[variant]}
+rule compile
+  command = g++ $flags $more -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = g++ -shared $sanitizer $in -o $out
+build scheduler.o: compile {HERE / "cuda_emulator.cpp"}
+  more = {define}
+build {name}.o: compile {source}
+  more = $sanitizer
+# The scheduler first: the linker then keeps its copies of inline functions, which are not instrumented.
+build {name}.so: link scheduler.o {name}.o
+"""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = folder / f"{name}.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        command = [shutil.which("ninja", path=_path()), "-C", str(folder), "-f", file.name]
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"the kernels do not compile for the emulator:\n{result.stdout}{result.stderr}")
-    return folder / "emulated.so"
+        raise RuntimeError(f"{source.name} does not compile for the emulator:\n{result.stdout}{result.stderr}")
+    return folder / f"{name}.so"
 
 
-def load(module: Path | None = None):
-    """The module of this process's variant, built if need be."""
-    module = module or build(os.environ.get(VARIABLE, "plain"))
-    spec = importlib.util.spec_from_file_location("emulated", module)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def load(name: str, source: Path | None = None):
+    """The module ``name`` in the variant that this process was started for, built if need be."""
+    file = build(name, os.environ.get(VARIABLE, "plain"), source)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment(variant: str) -> dict[str, str]:
@@ -133,7 +136,11 @@ def python(variant: str, *arguments: str, **options) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment(variant), **options)
 
 
+def main(variant: str, *arguments: str) -> int:
+    for path in sorted(HERE.glob("bind_*.cpp")):
+        print(build(path.stem.removeprefix("bind_"), variant))
+    return python(variant, *arguments).returncode if arguments else 0
+
+
 if __name__ == "__main__":
-    print(build(sys.argv[1]))
-    if len(sys.argv) > 2:
-        sys.exit(python(sys.argv[1], *sys.argv[2:]).returncode)
+    sys.exit(main(*sys.argv[1:]))
