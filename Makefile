@@ -1,6 +1,7 @@
 # Every target sets up what it needs; the stamps make the second time quick.
 #   make test                       tests, at every CPU level that this machine has
 #   make bench                      results checked, then measured, in a few minutes
+#   make gates                      what every GPU kernel compiles to, checked; needs no GPU
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
 #   make lint | sanitize | wheel | clean
 # Overridable: PYTHON (>= 3.10), VENV, TORCH (a pip requirement, >= 2.11).
@@ -18,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 TORCH_STAMP := $(VENV)/.torch-$(subst /,-,$(subst =,-,$(subst $() ,-,$(TORCH))))
 BUILT := $(VENV)/.built
 
-.PHONY: test bench demo lint sanitize wheel clean
+.PHONY: test bench gates demo lint sanitize wheel clean
 .DELETE_ON_ERROR:
 
 test: $(BUILT)
@@ -30,6 +31,9 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks --quick
+
+gates: $(BUILT)
+	$(BIN)/python -m benchmarks.gates
 
 demo: $(BUILT)
 	$(BIN)/python -m benchmarks.g2p --demo
@@ -60,6 +64,6 @@ $(TORCH_STAMP):
 # Without build isolation: an isolated build would fetch a second torch, of another version.
 $(BUILT): $(TORCH_STAMP) $(SOURCES)
 	@echo "== building the extension and installing what tests and benchmarks need (a minute or two)"
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[test,bench,dev]' \
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[test,bench,gates,dev]' \
 	  | sed -u '/^Requirement already satisfied/d'
 	touch $@

@@ -1,0 +1,43 @@
+"""One compiled kernel, as the table shows it and as counts.json stores it."""
+
+from dataclasses import asdict, dataclass, fields
+
+from . import sass
+
+
+@dataclass(frozen=True)
+class Kernel:
+    backend: str  # "CUDA C++" or "Triton"
+    op: str
+    name: str
+    arch: str  # sm_90, gfx942
+    threads: int  # of a block, at most
+    registers: int  # of a thread; on AMD the vector registers
+    shared: int  # bytes of a block
+    occupancy: float | None  # part of the warps a multiprocessor could hold
+    stack: int  # bytes of a thread: spilled registers, and arrays the compiler could not keep in registers
+    local: int  # instructions that touch them; on AMD spilled registers of either kind
+    scalar_registers: int | None = None  # AMD
+    slots: float | None = None  # instructions of the score loop per tanh
+    mufu: float | None = None  # of those, for the special function unit
+    fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
+    widths: tuple[int, ...] = ()  # bytes of each global access in the main loop, once each, if the op is FiLM
+
+    @classmethod
+    def from_sass(cls, function: sass.Function, **known) -> "Kernel":
+        score = function.score_loop() if known["op"] == "additive_attention" else None
+        memory = function.memory_loop() if known["op"] == "film" else None
+        counts = {}
+        if score is not None:
+            counts = {name: getattr(score, name) / score.tanh for name in ("slots", "mufu", "fp32")}
+        widths = tuple(sorted(set(memory.global_widths))) if memory is not None else ()
+        return cls(**known, local=function.body.local, widths=widths, **counts)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Kernel":
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        return cls(**{**values, "widths": tuple(values.get("widths", ()))})
+
+    def to_json(self) -> dict:
+        return asdict(self)
