@@ -130,6 +130,21 @@ template <typename S, int W>
 FUSEDATTN_DEVICE void store_pack(S* p, const Pack<S, W>& pack) {
   *reinterpret_cast<Pack<S, W>*>(p) = pack;
 }
+// To global memory, always as one instruction: nvcc may split the assignment of a pack.
+template <typename S, int W>
+FUSEDATTN_DEVICE void store_pack_global(S* p, const Pack<S, W>& pack) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    std::memcpy(&bits, &pack, sizeof(bits));
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x), "r"(bits.y),
+                 "r"(bits.z), "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
+  store_pack(p, pack);
+}
 
 FUSEDATTN_HOST_DEVICE bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
