@@ -137,8 +137,8 @@ FUSEDATTN_DEVICE void store_pack_global(S* p, const Pack<S, W>& pack) {
   if constexpr (sizeof(pack) == 16) {
     uint4 bits;
     std::memcpy(&bits, &pack, sizeof(bits));
-    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x), "r"(bits.y),
-                 "r"(bits.z), "r"(bits.w)
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
     return;
   }
