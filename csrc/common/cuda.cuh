@@ -51,7 +51,7 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 // give when asked.
 constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 99 << 10;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FUSEDATTN_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__CUDACC__)
 
@@ -110,10 +110,10 @@ FUSEDATTN_HOST_DEVICE __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction. Their address must be
-// a multiple of their size.
+// W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction (by more beyond 16
+// bytes). Their address must be a multiple of their size, or of 16.
 template <typename S, int W = 16 / sizeof(S)>
-struct alignas(W * sizeof(S)) Pack {
+struct alignas(W * sizeof(S) < 16 ? W * sizeof(S) : 16) Pack {
   static constexpr int SIZE = W;
   S element[W];
 };
