@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from fusedattn import _library
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LEAST_CUDA_CAPABILITY = 8  # bfloat16 and TF32 on tensor cores
 Reasons = Callable[[], list[str]]
 
 
@@ -50,14 +51,37 @@ def choose(op: str, requested: str, backends: Mapping[str, Reasons], describe: C
 
 def cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why the C++ CPU kernels cannot run inputs of this device and dtype; empty if they can."""
-    reasons = []
-    if _library.EXTENSION_ERROR is not None:
-        reasons.append(f"the compiled extension did not load: {_library.EXTENSION_ERROR}")
+    reasons = _extension_reasons()
     if device.type != "cpu":
         reasons.append(f"inputs are on {device}, not on the CPU")
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
-    return reasons
+    return reasons + _dtype_reasons(dtype)
+
+
+def cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the C++ CUDA kernels cannot run inputs of this device and dtype; empty if they can."""
+    reasons = _extension_reasons()
+    if _library.CUDA_ERROR is not None:
+        reasons.append(f"there are no CUDA kernels here: {_library.CUDA_ERROR}")
+    if device.type != "cuda":
+        reasons.append(f"inputs are on {device}, not on a CUDA device")
+    elif not torch.cuda.is_available():
+        reasons.append("torch finds no CUDA device")
+    elif (properties := torch.cuda.get_device_properties(device)).major < LEAST_CUDA_CAPABILITY:
+        reasons.append(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, below "
+            f"{LEAST_CUDA_CAPABILITY}.0"
+        )
+    return reasons + _dtype_reasons(dtype)
+
+
+def _extension_reasons() -> list[str]:
+    if _library.EXTENSION_ERROR is None:
+        return []
+    return [f"the compiled extension did not load: {_library.EXTENSION_ERROR}"]
+
+
+def _dtype_reasons(dtype: torch.dtype) -> list[str]:
+    return [] if dtype in DTYPES else [f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"]
 
 
 def needs_function(tensors) -> bool:

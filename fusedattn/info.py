@@ -53,11 +53,18 @@ def _cpu_level() -> str:
     return f"{in_use}; this machine supports {', '.join(supported_levels())}"
 
 
+def _availability(reasons: list[str], where: str) -> str:
+    return "not available: " + "; ".join(reasons) if reasons else f"available for tensors on {where}"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+
+
 def _backends(op) -> dict[str, str]:
-    reasons = op.cpu_reasons(torch.device("cpu"), torch.float32)
     return {
-        "cpu": "not available: " + "; ".join(reasons) if reasons else "available for tensors on the CPU",
-        "cuda": "not available: not part of this version",
+        "cpu": _availability(op.cpu_reasons(torch.device("cpu"), torch.float32), "the CPU"),
+        "cuda": _availability(op.cuda_reasons(torch.device("cuda"), torch.float32), _gpu()),
         "triton": "not available: not part of this version",
         "reference": "available on any device (plain PyTorch; runs only if asked for by name)",
     }

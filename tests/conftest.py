@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator import build
 
 import fusedattn
 from fusedattn import _library
@@ -47,3 +48,17 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """``emulated(name)``: the CUDA kernels that tests/cuda_emulator/bind_<name>.cpp binds, for the CPU."""
+    if reason := build.missing():
+        pytest.skip(reason)
+    return build.load
+
+
+@pytest.fixture(params=[0, 1, 2], ids=lambda seed: f"order{seed}")
+def thread_order(request):
+    """A seed for the order in which the emulator runs threads and blocks; 0 is ascending."""
+    return request.param

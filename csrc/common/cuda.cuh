@@ -51,7 +51,7 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 // give when asked.
 constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 99 << 10;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FUSEDATTN_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__CUDACC__)
 
@@ -110,10 +110,10 @@ FUSEDATTN_HOST_DEVICE __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction. Their address must be
-// a multiple of their size.
+// W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction (by more beyond 16
+// bytes). Their address must be a multiple of their size, or of 16.
 template <typename S, int W = 16 / sizeof(S)>
-struct alignas(W * sizeof(S)) Pack {
+struct alignas(W * sizeof(S) < 16 ? W * sizeof(S) : 16) Pack {
   static constexpr int SIZE = W;
   S element[W];
 };
@@ -129,6 +129,21 @@ FUSEDATTN_DEVICE Pack<S> load_pack(const S* p) {
 template <typename S, int W>
 FUSEDATTN_DEVICE void store_pack(S* p, const Pack<S, W>& pack) {
   *reinterpret_cast<Pack<S, W>*>(p) = pack;
+}
+// To global memory, always as one instruction: nvcc may split the assignment of a pack.
+template <typename S, int W>
+FUSEDATTN_DEVICE void store_pack_global(S* p, const Pack<S, W>& pack) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    std::memcpy(&bits, &pack, sizeof(bits));
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
+  store_pack(p, pack);
 }
 
 FUSEDATTN_HOST_DEVICE bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -44,7 +44,7 @@ FUSEDATTN_DEVICE void film_bwd_pack(const FilmProblem<S>& p, const ScaleShift<S>
     sum_dz_x[e * step] = gpu::fma(dz, gpu::to_arithmetic(x.element[e]), sum_dz_x[e * step]);
     sum_dz[e * step] += dz;
   }
-  gpu::store_pack(dx + element, out);
+  gpu::store_pack_global(dx + element, out);
 }
 
 // Sum over the `group` threads of a task, by its first thread: inside warps, then over the task's warps.
@@ -166,9 +166,9 @@ void launch_film_bwd(const FilmProblem<S>& problem, const S* dy, S* dx, S* dgamm
     const dim3 block = cut.block();
     const size_t shared = cut.rows > 1 ? 2 * cut.width * sizeof(T) * block.x * block.y * block.z : 0;
     if (cut.width == W)
-      FUSEDATTN_LAUNCH((film_bwd_kernel_rows<S, W>), cut.grid(p), block, shared, stream, p, cut, dy, dx, parts);
+      FUSEDATTN_LAUNCH((film_bwd_kernel_rows<S, W>), cut.grid(), block, shared, stream, p, cut, dy, dx, parts);
     else
-      FUSEDATTN_LAUNCH((film_bwd_kernel_rows<S, 1>), cut.grid(p), block, shared, stream, p, cut, dy, dx, parts);
+      FUSEDATTN_LAUNCH((film_bwd_kernel_rows<S, 1>), cut.grid(), block, shared, stream, p, cut, dy, dx, parts);
   }
   const auto finish = [&](const T* of, int64_t stride_b, S* out) {
     if (out == nullptr) return;

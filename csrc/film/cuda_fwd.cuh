@@ -30,11 +30,11 @@ FUSEDATTN_DEVICE void film_fwd_pack(const FilmProblem<S>& p, const ScaleShift<S>
 #pragma unroll
   for (int e = 0; e < W; ++e)
     out.element[e] = gpu::to_storage<S>(residual == nullptr ? result[e] : result[e] + addend[e]);
-  gpu::store_pack(y + element, out);
+  gpu::store_pack_global(y + element, out);
 }
 
 template <typename S>
-__global__ void __launch_bounds__(FILM_BLOCK)
+__global__ void __launch_bounds__(FILM_BLOCK, 2)
     film_fwd_kernel_runs(const FilmProblem<S> p, const RunCut cut, const S* __restrict__ residual,
                          S* __restrict__ y) {
   const RunTask task(cut, p);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(FILM_BLOCK)
 }
 
 template <typename S, int W>
-__global__ void __launch_bounds__(FILM_BLOCK)
+__global__ void __launch_bounds__(FILM_BLOCK, 2)
     film_fwd_kernel_rows(const FilmProblem<S> p, const RowCut cut, const S* __restrict__ residual,
                          S* __restrict__ y) {
   const RowTask task(cut, p);
@@ -71,9 +71,9 @@ void launch_film_fwd(const FilmProblem<S>& problem, const S* residual, S* y, cud
   }
   const RowCut cut(p, placed && gpu::aligned_16(y));
   if (cut.width == W)
-    FUSEDATTN_LAUNCH((film_fwd_kernel_rows<S, W>), cut.grid(p), cut.block(), 0, stream, p, cut, residual, y);
+    FUSEDATTN_LAUNCH((film_fwd_kernel_rows<S, W>), cut.grid(), cut.block(), 0, stream, p, cut, residual, y);
   else
-    FUSEDATTN_LAUNCH((film_fwd_kernel_rows<S, 1>), cut.grid(p), cut.block(), 0, stream, p, cut, residual, y);
+    FUSEDATTN_LAUNCH((film_fwd_kernel_rows<S, 1>), cut.grid(), cut.block(), 0, stream, p, cut, residual, y);
 }
 
 }  // namespace fusedattn

@@ -156,16 +156,18 @@ FUSEDATTN_DEVICE void for_each_pack(const S* x, const RunTask& task, const RunCu
 }
 
 // Tasks over rows: a block is (columns of W channels, rows of a task, tasks) threads; `pieces` of each of the B
-// batches of M rows.
+// batches of M rows, each cut into `across` neighbouring blocks.
 struct RowCut {
   int64_t piece, pieces, tasks;
+  unsigned across;
   int columns, rows, groups, width;
 
   template <typename S>
   RowCut(const FilmProblem<S>& p, bool packed) {
     width = packed && p.C % gpu::Pack<S>::SIZE == 0 ? gpu::Pack<S>::SIZE : 1;
-    const int64_t across = power_of_two_from(gpu::ceil_div(p.C, width)), down = power_of_two_from(p.M);
-    columns = static_cast<int>(across < FILM_BLOCK ? across : FILM_BLOCK);
+    const int64_t wanted = power_of_two_from(gpu::ceil_div(p.C, width)), down = power_of_two_from(p.M);
+    columns = static_cast<int>(wanted < FILM_BLOCK ? wanted : FILM_BLOCK);
+    across = static_cast<unsigned>(gpu::ceil_div(p.C, int64_t{width} * columns));
     rows = static_cast<int>(down < FILM_BLOCK / columns ? down : FILM_BLOCK / columns);
     groups = FILM_BLOCK / (columns * rows);
     if (groups > 64) groups = 64;  // the hardware's limit in this direction
@@ -174,11 +176,7 @@ struct RowCut {
     tasks = p.B * pieces;
   }
   dim3 block() const { return dim3(columns, rows, groups); }
-  template <typename S>
-  dim3 grid(const FilmProblem<S>& p) const {
-    return dim3(static_cast<unsigned>(gpu::ceil_div(tasks, groups)),
-                static_cast<unsigned>(gpu::ceil_div(p.C, int64_t{width} * columns)));
-  }
+  dim3 grid() const { return static_cast<unsigned>(gpu::ceil_div(tasks, groups) * across); }
 };
 
 struct RowTask {
@@ -188,8 +186,9 @@ struct RowTask {
 
   template <typename S>
   FUSEDATTN_DEVICE RowTask(const RowCut& cut, const FilmProblem<S>& p) {
-    task = int64_t{blockIdx.x} * cut.groups + threadIdx.z;
-    c = (int64_t{blockIdx.y} * cut.columns + threadIdx.x) * cut.width;
+    const unsigned block = blockIdx.x / cut.across;
+    task = int64_t{block} * cut.groups + threadIdx.z;
+    c = (int64_t{blockIdx.x - block * cut.across} * cut.columns + threadIdx.x) * cut.width;
     exists = task < cut.tasks && c < p.C;
     b = task / cut.pieces;
     const int64_t begin = (task - b * cut.pieces) * cut.piece, end = begin + cut.piece;

@@ -9,7 +9,7 @@ Mathematics, per batch element b and channel c, everything else broadcast::
 
 Forward reads x once and writes y once; backward reads x and dy once and yields all gradients in that pass.
 
-Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (C++). Tests:
+Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (C++, CUDA). Tests:
 ``tests/test_film.py``. Benchmark: ``benchmarks/``.
 """
 
@@ -24,6 +24,7 @@ from fusedattn._dispatch import (
     autocast_enabled,
     choose,
     cpu_reasons,
+    cuda_reasons,
     needs_function,
     signature_kept,
     traced,
@@ -304,7 +305,7 @@ def film(
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"`` (erf),
             ``"gelu_tanh"``, ``"tanh"`` or ``"sigmoid"``. Default: None.
         residual: like x, added after the activation. Default: None.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
     Returns:
         y with the shape and dtype of x.
@@ -323,7 +324,7 @@ def film(
     backend = choose(
         "film",
         backend,
-        {"cpu": lambda: cpu_reasons(device, dtype)},
+        {"cpu": lambda: cpu_reasons(device, dtype), "cuda": lambda: cuda_reasons(device, dtype)},
         lambda: f"x {tuple(x.shape)}, {dtype} on {device}",
     )
     if backend == "reference":

@@ -117,7 +117,8 @@ def environment(variant: str) -> dict[str, str]:
     """Environment of a Python process that can import a variant."""
     names = (*LIBRARIES[variant], "libstdc++.so")
     found = [
-        subprocess.run(["g++", f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip() for n in names
+        subprocess.run(["g++", f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+        for n in names
     ]
     added = {VARIABLE: variant, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     if variant != "plain":
