@@ -8,7 +8,7 @@ happen before Triton is imported, so these tests run in a process of their own (
 What it adds (Triton 3.6 to 3.9 lack all of it):
 
 - inline assembly, one instruction at a time (``INSTRUCTIONS``); an unknown one is an error;
-- libdevice functions (``LIBDEVICE``), which otherwise return None;
+- libdevice functions (``LIBDEVICE``), which otherwise return None; an unknown one is an error;
 - ``tl.dot`` of bfloat16, which multiplies the bit patterns as integers;
 - float32 to bfloat16 by rounding to nearest even; the interpreter cuts the low bits off.
 
@@ -36,6 +36,7 @@ INSTRUCTIONS = {
     "tanh.approx.f32": np.tanh,
 }
 LIBDEVICE = {
+    "erfc": np.vectorize(math.erfc, otypes=[np.float64]),
     "erf": np.vectorize(math.erf, otypes=[np.float64]),
     "fast_dividef": np.divide,
     "log1p": np.log1p,
@@ -70,6 +71,8 @@ def _create_inline_asm(self, asm, constraints, values, types, is_pure, pack):
 
 def _libdevice(name):
     def function(*arguments):
+        if name not in LIBDEVICE:
+            raise NotImplementedError(f"libdevice.{name}: add it to LIBDEVICE in {__file__}")
         tensors = [a for a in arguments if isinstance(a, tl.tensor)]
         like = max(tensors, key=lambda t: t.handle.data.ndim)
         arrays = [a.handle.data if isinstance(a, tl.tensor) else like.handle.data.dtype.type(a) for a in arguments]
@@ -103,5 +106,6 @@ def _cast_impl(self, source, target):
 _Builder.create_inline_asm = _create_inline_asm
 _Builder.create_dot = _create_dot
 _Builder.cast_impl = _cast_impl
-for _name in LIBDEVICE:
-    setattr(libdevice, _name, _libdevice(_name))
+for _name, _function in list(vars(libdevice).items()):
+    if callable(_function):
+        setattr(libdevice, _name, _libdevice(_name))

@@ -34,6 +34,20 @@ def fast_reciprocal(x, NVIDIA: tl.constexpr):
     return r
 
 
+@triton.jit
+def load_wide(pointers, mask):
+    """Loads into the dtype of the arithmetic: float64 stays, everything else becomes float32; 0 where masked."""
+    t = tl.load(pointers, mask=mask, other=0.0)
+    if t.dtype != tl.float64:
+        t = t.to(tl.float32)
+    return t
+
+
+def on_device_of(t: torch.Tensor):
+    """Context in which kernels launch on t's GPU; does nothing for the CPU (the interpreter)."""
+    return torch.cuda.device_of(t)
+
+
 # Registration
 
 # Kept for the life of the process: what a Library registers goes with it.
@@ -63,7 +77,7 @@ class Kernel:
     Args:
         function: the ``triton.jit`` function.
         signature: type of each argument, ``"*fp32"``, ``"i64"``, ``"fp32"`` ..., or ``"constexpr"``.
-        constexprs: the values of those. ``NVIDIA`` is among them where a kernel needs it, and replaced by the tool.
+        constexprs: the values of those. ``NVIDIA``, if among them, is set by ``compile``.
         grid: an example of a launch grid.
         divisible: names of arguments that are multiples of 16 (for a pointer: of 16 bytes).
         num_warps, num_stages: options of the compilation.
