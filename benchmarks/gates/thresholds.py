@@ -18,7 +18,8 @@ WIDTH = 16  # bytes of every global access in FiLM's main loops
 
 
 def direction(kernel: Kernel) -> str:
-    return "backward" if "_bwd_" in kernel.name else "forward"
+    """Of the score loop. A backward kernel that recomputes the scores has the forward loop."""
+    return "backward" if "bwd" in kernel.name and "scores" not in kernel.name else "forward"
 
 
 def failures(kernel: Kernel) -> list[str]:
