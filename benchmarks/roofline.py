@@ -3,8 +3,8 @@
 A kernel takes at least as long as its bytes at the memory's rate, and at least as long as its instructions at the
 multiprocessors' rates: 4 schedulers issue one instruction of 32 threads each per clock, 16 lanes compute special
 functions, 64 or 128 compute float32. Slots, MUFU and FP32 instructions per tanh come from the gates
-(benchmarks/gates/counts.json), the rates from the vendor's data sheets; nothing here is measured. Latency, staging,
-the softmax and the caches are left out, so that a prediction is a bound that real kernels approach from above.
+(benchmarks/gates/counts.json), the rates from the vendor's data sheets; nothing here is measured. Latency,
+staging, the softmax and the caches are left out: a prediction is a bound that real kernels approach from above.
 
     a step   = max(bytes / bandwidth, blocks' tanh x max(slots / 128, MUFU / 16, FP32 / lanes) / clock)
     products = with Dv = D the product of weights and values adds one multiply-add per tanh; backward has two more
@@ -196,21 +196,27 @@ def print_device(console: Console, device: Device, counts: Counts, seen: dict[tu
         "mode",
         "bound by",
         "predicted ms",
-        "G tanh/s, GB/s",
+        "G/s",
         "tanh/clk/SM",
         "eager ms",
         "compile ms",
     ]
     columns += ["vs eager", "vs compile"] + (["measured ms", "of predicted"] if seen else [])
     for n, column in enumerate(columns):
-        table.add_column(column, justify="left" if n < 3 else "right")
+        table.add_column(column, justify="left" if n < 3 else "right", no_wrap=n < 3)
     for case in (*ATTENTION, FILM):
         for mode in MODES:
             p = predict(case, mode, device, counts)
             per_clock = "–"
             if isinstance(case, AttentionCase):
                 per_clock = f"{case.work(mode) / p.seconds / device.clock / device.multiprocessors:.1f}"
-            cells = [case.name, mode, p.limit, f"{1e3 * p.seconds:.3g}", f"{rate(case, mode, p.seconds):.0f}"]
+            cells = [
+                case.name.removeprefix("attention "),
+                mode,
+                p.limit,
+                f"{1e3 * p.seconds:.3g}",
+                f"{rate(case, mode, p.seconds):.0f}",
+            ]
             cells += [per_clock, f"{1e3 * p.eager:.3g}", f"{1e3 * p.compiled:.3g}"]
             cells += [f"{p.eager / p.seconds:.1f}×", f"{p.compiled / p.seconds:.1f}×"]
             if seen:
@@ -245,7 +251,9 @@ def main() -> int:
     except CountsError as error:
         print(error, file=sys.stderr)
         return 1
-    console.print("Predictions from instruction counts and data sheets, not measurements. float32, Dv = D.")
+    console.print(
+        "Predictions from instruction counts and data sheets, not measurements. float32, Dv = D. G/s: tanh, FiLM bytes."
+    )
     return 0
 
 

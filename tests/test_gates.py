@@ -152,19 +152,19 @@ CALCULATOR = """
 #include <cstdio>
 #include <cuda_occupancy.h>
 int main() {
-  int arch, threads, registers, shared, per_multiprocessor, max_threads;
-  while (scanf("%d %d %d %d %d %d", &arch, &max_threads, &per_multiprocessor, &threads, &registers, &shared) == 6) {
+  int arch, threads, registers, shared, all_shared, max_threads;
+  while (scanf("%d %d %d %d %d %d", &arch, &max_threads, &all_shared, &threads, &registers, &shared) == 6) {
     cudaOccDeviceProp device;
     device.computeMajor = arch / 10, device.computeMinor = arch % 10;
     device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = max_threads;
     device.regsPerBlock = device.regsPerMultiprocessor = 65536;
     device.warpSize = 32, device.numSms = 1;
-    device.sharedMemPerBlock = 48 << 10, device.sharedMemPerMultiprocessor = per_multiprocessor;
-    device.sharedMemPerBlockOptin = per_multiprocessor - 1024, device.reservedSharedMemPerBlock = 1024;
+    device.sharedMemPerBlock = 48 << 10, device.sharedMemPerMultiprocessor = all_shared;
+    device.sharedMemPerBlockOptin = all_shared - 1024, device.reservedSharedMemPerBlock = 1024;
     cudaOccFuncAttributes kernel;
     kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = 0;
     kernel.partitionedGCConfig = PARTITIONED_GC_OFF, kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-    kernel.maxDynamicSharedSizeBytes = per_multiprocessor - 1024;
+    kernel.maxDynamicSharedSizeBytes = all_shared - 1024;
     cudaOccDeviceState state;
     cudaOccResult result;
     if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared)) return 1;
