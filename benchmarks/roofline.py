@@ -252,7 +252,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     console.print(
-        "Predictions from instruction counts and data sheets, not measurements. float32, Dv = D. G/s: tanh, FiLM bytes."
+        "Predictions from instruction counts and data sheets, not measurements. float32, Dv = D; G/s: tanh, bytes."
     )
     return 0
 

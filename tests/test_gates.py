@@ -84,7 +84,7 @@ def kernel(**changes) -> Kernel:
 def compiled(source: str, op: str, folder, arch: int = 90) -> Kernel:
     path = folder / "kernel.cu"
     path.write_text(source)
-    return cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch)[0]
+    return cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})[0]
 
 
 # Machine code

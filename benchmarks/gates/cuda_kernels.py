@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths
@@ -13,6 +15,7 @@ from .occupancy import SHARED_RESERVED, occupancy
 
 ARCHITECTURES = (80, 90, 100, 120)
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
+LAUNCHES = Path(__file__).with_name("launches.cpp")
 DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "half"}
 
 
@@ -57,7 +60,24 @@ def short_name(demangled: str) -> str:
     return name
 
 
-def kernels_of(op: str, cubin: bytes, arch: int) -> list[Kernel]:
+@cache
+def dynamic_shared() -> dict[str, int]:
+    """Most dynamic shared memory that a launch of each kernel asks for, as the launchers themselves say."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/launches"
+        includes = [f"-I{tools.ROOT / 'csrc'}", f"-I{tools.ROOT / 'tests' / 'cuda_emulator'}"]
+        tools.run(tools.nvcc(), "-std=c++17", *includes, "-o", program, str(LAUNCHES))
+        lines = tools.run(program).splitlines()
+    found: dict[str, int] = {}
+    for line in lines:
+        dtype, pack_size, kernel, shared = line.split("|")
+        name = re.sub(r"\bS\b", dtype, re.sub(r"\bW\b", pack_size, kernel.strip("()")))
+        found[name] = max(found.get(name, 0), int(shared))
+    return found
+
+
+def kernels_of(op: str, cubin: bytes, arch: int, dynamic: dict[str, int]) -> list[Kernel]:
+    """The kernels of a cubin. One that `dynamic` does not name has neither shared memory nor occupancy."""
     code, usage, threads = tools.disassemble(cubin)
     functions = sass.parse(code)
     names = list(threads)  # kernels alone have a thread count; device functions have none
@@ -65,7 +85,9 @@ def kernels_of(op: str, cubin: bytes, arch: int) -> list[Kernel]:
     for mangled, name in zip(names, demangle(names), strict=True):
         function, used = functions[mangled], usage[mangled]
         # From sm_90 on the system's share is counted in, unless the file holds no shared memory at all.
-        shared = max(0, used["SHARED"] - SHARED_RESERVED) if arch >= 90 else used["SHARED"]
+        static = max(0, used["SHARED"] - SHARED_RESERVED) if arch >= 90 else used["SHARED"]
+        shared = static + dynamic[name] if name in dynamic else None
+        resident = None if shared is None else occupancy(arch, threads[mangled], used["REG"], shared).fraction
         found.append(
             Kernel.from_sass(
                 backend="CUDA C++",
@@ -76,7 +98,7 @@ def kernels_of(op: str, cubin: bytes, arch: int) -> list[Kernel]:
                 registers=used["REG"],
                 shared=shared,
                 stack=used["STACK"],
-                occupancy=occupancy(arch, threads[mangled], used["REG"], shared).fraction,
+                occupancy=resident,
                 function=function,
             )
         )
@@ -88,7 +110,10 @@ def measure(jobs: int) -> list[Kernel]:
     work = [(source, arch) for source in sources() for arch in ARCHITECTURES]
     with ThreadPoolExecutor(jobs) as pool:
         cubins = list(pool.map(lambda item: compile_source(*item), work))
-        lists = list(pool.map(lambda item, cubin: kernels_of(item[0].parent.name, cubin, item[1]), work, cubins))
+        dynamic = dynamic_shared()
+        lists = list(
+            pool.map(lambda item, cubin: kernels_of(item[0].parent.name, cubin, item[1], dynamic), work, cubins)
+        )
     return [kernel for kernels in lists for kernel in kernels]
 
 

@@ -16,7 +16,7 @@ Nothing here was timed: it is read from the machine code.
 A cell with several values has one per architecture, in the order of the heading; with one, all are equal.
 
 - registers: of a thread
-- shared: KiB of a block
+- shared: KiB of a block, of its largest launch
 - occupancy: resident warps, of the most that a multiprocessor holds
 - local: stack bytes / instructions that touch local memory
 - slots, MUFU: instructions of the score loop, per tanh
@@ -36,7 +36,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _shared(kernel: Kernel) -> str:
-    return f"{kernel.shared / 1024:.3g}"
+    return "–" if kernel.shared is None else f"{kernel.shared / 1024:.3g}"
 
 
 def _percent(value: float | None) -> str:
