@@ -3,17 +3,22 @@
 One wheel (cp310-abi3) serves every Python >= 3.10 and torch >= 2.11. Each op's cpu_kernel.cpp is compiled
 once per instruction set, chosen at run time (csrc/common/cpu_level.cpp).
 
-Environment: FUSEDATTN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
-MAX_JOBS limits parallel compilation.
+Without a C++ compiler the installation is pure Python: Triton kernels on GPUs, plain PyTorch on the CPU.
+
+Environment: FUSEDATTN_SKIP_BUILD=1 asks for that, 0 makes a missing compiler an error. FUSEDATTN_SANITIZE=1
+builds with AddressSanitizer and UndefinedBehaviorSanitizer. MAX_JOBS limits parallel compilation.
 """
 
 import os
 import platform
+import shlex
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
 OPS = ["additive_attention", "film"]
 
@@ -43,6 +48,20 @@ if os.environ.get("FUSEDATTN_SANITIZE") == "1":
     LINK_FLAGS += SANITIZE
 
 
+def pure_python() -> bool:
+    """Whether to build no extension: as asked for, or because there is no C++ compiler."""
+    skip = os.environ.get("FUSEDATTN_SKIP_BUILD")
+    if skip not in (None, "0", "1"):
+        raise ValueError(f"FUSEDATTN_SKIP_BUILD: expected 0 or 1, got {skip!r}")
+    if skip is not None:
+        return skip == "1"
+    compiler = get_cxx_compiler()
+    if shutil.which(shlex.split(compiler)[0]):
+        return False
+    print(f"fusedattn: no C++ compiler ({compiler}): the CPU kernels are left out", file=sys.stderr)
+    return True
+
+
 class BuildLevels(BuildExtension):
     """Compiles every kernel file once per instruction set, then builds and links the extension as usual."""
 
@@ -70,17 +89,20 @@ class BuildLevels(BuildExtension):
         super().build_extensions()
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "fusedattn._C",
-            ["csrc/module.cpp", "csrc/library.cpp", "csrc/common/cpu_level.cpp"]
-            + [f"csrc/{op}/cpu.cpp" for op in OPS],
-            extra_compile_args={"cxx": CXX_FLAGS},
-            extra_link_args=LINK_FLAGS,
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildLevels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if pure_python():
+    setup()
+else:
+    setup(
+        ext_modules=[
+            CppExtension(
+                "fusedattn._C",
+                ["csrc/module.cpp", "csrc/library.cpp", "csrc/common/cpu_level.cpp"]
+                + [f"csrc/{op}/cpu.cpp" for op in OPS],
+                extra_compile_args={"cxx": CXX_FLAGS},
+                extra_link_args=LINK_FLAGS,
+                py_limited_api=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildLevels},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
