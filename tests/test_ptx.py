@@ -112,10 +112,11 @@ CASES = [
         [f32(1, 1, -1), f32(3, 0, 0)],
         f32(1 / 3, math.inf, -math.inf),
     ),
-    ("rcp.approx.ftz.f32 %d, %a", [f32(2**-130, -0.0, -math.inf)], f32(math.inf, -math.inf, -0.0)),
+    ("rcp.approx.ftz.f32 %d, %a", [f32(2**-130, -0.0, -math.inf, 1)], f32(math.inf, -math.inf, -0.0, 1)),
     ("ex2.approx.ftz.f32 %d, %a", [f32(-math.inf, 3, -130, 200)], f32(0, 8, 0, math.inf)),
     ("lg2.approx.f32 %d, %a", [f32(0, math.inf)], f32(-math.inf, math.inf)),
     ("div.approx.f32 %d, %a, %b", [f32(1), f32(2.0**126.5)], f32(0)),
+    ("div.full.f32 %d, %a, %b", [f32(3, 5, 0, math.inf), f32(2, 1, 0, 2)], f32(1.5, 5, math.nan, math.inf)),
     ("copysign.f32 %d, %a, %b", [f32(-1, 1), f32(2, -3)], f32(-2, 3)),
     # conversion
     ("cvt.rn.f32.s32 %d, %a", [u32(-3, 2**24 + 1)], f32(-3, 2**24)),

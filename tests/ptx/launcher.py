@@ -113,3 +113,17 @@ def on_ptx(arch: int, edit=None):
     # An ordinary function, so that it binds to the JITFunction.
     with mock.patch.object(JITFunction, "run", lambda function, *a, **k: launches.run(function, *a, **k)):
         yield launches
+
+
+def accept_cpu_tensors() -> None:
+    """Makes ``backend="triton"`` take tensors of the CPU, as it does under Triton's interpreter.
+
+    To be called before a module of ``fusedattn.triton`` is imported: its import registers the raw operators.
+    """
+    from fusedattn import _library
+    from fusedattn.triton import _common
+
+    _common.INTERPRETED = _library.TRITON_INTERPRETED = True
+    if (error := _library._load_triton()) is not None:
+        raise RuntimeError(error)
+    _library.TRITON_ERROR = None
