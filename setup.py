@@ -4,7 +4,10 @@ Both against LibTorch's stable ABI: one wheel (cp310-abi3) serves every Python >
 cpu_kernel.cpp is compiled once per instruction set, chosen at run time (csrc/common/cpu_level.cpp). CUDA kernels
 need nvcc, but neither a GPU nor a torch with CUDA: any torch builds the same wheel.
 
+Without a C++ compiler the installation is pure Python: Triton kernels on GPUs, plain PyTorch on the CPU.
+
 Environment:
+    FUSEDATTN_SKIP_BUILD=1 asks for that, 0 makes a missing compiler an error.
     FUSEDATTN_CUDA=1 builds _C_cuda, 0 does not. Default: where this torch has CUDA and nvcc is found.
     TORCH_CUDA_ARCH_LIST: for which GPUs. Default: "8.0;9.0;10.0;12.0+PTX".
     CUDA_HOME: of the toolkit, if nvcc is neither on PATH nor in /usr/local/cuda.
@@ -14,14 +17,16 @@ Environment:
 
 import os
 import platform
+import shlex
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from setuptools import setup
 from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
 OPS = ["additive_attention", "film"]
 
@@ -54,6 +59,20 @@ if os.environ.get("FUSEDATTN_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     CXX_FLAGS += [*SANITIZE, "-g1"]
     LINK_FLAGS += SANITIZE
+
+
+def pure_python() -> bool:
+    """Whether to build no extension: as asked for, or because there is no C++ compiler."""
+    skip = os.environ.get("FUSEDATTN_SKIP_BUILD")
+    if skip not in (None, "0", "1"):
+        raise ValueError(f"FUSEDATTN_SKIP_BUILD: expected 0 or 1, got {skip!r}")
+    if skip is not None:
+        return skip == "1"
+    compiler = get_cxx_compiler()
+    if shutil.which(shlex.split(compiler)[0]):
+        return False
+    print(f"fusedattn: no C++ compiler ({compiler}): the CPU kernels are left out", file=sys.stderr)
+    return True
 
 
 def cuda_home() -> str | None:
@@ -150,8 +169,11 @@ if home := cuda_home():
         )
     )
 
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if pure_python():
+    setup()
+else:
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -5,7 +5,7 @@ Works on Triton 3.6 to 3.9.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ def register(schema: str, function: Callable) -> None:
         LIBRARY.impl(name, function, "CPU")
 
 
-# For tools: tests that compile every kernel, gates on machine code, the executor of compiled code
+# Launching, and a description of launches for tools: tests that compile every kernel, gates on machine code, the
+# executor of compiled code
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,6 @@ class Kernel:
         divisible: names of arguments that are multiples of 16 (for a pointer: of 16 bytes).
         num_warps, num_stages: options of the compilation.
         name: readable, for test ids and tables.
-        notes: what a tool may need to know besides, such as the elements of a tile.
     """
 
     function: Any
@@ -93,7 +93,6 @@ class Kernel:
     num_warps: int = 4
     num_stages: int = 2
     name: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def compile(self, backend: str, arch: int | str):
         """Triton's compiled kernel for ``("cuda", 90)``, ``("hip", "gfx942")`` ...; needs no GPU."""
@@ -114,3 +113,66 @@ class Kernel:
         return triton.compile(
             source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages}
         )
+
+    @property
+    def specialisation(self) -> tuple:
+        """What Triton's cache would tell this kernel from others by."""
+        constexprs = tuple(sorted((name, str(value)) for name, value in self.constexprs.items()))
+        return self.function.__name__, tuple(self.signature.items()), constexprs, self.divisible
+
+
+_record: list[Kernel] | None = None
+
+
+def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constexprs):
+    """Launches a kernel, or only notes it within ``recorded``."""
+    if _record is None:
+        function[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    else:
+        _record.append(_described(function, grid, arguments, constexprs, num_warps, num_stages))
+
+
+def recorded(call: Callable[[], Any]) -> list[Kernel]:
+    """The kernels that ``call()`` launches, in order; none of them runs, so tensors may be on the meta device."""
+    global _record
+    _record = []
+    try:
+        call()
+        return _record
+    finally:
+        _record = None
+
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+def _described(function, grid, arguments, constexprs, num_warps, num_stages) -> Kernel:
+    """What Triton would compile for this launch: its rules of specialisation, written down."""
+    signature, values, divisible = {}, dict(constexprs), []
+    for parameter, x in zip(function.params, arguments, strict=False):
+        name, specialised = parameter.name, not parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or (specialised and isinstance(x, int) and x == 1):
+            values[name] = x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = _TYPES[x.dtype]
+            if x.storage_offset() * x.itemsize % 16 == 0:
+                divisible.append(name)
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(1 << 31) <= x < 1 << 31 else "i64"
+            if specialised and x % 16 == 0:
+                divisible.append(name)
+    signature |= dict.fromkeys(values, "constexpr")
+    tile = "x".join(str(values[name]) for name in function.arg_names if name.startswith("BLOCK_"))
+    types = "-".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
+    name = f"{function.__name__}-{tile}-{types}"
+    return Kernel(function, signature, values, tuple(grid), tuple(divisible), num_warps, num_stages, name)

@@ -4,21 +4,21 @@ In memory order x is (B, M, C, N): B batch, M positions before and N positions a
 channels_last and (B, T, C) have N = 1). Two kernels in each direction differ in where the channel lies:
 
 - runs (N > 1): a tile is BLOCK_R runs x BLOCK_N neighbouring elements; scale and shift are one per run;
-- rows (N = 1): a tile is BLOCK_R rows x BLOCK_C channels of one batch element; scale and shift are one per channel.
+- rows (N = 1): a tile is BLOCK_R rows x BLOCK_C channels of a batch element; scale and shift are one per channel.
 
-Costs. FiLM is bound by memory: forward reads x (and the residual) and writes y, backward reads x and dy and writes
-dx, each once. Index arithmetic is per run or row, never per element; an activation costs some 10 to 40 instructions
-an element and hides behind memory.
+Costs. FiLM is bound by memory: forward reads x (and the residual) and writes y, backward reads x and dy and
+writes dx, each once. Index arithmetic is per run or row, never per element; an activation costs some 10 to 40
+instructions an element, which hide behind memory.
 
 dgamma and dbeta come out of the pass that writes dx. A program keeps its sums in registers over all tiles of its
-runs or columns. Where that covers a gradient it is final; else programs write partial sums, C per piece, and
+runs or columns. Where that covers a gradient it is final; else programs write partial sums and
 ``film_bwd_kernel_sum`` adds them in a fixed order. The cut depends on the shape alone and no atomics are used:
 results are bitwise reproducible.
 
 What decides: N a multiple of 16 lets Triton load 16 bytes a thread; other N are loaded element by element. A flat
 index, aligned for every N, would cost two integer divisions an element; it was left out for that reason.
 
-Symbols: B, M, C, N as above; R runs or rows; BLOCK_R, BLOCK_N, BLOCK_C extents of a tile. Reference and definition:
+Symbols: B, M, C, N as above; R runs; BLOCK_R, BLOCK_N, BLOCK_C extents of a tile. Definition and reference:
 ``fusedattn/ops/film.py``. Tests: ``tests/test_triton_film.py``, ``tests/test_triton_compile.py``.
 """
 
@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fusedattn.triton._common import Kernel, load_wide, on_device_of, register
+from fusedattn.triton._common import Kernel, launch, load_wide, on_device_of, recorded, register
 
 # As in csrc/film/formula.h, whose activations are numbered so. In products the tensor comes first: the interpreter
 # takes a constexpr times a tensor for a constexpr.
@@ -129,7 +129,11 @@ def _parameter(P, b, c, stride_b, stride_c, mask, OFFSET: tl.constexpr):
     return load_wide(P + b * stride_b + c * stride_c, mask) + OFFSET
 
 
-@triton.jit
+# Kernels. Integers that change from call to call are not specialised, which would compile anew for 1 and for
+# multiples of 16; those that decide how wide a load may be are.
+
+
+@triton.jit(do_not_specialize=["gamma_b", "beta_b", "R", "MC", "C"])
 def film_fwd_kernel_runs(
     X, GAMMA, BETA, RESIDUAL, Y,
     gamma_b, gamma_c, beta_b, beta_c,  # strides
@@ -156,7 +160,7 @@ def film_fwd_kernel_runs(
     tl.store(Y + at, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gamma_b", "beta_b", "M"])
 def film_fwd_kernel_rows(
     X, GAMMA, BETA, RESIDUAL, Y,
     gamma_b, gamma_c, beta_b, beta_c,
@@ -182,7 +186,7 @@ def film_fwd_kernel_rows(
     tl.store(Y + at, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gamma_b", "beta_b", "R", "MC", "C", "pieces", "steps"])
 def film_bwd_kernel_runs(
     DY, X, GAMMA, BETA, DX, DGAMMA, DBETA,  # DGAMMA and DBETA (R, pieces): sums over a piece
     gamma_b, gamma_c, beta_b, beta_c,
@@ -221,7 +225,7 @@ def film_bwd_kernel_runs(
         tl.store(DBETA + run * pieces + piece, tl.sum(sum_dz, 1), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gamma_b", "beta_b", "M", "pieces", "steps"])
 def film_bwd_kernel_rows(
     DY, X, GAMMA, BETA, DX, DGAMMA, DBETA,  # DGAMMA and DBETA (B, pieces, C)
     gamma_b, gamma_c, beta_b, beta_c,
@@ -259,7 +263,7 @@ def film_bwd_kernel_rows(
         tl.store(DBETA + part * C + c, tl.sum(sum_dz, 0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outputs", "terms", "P", "C", "Q"])
 def film_bwd_kernel_sum(
     PARTIAL, OUT,  # PARTIAL (B, P, C, Q)
     outputs, terms,  # OUT (B, C) sums P Q terms, or (C,) sums B P Q
@@ -357,10 +361,12 @@ def forward(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
         if N > 1:
             R = B * M * C
             grid = (triton.cdiv(R, tile["BLOCK_R"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-            film_fwd_kernel_runs[grid](*pointers, *strides, R, M * C, C, N, gamma_offset, activation, **tile)
+            launch(
+                film_fwd_kernel_runs, grid, *pointers, *strides, R, M * C, C, N, gamma_offset, activation, **tile
+            )
         else:
             grid = (B * triton.cdiv(M, tile["BLOCK_R"]) * triton.cdiv(C, tile["BLOCK_C"]),)
-            film_fwd_kernel_rows[grid](*pointers, *strides, M, C, gamma_offset, activation, **tile)
+            launch(film_fwd_kernel_rows, grid, *pointers, *strides, M, C, gamma_offset, activation, **tile)
     return view.restored(y, x)
 
 
@@ -404,11 +410,35 @@ def backward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
     grid = (tiles * pieces,)
     with on_device_of(x):
         if N > 1:
-            film_bwd_kernel_runs[grid](
-                *pointers, *strides, R, M * C, C, N, pieces, steps, gamma_offset, activation, **tile
+            launch(
+                film_bwd_kernel_runs,
+                grid,
+                *pointers,
+                *strides,
+                R,
+                M * C,
+                C,
+                N,
+                pieces,
+                steps,
+                gamma_offset,
+                activation,
+                **tile,
             )
         else:
-            film_bwd_kernel_rows[grid](*pointers, *strides, M, C, pieces, steps, gamma_offset, activation, **tile)
+            launch(
+                film_bwd_kernel_rows,
+                grid,
+                *pointers,
+                *strides,
+                M,
+                C,
+                pieces,
+                steps,
+                gamma_offset,
+                activation,
+                **tile,
+            )
         for partial, grad in zip(sums, grads, strict=True):
             if partial is not None and partial is not grad:
                 _add_up(partial, grad)
@@ -423,7 +453,7 @@ def _add_up(partial: Tensor, out: Tensor) -> None:
     block_t = _power_of_2(terms, 256)
     block_o = _power_of_2(outputs, 1024 // block_t)
     grid = (triton.cdiv(outputs, block_o),)
-    film_bwd_kernel_sum[grid](partial, out, outputs, terms, P, C, Q, BLOCK_O=block_o, BLOCK_T=block_t)
+    launch(film_bwd_kernel_sum, grid, partial, out, outputs, terms, P, C, Q, BLOCK_O=block_o, BLOCK_T=block_t)
 
 
 register(
@@ -436,3 +466,26 @@ register(
     "float gamma_offset, int activation) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
     backward,
 )
+
+
+def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
+    """Every kernel as typical calls launch it: feature maps, channels last with shared parameters, short runs."""
+
+    def call(dtype, shape, channel_dim, shared, activation):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        C = shape[channel_dim]
+        gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
+        forward(x, gamma, gamma, channel_dim, 1.0, activation, x)
+        backward(x, x, gamma, gamma, channel_dim, 1.0, activation)
+
+    cases = (
+        ((8, 256, 56, 56), 1, False, GELU),
+        ((8, 1024, 768), 2, True, SILU),
+        ((8, 1024, 7, 7), 1, False, TANH),
+    )
+    found = {}
+    for dtype in dtypes:
+        for case in cases:
+            for kernel in recorded(lambda: call(dtype, *case)):  # noqa: B023, called at once
+                found.setdefault(kernel.specialisation, kernel)
+    return list(found.values())
