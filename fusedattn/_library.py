@@ -14,7 +14,8 @@ except ImportError as error:  # kept and shown by every backend's reasons and by
     # The one warning of an installation without compiled kernels; later, torch.compile may be tracing.
     warnings.warn(
         f"fusedattn: the compiled extension did not load ({error}). On the CPU, functions run as plain "
-        "PyTorch: same results, slower, with the memory that kernels save. `python -m fusedattn.info` lists what can run.",
+        "PyTorch: same results, slower, with the memory that kernels save. What can run here: "
+        "`python -m fusedattn.info`.",
         stacklevel=2,
     )
 

@@ -17,15 +17,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
 import test_film
-from ptx.launcher import accept_cpu_tensors, on_ptx
+import triton
+from ptx.launcher import on_ptx
 
-accept_cpu_tensors()
-
-import triton  # noqa: E402
-
-from fusedattn import film  # noqa: E402
-from fusedattn.ops.film import ACTIVATIONS  # noqa: E402
-from fusedattn.triton import film as film_kernels  # noqa: E402
+from fusedattn import film
+from fusedattn.ops.film import ACTIVATIONS
+from fusedattn.triton import film as film_kernels
 
 on_triton = functools.partial(functools.partial, backend="triton")
 ARCHS = [80, 90]

@@ -49,7 +49,8 @@ INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 GELU_TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
 GELU_TANH_CUBIC = tl.constexpr(0.044715)
 
-TILE = 2048  # elements of a tile: 16 a thread, two to four loads of 16 bytes in flight
+TILE = 2048  # elements of a tile: 8 a thread on NVIDIA, one or two loads of 16 bytes
+WARPS = 8  # four, with 16 elements a thread, took 250 registers in the backward of short runs
 PROGRAMS = 1024  # a backward pass is cut into about this many where whole runs or columns give fewer: some 8 an SM
 
 
@@ -285,6 +286,16 @@ def film_bwd_kernel_sum(
 # Launchers
 
 
+def _dense(x: Tensor, order) -> bool:
+    """Whether x fills its memory with dimensions in this order, outermost first."""
+    expected = 1
+    for d in reversed(order):
+        if x.shape[d] != 1 and x.stride(d) != expected:
+            return False
+        expected *= x.shape[d]
+    return True
+
+
 class _View:
     """x as (B, M, C, N) in memory order, copied only where it is not dense with the batch outermost.
 
@@ -292,31 +303,24 @@ class _View:
     """
 
     def __init__(self, x: Tensor, channel_dim: int, parameters):
-        shape, order = x.shape, range(x.dim())
+        shape, order = x.shape, [*range(x.dim())]
         if not x.is_contiguous():
-            # Outermost first; where the size is 1 the stride says nothing, and sorting is stable.
-            order = sorted(order, key=lambda d: -x.stride(d) if shape[d] != 1 else -math.inf)
-            if order[0] != 0 and shape[0] == 1:
-                order.remove(0)
-                order.insert(0, 0)
-            expected = 1
-            for d in reversed(order):
-                if shape[d] != 1 and x.stride(d) != expected:
-                    expected = 0
-                expected *= shape[d]
-            if not expected or order[0] != 0:
-                x, order = x.contiguous(), range(x.dim())
-        self.x = x
-        place = list(order).index(channel_dim)
-        self.B, self.C = shape[0], shape[channel_dim]
-        self.M = math.prod(shape[d] for d in list(order)[1:place])
-        self.N = math.prod(shape[d] for d in list(order)[place + 1 :])
+            order[1:] = sorted(order[1:], key=lambda d: -x.stride(d))
+            if not _dense(x, order):
+                x = x.contiguous()
+                order.sort()
+        place = order.index(channel_dim)
+        self.x, self.B, self.C = x, shape[0], shape[channel_dim]
+        self.M = math.prod(shape[d] for d in order[1:place])
+        self.N = math.prod(shape[d] for d in order[place + 1 :])
         if all(p is None or p.dim() == 1 for p in parameters):
             self.B, self.M = 1, self.B * self.M
 
     def like(self, t: Tensor | None) -> Tensor | None:
-        """t with the strides of x."""
-        if t is None or t.stride() == self.x.stride():
+        """t with the strides of x, where they say anything."""
+        if t is None or all(
+            n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), self.x.stride(), strict=True)
+        ):
             return t
         return torch.empty_like(self.x).copy_(t)
 
@@ -355,18 +359,16 @@ def forward(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
     if x.numel() == 0:
         return view.restored(y, x)
     B, M, C, N, tile = view.B, view.M, view.C, view.N, _tile(view)
+    if N > 1:
+        kernel, sizes = film_fwd_kernel_runs, (B * M * C, M * C, C, N)
+        programs = triton.cdiv(B * M * C, tile["BLOCK_R"]) * triton.cdiv(N, tile["BLOCK_N"])
+    else:
+        kernel, sizes = film_fwd_kernel_rows, (M, C)
+        programs = B * triton.cdiv(M, tile["BLOCK_R"]) * triton.cdiv(C, tile["BLOCK_C"])
     pointers = view.x, gamma, beta, view.like(residual), y
-    strides = _strides(gamma, beta)
+    arguments = (*pointers, *_strides(gamma, beta), *sizes, gamma_offset, activation)
     with on_device_of(x):
-        if N > 1:
-            R = B * M * C
-            grid = (triton.cdiv(R, tile["BLOCK_R"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-            launch(
-                film_fwd_kernel_runs, grid, *pointers, *strides, R, M * C, C, N, gamma_offset, activation, **tile
-            )
-        else:
-            grid = (B * triton.cdiv(M, tile["BLOCK_R"]) * triton.cdiv(C, tile["BLOCK_C"]),)
-            launch(film_fwd_kernel_rows, grid, *pointers, *strides, M, C, gamma_offset, activation, **tile)
+        launch(kernel, (programs,), *arguments, **tile, num_warps=WARPS)
     return view.restored(y, x)
 
 
@@ -388,57 +390,26 @@ def backward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
         return view.restored(dx, x), *(grad.zero_() for grad in grads)
     B, M, C, N, tile = view.B, view.M, view.C, view.N, _tile(view)
     if N > 1:
-        R = B * M * C
-        tiles = triton.cdiv(R, tile["BLOCK_R"])
+        tiles = triton.cdiv(B * M * C, tile["BLOCK_R"])
         pieces, steps = _cut(tiles, triton.cdiv(N, tile["BLOCK_N"]))
-        partial_shape, final = (B, M, C, pieces), M * pieces == 1
+        kernel, sizes = film_bwd_kernel_runs, (B * M * C, M * C, C, N, pieces, steps)
+        partial_shape = (B, M, C, pieces)
     else:
         tiles = B * triton.cdiv(C, tile["BLOCK_C"])
         pieces, steps = _cut(tiles, triton.cdiv(M, tile["BLOCK_R"]))
-        partial_shape, final = (B, pieces, C, 1), pieces == 1
+        kernel, sizes = film_bwd_kernel_rows, (M, C, pieces, steps)
+        partial_shape = (B, pieces, C, 1)
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = []
+    sums = []  # the gradient itself where one program holds all of a sum
     for p, grad in zip((gamma, beta), grads, strict=True):
-        if p is None:
-            sums.append(None)
-        elif final and grad.numel() == B * C:
-            sums.append(grad)
+        if p is None or grad.numel() == math.prod(partial_shape):
+            sums.append(None if p is None else grad)
         else:
             sums.append(torch.empty(partial_shape, dtype=arithmetic, device=x.device))
     pointers = view.like(grad_output), view.x, gamma, beta, dx, *sums
-    strides = _strides(gamma, beta)
-    grid = (tiles * pieces,)
+    arguments = (*pointers, *_strides(gamma, beta), *sizes, gamma_offset, activation)
     with on_device_of(x):
-        if N > 1:
-            launch(
-                film_bwd_kernel_runs,
-                grid,
-                *pointers,
-                *strides,
-                R,
-                M * C,
-                C,
-                N,
-                pieces,
-                steps,
-                gamma_offset,
-                activation,
-                **tile,
-            )
-        else:
-            launch(
-                film_bwd_kernel_rows,
-                grid,
-                *pointers,
-                *strides,
-                M,
-                C,
-                pieces,
-                steps,
-                gamma_offset,
-                activation,
-                **tile,
-            )
+        launch(kernel, (tiles * pieces,), *arguments, **tile, num_warps=WARPS)
         for partial, grad in zip(sums, grads, strict=True):
             if partial is not None and partial is not grad:
                 _add_up(partial, grad)

@@ -6,6 +6,8 @@ is the whole storage of a tensor: an access outside is an error.
 """
 
 import contextlib
+import functools
+import importlib
 from unittest import mock
 
 import torch
@@ -13,6 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from fusedattn import _library
 
 from .executor import launch
 from .memory import GlobalMemory
@@ -106,24 +110,32 @@ class Launches:
         self.executed[kernel.name] = self.executed.get(kernel.name, 0) + executed
 
 
+@functools.cache
+def _register_for_cpu_tensors() -> torch.library.Library:
+    """The raw operators' kernels for GPUs also for tensors of the CPU, whose launches end up here."""
+    for name in ("film", "additive_attention"):
+        importlib.import_module(f"fusedattn.triton.{name}")
+    library = torch.library.Library("fusedattn", "IMPL")  # what it registers lives as long as it
+    on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for op in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = op.partition("::")
+        if namespace == "fusedattn" and name.endswith("_triton"):
+            overload = getattr(torch.ops.fusedattn, name).default
+            library.impl(op, functools.partial(overload.redispatch, on_gpu), "CPU")
+    return library
+
+
 @contextlib.contextmanager
 def on_ptx(arch: int, edit=None):
-    """Runs Triton's launches as PTX for ``arch``; ``edit`` may change the text of a kernel before it runs."""
-    launches = Launches(arch, edit)
-    # An ordinary function, so that it binds to the JITFunction.
-    with mock.patch.object(JITFunction, "run", lambda function, *a, **k: launches.run(function, *a, **k)):
-        yield launches
+    """Runs Triton's launches as PTX for ``arch``; ``edit`` may change the text of a kernel before it runs.
 
-
-def accept_cpu_tensors() -> None:
-    """Makes ``backend="triton"`` take tensors of the CPU, as it does under Triton's interpreter.
-
-    To be called before a module of ``fusedattn.triton`` is imported: its import registers the raw operators.
+    Inside, ``backend="triton"`` takes tensors of the CPU, as it does under Triton's interpreter.
     """
-    from fusedattn import _library
-    from fusedattn.triton import _common
-
-    _common.INTERPRETED = _library.TRITON_INTERPRETED = True
-    if (error := _library._load_triton()) is not None:
-        raise RuntimeError(error)
-    _library.TRITON_ERROR = None
+    _register_for_cpu_tensors()
+    launches = Launches(arch, edit)
+    with contextlib.ExitStack() as patches:
+        # An ordinary function, so that it binds to the JITFunction.
+        run = lambda function, *args, **kwargs: launches.run(function, *args, **kwargs)  # noqa: E731
+        patches.enter_context(mock.patch.object(JITFunction, "run", run))
+        patches.enter_context(mock.patch.multiple(_library, TRITON_ERROR=None, TRITON_INTERPRETED=True))
+        yield launches
