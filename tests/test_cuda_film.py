@@ -123,6 +123,16 @@ def test_arrays_at_different_distances_from_a_boundary(module, shape):
     assert torch.equal(y, torch.relu(x) + x)
 
 
+@pytest.mark.sanitized
+@pytest.mark.races
+@pytest.mark.parametrize("shape", [(2, 1, 2, 1030), (1, 1, 3, 130), (3, 5, 7, 1), (2, 40, 8, 1)], ids=shape_id)
+def test_no_thread_relies_on_luck(module, shape, thread_order):
+    """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""
+    module.set_order(thread_order)
+    check(module, shape, activation="silu")
+    module.set_order(0)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2, 17001), (2, 300, 24, 1), (7, 3, 7, 1)], ids=shape_id)
 def test_the_order_of_threads_changes_no_bit(module, shape):
     results = []

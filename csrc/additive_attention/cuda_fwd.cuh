@@ -22,17 +22,102 @@ struct AttentionOutputs {
   T* sums;     // like context; may be context itself
 };
 
-template <typename T>
+// The product of p and x, 64 queries x 64 columns, as a block computes it: 32 sums a thread.
+//
+// On fused multiply-adds, in the arithmetic type: p lies as [key][query], and a thread has the rows and columns of
+// its scores.
+template <typename S>
+struct ContextProduct {
+  using Element = gpu::Arithmetic<S>;  // of p and x in shared memory
+  static constexpr int STRIDE = LEADING;
+
+  static FUSEDATTN_DEVICE void store_p(const Element (&p)[TILE_Q][TILE_K], Element* to) {
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j)
+#pragma unroll
+      for (int half = 0; half < TILE_Q; half += 4) {
+        gpu::Pack<Element, 4> pack;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) pack.element[e] = p[half + e][j];
+        gpu::store_pack(to + (tile_column() + j) * STRIDE + tile_row() + half, pack);
+      }
+  }
+  static FUSEDATTN_DEVICE void multiply(const Element* p, const Element* x, int depth,
+                                        Element (&acc)[TILE_Q][TILE_K]) {
+    multiply_tile(p, x, depth, acc);
+  }
+  static FUSEDATTN_DEVICE int row(int n, int) { return tile_row() + n; }
+  static FUSEDATTN_DEVICE int column(int, int e) { return tile_column() + e; }
+};
+
+// On tensor cores, in half precision: p lies as [query][key], a warp multiplies the 16 rows that it scored with 8
+// columns at a time. STRIDE: the 8 rows and 4 columns of a fragment lie in 32 banks.
+template <typename S>
+struct TensorCoreProduct {
+  using Element = S;
+  static constexpr int STRIDE = 72;
+
+  static FUSEDATTN_DEVICE void store_p(const float (&p)[TILE_Q][TILE_K], S* to) {
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i) {
+      gpu::Pack<S, TILE_K> pack;
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) pack.element[j] = gpu::to_storage<S>(p[i][j]);
+      gpu::store_pack(to + (tile_row() + i) * STRIDE + tile_column(), pack);
+    }
+  }
+  static FUSEDATTN_DEVICE uint32_t pair(S low, S high) {
+    uint32_t bits;
+    const S both[2] = {low, high};
+    memcpy(&bits, both, sizeof(bits));
+    return bits;
+  }
+  static FUSEDATTN_DEVICE void multiply(const S* p, const S* x, int depth, float (&acc)[TILE_Q][TILE_K]) {
+    const int group = threadIdx.x % gpu::WARP / 4, pairs = threadIdx.x % 4 * 2;
+    p += (threadIdx.x / gpu::WARP * 16 + group) * STRIDE + pairs;
+    x += pairs * STRIDE + group;
+#pragma unroll 1
+    for (int key = 0; key < depth; key += 16, p += 16, x += 16 * STRIDE) {
+      const uint32_t a[4] = {pair(p[0], p[1]), pair(p[8 * STRIDE], p[8 * STRIDE + 1]), pair(p[8], p[9]),
+                             pair(p[8 * STRIDE + 8], p[8 * STRIDE + 9])};
+#pragma unroll
+      for (int n = 0; n < TILE_Q; ++n) {
+        const S* column = x + 8 * n;
+        const uint32_t b[2] = {pair(column[0], column[STRIDE]), pair(column[8 * STRIDE], column[9 * STRIDE])};
+        gpu::mma_16x8x16<S>(acc[n], a, b);
+      }
+    }
+  }
+  static FUSEDATTN_DEVICE int row(int, int e) {
+    return static_cast<int>(threadIdx.x) / gpu::WARP * 16 + static_cast<int>(threadIdx.x) % gpu::WARP / 4 +
+           e / 2 * 8;
+  }
+  static FUSEDATTN_DEVICE int column(int n, int e) {
+    return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2;
+  }
+};
+template <>
+struct ContextProduct<__half> : TensorCoreProduct<__half> {};
+template <>
+struct ContextProduct<__nv_bfloat16> : TensorCoreProduct<__nv_bfloat16> {};
+
+// Shared memory of the kernel; x takes the place of the staged channels.
+template <typename S>
 struct ForwardMemory {
-  static constexpr int64_t STAGE = ScoreMemory<T>::SIZE, P = BLOCK_K * LEADING;
-  static constexpr int64_t SIZE = (STAGE > P ? STAGE : P) + P + 3 * BLOCK_Q;
+  using T = gpu::Arithmetic<S>;
+  using Product = ContextProduct<S>;
+  using Element = typename Product::Element;
+  static constexpr int64_t TILE = BLOCK_K * Product::STRIDE * sizeof(Element) / sizeof(T);
+  static constexpr int64_t STAGE = ScoreMemory<T>::SIZE > TILE ? ScoreMemory<T>::SIZE : TILE;
+  static constexpr int64_t SIZE = STAGE + TILE + 3 * BLOCK_Q;
   ScoreMemory<T> score;
-  T *x, *p, *row_max, *row_sum, *row_scale;
+  Element *x, *p;
+  T *row_max, *row_sum, *row_scale;
   FUSEDATTN_DEVICE explicit ForwardMemory(T* memory)
       : score(memory),
-        x(memory),
-        p(memory + (STAGE > P ? STAGE : P)),
-        row_max(p + P),
+        x(reinterpret_cast<Element*>(memory)),
+        p(reinterpret_cast<Element*>(memory + STAGE)),
+        row_max(memory + STAGE + TILE),
         row_sum(row_max + BLOCK_Q),
         row_scale(row_sum + BLOCK_Q) {}
 };
@@ -45,18 +130,21 @@ FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
   return x;
 }
 
-// One step of the online softmax: scores become p, also in shared memory as [j][i]; the rows' maximum and sum move
-// on, row_scale is what earlier sums must be multiplied with.
-template <typename T>
-FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<T>& memory) {
+// One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
+// sums must be multiplied with.
+template <typename S, typename T>
+FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S>& memory) {
+  T before[TILE_Q];
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) before[i] = memory.row_max[tile_row() + i];
+  __syncwarp();  // all lanes of a row have read what one will overwrite
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i) {
     const int row = tile_row() + i;
     T top = score[i][0];
 #pragma unroll
     for (int j = 1; j < TILE_K; ++j) top = gpu::max(top, score[i][j]);
-    const T before = memory.row_max[row];
-    top = gpu::max(before, row_reduce(top, [](T a, T b) { return gpu::max(a, b); }));
+    top = gpu::max(before[i], row_reduce(top, [](T a, T b) { return gpu::max(a, b); }));
     const T origin = top == -INFINITE<T> ? T(0) : top;
     T sum = 0;
 #pragma unroll
@@ -66,22 +154,14 @@ FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemo
       sum += infinite ? T(1) : score[i][j];
     }
     sum = row_reduce(sum, [](T a, T b) { return a + b; });
-    const T scale = before == top ? T(1) : gpu::exp_approx(before - origin);
+    const T scale = before[i] == top ? T(1) : gpu::exp_approx(before[i] - origin);
     if (tile_column() == 0) {
       memory.row_max[row] = top;
       memory.row_sum[row] = gpu::fma(memory.row_sum[row], scale, sum);
       memory.row_scale[row] = scale;
     }
   }
-#pragma unroll
-  for (int j = 0; j < TILE_K; ++j)
-#pragma unroll
-    for (int half = 0; half < TILE_Q; half += 4) {
-      gpu::Pack<T, 4> pack;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) pack.element[e] = score[half + e][j];
-      gpu::store_pack(memory.p + (tile_column() + j) * LEADING + tile_row() + half, pack);
-    }
+  ContextProduct<S>::store_p(score, memory.p);
 }
 
 // What the row's sums are multiplied with in the end.
@@ -92,36 +172,38 @@ FUSEDATTN_DEVICE T normaliser(T row_max, T row_sum) {
 }
 
 // sums = sums row_scale + p x, for the tile's keys and all columns; in the end times the normaliser to the
-// context.
-template <typename S, typename T>
+// context. Begins with a barrier.
+template <typename S>
 FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const AttentionOutputs<S>& out, const Head& at,
-                                   int64_t i0, int64_t j0, int64_t keys_end, const ForwardMemory<T>& memory) {
+                                   int64_t i0, int64_t j0, int64_t keys_end, const ForwardMemory<S>& memory) {
+  using T = gpu::Arithmetic<S>;
+  using Product = ContextProduct<S>;
   const bool first = j0 == 0, last = j0 + BLOCK_K >= keys_end;
-  const int depth = static_cast<int>(lower(BLOCK_K, keys_end - j0));
-  for (int64_t v0 = 0; v0 < p.Dv; v0 += 64) {
+  const int depth = static_cast<int>(lower(BLOCK_K, keys_end - j0)),
+            rows = static_cast<int>(lower(BLOCK_Q, p.Tq - i0));
+  int64_t v0 = 0;
+  do {  // once even without columns, for the barrier
     __syncthreads();
-    stage_rows(p.value, at, j0, keys_end, v0, p.Dv, memory.x);
+    stage_rows<Product::STRIDE>(p.value, at, j0, keys_end, v0, p.Dv, memory.x);
     __syncthreads();
     T acc[TILE_Q][TILE_K] = {};
-    multiply_tile(memory.p, memory.x, depth, acc);
+    Product::multiply(memory.p, memory.x, depth, acc);
+    const int64_t corner = (at.n * p.Tq + i0) * p.Dv + v0;
 #pragma unroll
-    for (int i = 0; i < TILE_Q; ++i) {
-      const int row = tile_row() + i;
-      if (i0 + row >= p.Tq) break;
-      const T scale = memory.row_scale[row];
-      const T final = last ? normaliser(memory.row_max[row], memory.row_sum[row]) : T(1);
-      const int64_t to = (at.n * p.Tq + i0 + row) * p.Dv + v0 + tile_column();
+    for (int n = 0; n < TILE_Q; ++n)
 #pragma unroll
-      for (int j = 0; j < TILE_K; ++j) {
-        if (v0 + tile_column() + j >= p.Dv) break;
-        const T sum = first ? acc[i][j] : gpu::fma(out.sums[to + j], scale, acc[i][j]);
+      for (int e = 0; e < TILE_K; ++e) {
+        const int row = Product::row(n, e), column = Product::column(n, e);
+        if (row >= rows || v0 + column >= p.Dv) continue;
+        const int64_t to = corner + row * p.Dv + column;
+        const T sum = first ? acc[n][e] : gpu::fma(out.sums[to], memory.row_scale[row], acc[n][e]);
         if (last)
-          out.context[to + j] = gpu::to_storage<S>(sum * final);
+          out.context[to] = gpu::to_storage<S>(sum * normaliser(memory.row_max[row], memory.row_sum[row]));
         else
-          out.sums[to + j] = sum;
+          out.sums[to] = sum;
       }
-    }
-  }
+    v0 += 64;
+  } while (v0 < p.Dv);
 }
 
 template <typename S>
@@ -130,7 +212,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
                                   int64_t query_tiles) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
-  const ForwardMemory<T> memory(shared);
+  const ForwardMemory<S> memory(shared);
   const Head at(p, blockIdx.x / query_tiles);
   const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
   const WeightScale<T> weight(p, at, memory.score.reduce);
@@ -217,7 +299,7 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu
   T* sums = workspace;
   if constexpr (sizeof(S) == sizeof(T)) sums = context;
   FUSEDATTN_LAUNCH(additive_attention_fwd_kernel<S>, static_cast<unsigned>(blocks), ATTENTION_BLOCK,
-                   ForwardMemory<T>::SIZE * sizeof(T), stream, p, AttentionOutputs<S>{context, lse, scores, sums},
+                   ForwardMemory<S>::SIZE * sizeof(T), stream, p, AttentionOutputs<S>{context, lse, scores, sums},
                    tiles);
   if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);
 }

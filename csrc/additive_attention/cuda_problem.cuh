@@ -17,6 +17,8 @@
 // product of two denominators, the block stages q and k themselves and takes the exponential of the sum.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
 // after the definition of FUSEDATTN_INLINE
 #include "formula.h"
@@ -152,11 +154,19 @@ FUSEDATTN_DEVICE void stage_transposed(const RowsOf<S>& x, const Head& at, int64
       to[((2 * n + lane % 2) * PACK + e) * LEADING + row] = f(gpu::to_arithmetic(packs[n].element[e]));
 }
 
-// to[row][v] (rows of LEADING) = x[first + row][v0 + v] for 64 rows and 64 columns, zeros from `last` and `width`
-// on.
-template <typename S>
+template <typename To, typename S>
+FUSEDATTN_DEVICE To convert(S x) {
+  if constexpr (std::is_same_v<To, S>)
+    return x;
+  else
+    return gpu::to_storage<To>(gpu::to_arithmetic(x));
+}
+
+// to[row][v] (rows of `leading`) = x[first + row][v0 + v] for 64 rows and 64 columns, zeros from `last` and
+// `width` on.
+template <int leading = LEADING, typename S, typename To>
 FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t first, int64_t last, int64_t v0,
-                                 int64_t width, gpu::Arithmetic<S>* to) {
+                                 int64_t width, To* to) {
   const int v = static_cast<int>(threadIdx.x) % 16 * PACK;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -164,10 +174,10 @@ FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t fir
     const bool exists = first + row < last;
     const S* source = x.row(at.b, at.h, exists ? first + row : first);
     const auto pack = load_channels(source, x.packed, v0 + v, exists ? width : 0);
-    gpu::Pack<gpu::Arithmetic<S>, PACK> wide;
+    gpu::Pack<To, PACK> converted;
 #pragma unroll
-    for (int e = 0; e < PACK; ++e) wide.element[e] = gpu::to_arithmetic(pack.element[e]);
-    gpu::store_pack(to + row * LEADING + v, wide);
+    for (int e = 0; e < PACK; ++e) converted.element[e] = convert<To>(pack.element[e]);
+    gpu::store_pack(to + row * leading + v, converted);
   }
 }
 
@@ -304,7 +314,8 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
     for (int j = 0; j < TILE_K; ++j) score[i][j] = 0;
   const int64_t queries_end = lower(p.Tq, i0 + BLOCK_Q);
   const S* w = p.weight + at.h * p.weight_stride_h;
-  for (int64_t d0 = 0; d0 < p.D; d0 += BLOCK_D) {
+  int64_t d0 = 0;
+  do {  // once even without channels, for the barrier
     __syncthreads();
     if (threadIdx.x < BLOCK_D) {
       const int64_t d = d0 + threadIdx.x;
@@ -342,7 +353,8 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
       __syncthreads();
       score_channels_of_sums(memory, weight.finite, score);
     }
-  }
+    d0 += BLOCK_D;
+  } while (d0 < p.D);
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll

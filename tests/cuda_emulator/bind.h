@@ -46,9 +46,11 @@ using Array = std::optional<py::array>;
 template <typename Body>
 void with_storage(const std::string& dtype, const Body& body) {
   if (dtype == "float32") return body(float{});
+#if !defined(CUDA_EMULATOR_FLOAT32_ALONE)
   if (dtype == "float64") return body(double{});
   if (dtype == "float16") return body(__half{});
   if (dtype == "bfloat16") return body(__nv_bfloat16{});
+#endif
   throw std::invalid_argument("dtype: expected float32, float64, float16 or bfloat16, got " + dtype);
 }
 

@@ -27,6 +27,8 @@ SANITIZERS = {
 LIBRARIES = {"plain": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 # Which variant this process was started for; only that one can be imported.
 VARIABLE = "FUSEDATTN_EMULATOR_VARIANT"
+# A copy of csrc to compile instead, for float32 alone: test_cuda_emulator.py plants bugs in one.
+CSRC_VARIABLE = "FUSEDATTN_EMULATOR_CSRC"
 
 
 def toolkit_headers() -> Path | None:
@@ -67,14 +69,19 @@ def build(name: str, variant: str = "plain", source: Path | None = None) -> Path
     """
     import pybind11
 
-    folder = ROOT / "build" / "cuda_emulator" / variant
+    copy = os.environ.get(CSRC_VARIABLE)
+    csrc = Path(copy or ROOT / "csrc")
+    folder = (csrc.parent if copy else ROOT / "build" / "cuda_emulator") / variant
     folder.mkdir(parents=True, exist_ok=True)
     source = source or HERE / f"bind_{name}.cpp"
-    includes = [ROOT / "csrc", HERE, toolkit_headers(), pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-std=c++17", "-O2" if variant == "plain" else "-O1", "-g1", "-fPIC", "-fvisibility=hidden"]
+    includes = [csrc, HERE, toolkit_headers(), pybind11.get_include(), sysconfig.get_path("include")]
+    optimise = "-O0" if copy else "-O2" if variant == "plain" else "-O1"
+    flags = ["-std=c++17", optimise, "-g1", "-fPIC", "-fvisibility=hidden"]
     # As nvcc: a multiplication and the addition of its result round once.
     flags += ["-mfma", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Werror", *(f"-I{path}" for path in includes)]
+    if copy:
+        flags.append("-DCUDA_EMULATOR_FLOAT32_ALONE")
     define = {"plain": "", "address": "-DCUDA_EMULATOR_ASAN", "thread": "-DCUDA_EMULATOR_TSAN"}[variant]
     text = f"""
 flags = {" ".join(flags)}
@@ -129,12 +136,15 @@ def environment(variant: str) -> dict[str, str]:
     return os.environ | added
 
 
-def python(variant: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """Runs Python with a variant. ThreadSanitizer needs the addresses that randomisation may take from it."""
+def python(variant: str, *arguments: str, variables=(), **options) -> subprocess.CompletedProcess:
+    """Runs Python with a variant and further environment variables.
+
+    ThreadSanitizer needs addresses that randomisation may have taken.
+    """
     command = [sys.executable, *arguments]
     if variant == "thread":
         command = ["setarch", "-R", *command]
-    return subprocess.run(command, env=environment(variant), **options)
+    return subprocess.run(command, env=environment(variant) | dict(variables), **options)
 
 
 def main(variant: str, *arguments: str) -> int:
