@@ -16,10 +16,12 @@ class Kernel:
     shared: int | None  # bytes of a block; not known of a kernel that no recorded launch uses
     occupancy: float | None  # part of the warps a multiprocessor could hold
     stack: int  # bytes of a thread: spilled registers, and arrays the compiler could not keep in registers
-    local: int  # instructions that touch them; on AMD spilled registers of either kind
+    local: int  # instructions that touch them; on AMD spilled vector registers
     scalar_registers: int | None = None  # AMD
-    slots: float | None = None  # instructions of the score loop per tanh
-    mufu: float | None = None  # of those, for the special function unit
+    scalar_spills: int = 0  # AMD: scalar registers kept in lanes of vector registers, not in memory
+    lane_moves: int = 0  # AMD: instructions of the score loop that move those
+    slots: float | None = None  # instructions of the score loop per tanh; on AMD those of the vector unit
+    mufu: float | None = None  # of those, for the special function unit (AMD: transcendental)
     fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
     widths: tuple[int, ...] = ()  # bytes of each global access in the main loop, once each, if the op is FiLM
 

@@ -22,7 +22,8 @@ _TARGET = re.compile(r"`\((\.L[\w.$]*)\)")
 _FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"}
 _PACKED = {"FADD2", "FMUL2", "FFMA2"}
 _FMA = {"FFMA", "FFMA2"}
-_ADDS_ONE = re.compile(r", 1(?:, 1)?\s*;")
+# A multiply-add of two registers and 1; 1 - 2r, which the loop for large magnitudes has, is none.
+_DENOMINATOR = re.compile(r"^\s*R[\w.]+, -?R[\w.]+, R[\w.]+, 1(?:, 1)?\s*;")
 _GLOBAL = {"LDG", "STG", "LD", "ST"}
 _LOCAL = {"LDL", "STL"}
 
@@ -70,7 +71,7 @@ class Body:
     @property
     def tanh(self) -> int:
         """Denominators 1 + Eq Ek that a thread evaluates."""
-        denominators = [i for i in self.instructions if i.base in _FMA and _ADDS_ONE.search(i.operands)]
+        denominators = [i for i in self.instructions if i.base in _FMA and _DENOMINATOR.match(i.operands)]
         return sum(1 + (i.base in _PACKED) for i in denominators)
 
     @property

@@ -19,7 +19,8 @@ A cell with several values has one per architecture, in the order of the heading
 - shared: KiB of a block, of its largest launch
 - occupancy: resident warps, of the most that a multiprocessor holds
 - local: stack bytes / instructions that touch local memory
-- slots, MUFU: instructions of the score loop, per tanh
+- slots, MUFU: instructions of the score loop, per tanh; on AMD vector instructions, reciprocals and exponentials
+- spilled: vector registers, to memory / scalar registers, to lanes of vector registers (outside the score loop)
 - bytes: widths of the global accesses in FiLM's main loop
 
 A kernel marked ✗ breaks a threshold, listed below the tables.
@@ -60,7 +61,9 @@ AMD = {
     "SGPR": lambda k: str(k.scalar_registers),
     "LDS": _shared,
     "occupancy": lambda k: _percent(k.occupancy),
-    "spilled": lambda k: str(k.local),
+    "spilled": lambda k: f"{k.local} / {k.scalar_spills}",
+    "slots": lambda k: _number(k.slots),
+    "rcp, exp": lambda k: _number(k.mufu),
 }
 
 

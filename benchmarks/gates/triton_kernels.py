@@ -12,7 +12,7 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
-from . import sass, tools
+from . import amdgcn, sass, tools
 from .kernel import Kernel
 from .occupancy import occupancy
 
@@ -54,6 +54,14 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
             raise tools.ToolError(f"{name}: no .{key} in the assembler's metadata of {arch}")
         return int(found[1])
 
+    score = amdgcn.score_loop(text) if op == "additive_attention" else None
+    counts = {}
+    if score is not None:
+        counts = {
+            "slots": score.slots / score.tanh,
+            "mufu": score.transcendental / score.tanh,
+            "lane_moves": score.lane_moves,
+        }
     waves = re.search(r"^; Occupancy: (\d+)", text, re.MULTILINE)
     return Kernel(
         backend=BACKEND,
@@ -66,7 +74,9 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
         shared=field("group_segment_fixed_size"),
         occupancy=int(waves[1]) / AMD_WAVES if waves else None,
         stack=field("private_segment_fixed_size"),
-        local=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        local=field("vgpr_spill_count"),
+        scalar_spills=field("sgpr_spill_count"),
+        **counts,
     )
 
 
