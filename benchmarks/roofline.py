@@ -6,9 +6,9 @@ functions, 64 or 128 compute float32. Slots, MUFU and FP32 instructions per tanh
 (benchmarks/gates/counts.json), the rates from the vendor's data sheets; nothing here is measured. Latency,
 staging, the softmax and the caches are left out: a prediction is a bound that real kernels approach from above.
 
-    a step   = max(bytes / bandwidth, blocks' tanh x max(slots / 128, MUFU / 16, FP32 / lanes) / clock)
-    products = with Dv = D the product of weights and values adds one multiply-add per tanh; backward has two more
-    tiles    = queries and keys count in whole tiles, and blocks in whole rounds of the multiprocessors
+    a step     max(bytes / bandwidth, tanh x max(slots / 128, MUFU / 16, FP32 / lanes) / multiprocessors / clock)
+    products   with Dv = D the product of weights and values adds one multiply-add per tanh; backward has two more
+    tiles      queries and keys count in whole tiles, and blocks in whole rounds of the multiprocessors
 
 Beside it stands what plain PyTorch cannot avoid: eager moves the (B, Tq, Tk, D) tensor several times; a compiled
 forward pass moves inputs alone, but evaluates libdevice's tanh.
@@ -32,6 +32,7 @@ from .machine import ROOT
 COUNTS = ROOT / "benchmarks" / "gates" / "counts.json"
 ISSUE_LANES = 128  # of a multiprocessor, per clock
 MUFU_LANES = 16
+FEW_QUERIES = 16  # a kernel that splits the keys takes up to as many
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,39 @@ class Cost:
 PRODUCT = Cost(slots=1, mufu=0, fp32=1)
 LIBDEVICE_TANH = Cost(slots=19.4, mufu=2, fp32=12)  # of a disassembled kernel of torch.compile's form
 
+LARGE = AttentionCase(64, 512, 512, 256)  # fills a GPU, as four batches do not
 FILM = FilmCase("NCHW", "memory", 64, 256, 64)  # a tensor of 256 MiB: no cache holds it
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a backend cuts a problem into blocks. Where keys are split, few queries have tiles of their size."""
+
+    queries: int
+    keys: int
+    channels: int  # of a block of the backward pass
+    splits_keys: bool
+
+    def tanh(self, case: AttentionCase) -> float:
+        """Scored elements, tiles filled up."""
+        if self.splits_keys and case.Tq <= FEW_QUERIES:
+            return case.work("forward")
+        return case.B * self._up(case.Tq, self.queries) * self._up(case.Tk, self.keys) * case.D
+
+    def rounds(self, case: AttentionCase, direction: str, multiprocessors: int) -> float:
+        """How much longer than an even share for every multiprocessor: the last round of blocks is not full."""
+        if self.splits_keys and case.Tq <= FEW_QUERIES:
+            return 1.0
+        blocks = case.B * ceil(case.Tq / self.queries)
+        if direction == "backward":
+            blocks *= ceil(case.D / self.channels)
+        elif self.splits_keys:
+            blocks *= ceil(case.Tk / self.keys)
+        return ceil(blocks / multiprocessors) * multiprocessors / blocks
+
+    @staticmethod
+    def _up(n: int, tile: int) -> int:
+        return ceil(n / tile) * tile
 
 
 class CountsError(LookupError):
@@ -85,6 +118,12 @@ class Counts:
 
     backend: str
     kernels: tuple[Kernel, ...]
+
+    @property
+    def tiles(self) -> Tiles:
+        """CUDA C++: csrc/additive_attention/cuda_problem.cuh, cuda_bwd.cuh; Triton: its usual configuration."""
+        split = any(word in k.name for k in self.kernels for word in ("few", "split"))
+        return Tiles(64, 64, 32, split) if self.backend == "CUDA C++" else Tiles(32, 64, 32, True)
 
     @classmethod
     def load(cls, backend: str, path: Path = COUNTS) -> "Counts":
@@ -105,19 +144,6 @@ class Counts:
         return Cost(best.slots, best.mufu, best.fp32)
 
 
-# Queries x keys of a block. Few queries take a kernel that is split over keys and has no idle rows.
-TILE, FEW_QUERIES = 64, 16
-
-
-def padded_tanh(case: AttentionCase, multiprocessors: int) -> float:
-    """Scored elements with tiles filled up, and the last round of blocks as long as a full one."""
-    if case.Tq <= FEW_QUERIES:
-        return case.B * case.Tq * case.Tk * case.D
-    blocks = case.B * ceil(case.Tq / TILE)
-    rounds = ceil(blocks / multiprocessors)
-    return rounds * multiprocessors * TILE * ceil(case.Tk / TILE) * TILE * case.D
-
-
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
@@ -131,14 +157,17 @@ def _slower(memory: float, arithmetic: float) -> tuple[float, str]:
 
 
 def attention(case: AttentionCase, mode: str, device: Device, counts: Counts) -> Prediction:
+    def seconds_of(which: str, cost: Cost) -> float:
+        idle = counts.tiles.rounds(case, which, device.multiprocessors)
+        return idle * device.seconds(counts.tiles.tanh(case), cost)
+
     forward = counts.cost(device.arch, "forward")
-    cost = forward + PRODUCT
+    arithmetic = seconds_of("forward", forward + PRODUCT)
     if mode == "training":
-        cost += counts.cost(device.arch, "backward") + PRODUCT + PRODUCT
-        if case.recomputes_scores:
-            cost += forward
+        backward = counts.cost(device.arch, "backward") + PRODUCT + PRODUCT
+        arithmetic += seconds_of("backward", backward + forward if case.recomputes_scores else backward)
     memory = case.bytes_moved(mode) / device.bandwidth
-    seconds, limit = _slower(memory, device.seconds(padded_tanh(case, device.multiprocessors), cost))
+    seconds, limit = _slower(memory, arithmetic)
     tensor = 4 * case.work(mode) / device.bandwidth
     # Eager forward: the sum is written and read, tanh written and read. Backward: the gradient of tanh written and
     # read, tanh read for it and for dw, the gradient of the sum written, read for dq and read for dk.
@@ -204,7 +233,7 @@ def print_device(console: Console, device: Device, counts: Counts, seen: dict[tu
     columns += ["vs eager", "vs compile"] + (["measured ms", "of predicted"] if seen else [])
     for n, column in enumerate(columns):
         table.add_column(column, justify="left" if n < 3 else "right", no_wrap=n < 3)
-    for case in (*ATTENTION, FILM):
+    for case in (LARGE, *ATTENTION, FILM):
         for mode in MODES:
             p = predict(case, mode, device, counts)
             per_clock = "–"

@@ -362,15 +362,34 @@ def test_the_slowest_unit_decides():
     assert a100.seconds(1e12, roofline.Cost(4, 0.5, 4)) == pytest.approx(1e12 / (108 * 1.41e9) / 16)  # lanes
 
 
-def test_whole_tiles_and_whole_rounds():
-    assert roofline.padded_tanh(AttentionCase(132, 64, 128, 8), 132) == 132 * 64 * 128 * 8
-    assert roofline.padded_tanh(AttentionCase(133, 64, 128, 8), 132) == 2 * 132 * 64 * 128 * 8
-    assert roofline.padded_tanh(AttentionCase(132, 65, 65, 8), 132) == 2 * 132 * 64 * 128 * 8
-    assert roofline.padded_tanh(AttentionCase(1, 1, 100, 8), 132) == 100 * 8
+TILES, SPLIT = roofline.Tiles(64, 64, 32, False), roofline.Tiles(64, 64, 32, True)
+
+
+def test_whole_tiles():
+    assert TILES.tanh(AttentionCase(2, 64, 128, 8)) == 2 * 64 * 128 * 8
+    assert TILES.tanh(AttentionCase(2, 65, 65, 8)) == 2 * 128 * 128 * 8
+    assert TILES.tanh(AttentionCase(1, 1, 100, 8)) == 64 * 128 * 8
+    assert SPLIT.tanh(AttentionCase(1, 1, 100, 8)) == 100 * 8
+
+
+@pytest.mark.parametrize(
+    "tiles, case, direction, rounds",
+    [
+        (TILES, AttentionCase(132, 64, 128, 64), "forward", 1),
+        (TILES, AttentionCase(133, 64, 128, 64), "forward", 264 / 133),
+        (TILES, AttentionCase(66, 64, 128, 64), "forward", 2),
+        (TILES, AttentionCase(66, 64, 128, 64), "backward", 1),  # two blocks of 32 channels
+        (SPLIT, AttentionCase(66, 64, 128, 64), "forward", 1),  # two blocks of 64 keys
+        (TILES, AttentionCase(1, 1, 9999, 64), "forward", 132),
+        (SPLIT, AttentionCase(1, 1, 9999, 64), "forward", 1),
+    ],
+)
+def test_whole_rounds_of_blocks(tiles, case, direction, rounds):
+    assert tiles.rounds(case, direction, 132) == pytest.approx(rounds)
 
 
 def test_attention_on_paper():
-    case = AttentionCase(132, 256, 256, 128)
+    case = AttentionCase(132, 256, 256, 128)  # whole tiles and rounds
     forward = roofline.attention(case, "forward", H100, COUNTS)
     clocks = case.work("forward") / (132 * 1.98e9)
     assert forward.limit == "arithmetic"
