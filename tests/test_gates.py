@@ -12,7 +12,7 @@ from benchmarks.gates import amdgcn, cuda_kernels, sass, table, thresholds, tool
 from benchmarks.gates.kernel import Kernel
 from benchmarks.gates.occupancy import MAX_SHARED, MAX_WARPS, occupancy
 
-needs_nvcc = pytest.mark.skipif(tools.nvcc() is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(cuda_kernels.missing() is not None, reason=str(cuda_kernels.missing()))
 
 # As nvdisasm prints a kernel: an outer loop around a score loop of 4 tanh, a shorter remainder loop, a loop that
 # copies, and the branch to itself that pads the end.

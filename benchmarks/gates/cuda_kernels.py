@@ -121,7 +121,9 @@ def missing() -> str | None:
     """Why these kernels cannot be compiled here."""
     if not sources():
         return "there are none"
-    return None if tools.nvcc() else "no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+    if tools.nvcc() is None:
+        return "no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+    return tools.missing_disassembler()
 
 
 def compiler() -> str:

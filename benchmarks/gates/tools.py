@@ -37,6 +37,12 @@ def disassembler(name: str) -> str | None:
     return shutil.which(name, path=path) or shutil.which(name)
 
 
+def missing_disassembler() -> str | None:
+    if None in map(disassembler, ("nvdisasm", "cuobjdump")):
+        return "no nvdisasm or no cuobjdump: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump"
+    return None
+
+
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -59,8 +65,6 @@ def digest(*parts: str | bytes) -> str:
 def disassemble(cubin: bytes) -> tuple[str, dict[str, dict[str, int]], dict[str, int]]:
     """Code as `nvdisasm -c` prints it, resources of every function, threads of a block of every kernel."""
     tools = [disassembler(name) for name in ("nvdisasm", "cuobjdump")]
-    if None in tools:
-        raise ToolError("nvdisasm and cuobjdump not found: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
     CACHE.mkdir(parents=True, exist_ok=True)
     stem = CACHE / digest(cubin, *map(version, tools))
     path = stem.with_suffix(".cubin")

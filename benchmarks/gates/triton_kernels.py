@@ -28,7 +28,7 @@ def missing() -> str | None:
         return "there are none"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return None if tools.disassembler("nvdisasm") else "no nvdisasm: pip install nvidia-cuda-nvdisasm"
+    return tools.missing_disassembler()
 
 
 def compiler() -> str:
