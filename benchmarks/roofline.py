@@ -71,7 +71,7 @@ class Cost:
 
 
 PRODUCT = Cost(slots=1, mufu=0, fp32=1)
-LIBDEVICE_TANH = Cost(slots=19.4, mufu=2, fp32=12)  # of a disassembled kernel of torch.compile's form
+LIBDEVICE_TANH = Cost(slots=19.4, mufu=2, fp32=11)  # of a disassembled loop of w tanh(q + k)
 
 LARGE = AttentionCase(64, 512, 512, 256)  # fills a GPU, as four batches do not
 FILM = FilmCase("NCHW", "memory", 64, 256, 64)  # a tensor of 256 MiB: no cache holds it

@@ -9,8 +9,10 @@ import importlib.util
 import multiprocessing
 import os
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from typing import Any
 
 from . import amdgcn, sass, tools
 from .kernel import Kernel
@@ -42,9 +44,15 @@ def ops() -> list[str]:
 
 
 @cache
-def _kernels(op: str) -> list:
-    """The kernels of an op, as its file describes them."""
-    return list(importlib.import_module(f"fusedattn.triton.{op}").kernels())
+def _kernels(op: str) -> list[tuple[str, Any]]:
+    """Name and description of an op's kernels, from its file; further specialisations of a name are numbered."""
+    seen: Counter = Counter()
+    found = []
+    for described in importlib.import_module(f"fusedattn.triton.{op}").kernels():
+        seen[described.name] += 1
+        count = seen[described.name]
+        found.append((described.name if count == 1 else f"{described.name} #{count}", described))
+    return found
 
 
 def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kernel:
@@ -81,17 +89,17 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
 
 
 def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
-    described = _kernels(op)[index]
+    name, described = _kernels(op)[index]
     compiled = described.compile(backend, arch)
     if backend == "hip":
-        return read_amdgcn(op, described.name, arch, described.num_warps * 64, compiled.asm["amdgcn"])
+        return read_amdgcn(op, name, arch, described.num_warps * 64, compiled.asm["amdgcn"])
     code, usage, _ = tools.disassemble(compiled.asm["cubin"])
     entry = compiled.metadata.name
     threads, registers, shared = compiled.metadata.num_warps * 32, usage[entry]["REG"], compiled.metadata.shared
     return Kernel.from_sass(
         backend=BACKEND,
         op=op,
-        name=described.name,
+        name=name,
         arch=f"sm_{arch}",
         threads=threads,
         registers=registers,
