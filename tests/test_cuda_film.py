@@ -63,7 +63,7 @@ class EmulatedFilm(Function):
 
 def displaced(t, offset):
     """A copy of t that begins ``offset`` elements into its memory and ends where that ends."""
-    memory = torch.empty(offset + t.numel(), dtype=t.dtype)
+    memory = torch.empty(offset + t.numel(), dtype=t.dtype, device="cpu")
     return memory[offset:].view(t.shape).copy_(t)
 
 

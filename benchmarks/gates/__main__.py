@@ -20,6 +20,7 @@ PARTS = {"CUDA C++": cuda_kernels, "Triton": triton_kernels}
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--only", choices=PARTS, help="leave the others' rows as they are")
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of table.md and counts.json")
     options = parser.parse_args()
@@ -28,7 +29,7 @@ def main() -> int:
     stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "kernels": []}
     compilers, kernels, broken = dict(stored["tools"]), [], 0
     for backend, part in PARTS.items():
-        missing = part.missing()
+        missing = "not asked for" if options.only not in (None, backend) else part.missing()
         if missing:
             print(f"{backend}: not checked, {missing}")
             kernels += [Kernel.from_json(k) for k in stored["kernels"] if k["backend"] == backend]

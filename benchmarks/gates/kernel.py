@@ -23,7 +23,9 @@ class Kernel:
     slots: float | None = None  # instructions of the score loop per tanh; on AMD those of the vector unit
     mufu: float | None = None  # of those, for the special function unit (AMD: transcendental)
     fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
-    widths: tuple[int, ...] = ()  # bytes of each global access in the main loop, once each, if the op is FiLM
+    # FiLM: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
+    widths: tuple[int, ...] = ()
+    aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
 
     @classmethod
     def from_sass(cls, function: sass.Function, **known) -> "Kernel":
@@ -32,8 +34,10 @@ class Kernel:
         counts = {}
         if score is not None:
             counts = {name: getattr(score, name) / score.tanh for name in ("slots", "mufu", "fp32")}
-        widths = tuple(sorted(set(memory.global_widths))) if memory is not None else ()
-        return cls(**known, local=function.body.local, widths=widths, **counts)
+        widths: list[int] = []
+        if known["op"] == "film":
+            widths = function.body.store_widths if memory is None else memory.global_widths
+        return cls(**known, local=function.body.local, widths=tuple(sorted(set(widths))), **counts)
 
     @classmethod
     def from_json(cls, values: dict) -> "Kernel":

@@ -89,6 +89,10 @@ class Body:
         """Bytes of each access to global memory, in program order."""
         return [i.bytes for i in self.instructions if i.base in _GLOBAL or i.opcode.startswith("LDGSTS")]
 
+    @property
+    def store_widths(self) -> list[int]:
+        return [i.bytes for i in self.instructions if i.base in ("STG", "ST")]
+
 
 @dataclass(frozen=True)
 class Function:

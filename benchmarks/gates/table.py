@@ -21,7 +21,7 @@ A cell with several values has one per architecture, in the order of the heading
 - local: stack bytes / instructions that touch local memory
 - slots, MUFU: instructions of the score loop, per tanh; on AMD vector instructions, reciprocals and exponentials
 - spilled: vector registers, to memory / scalar registers, to lanes of vector registers (outside the score loop)
-- bytes: widths of the global accesses in FiLM's main loop
+- bytes: widths of the global accesses in FiLM's main loop; of the stores where a kernel has no loop
 
 A kernel marked ✗ breaks a threshold, listed below the tables.
 """  # noqa: E501

@@ -105,6 +105,7 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
         registers=registers,
         shared=shared,
         stack=usage[entry]["STACK"],
+        aligned=("N" if "_runs" in name else "C") in described.divisible,
         occupancy=occupancy(arch, threads, registers, shared).fraction,
         function=sass.parse(code)[entry],
     )

@@ -12,6 +12,12 @@
 
 namespace fusedattn {
 
+// Blocks on a multiprocessor: at most 128 (float), 168 (half precision) or 255 registers a thread, without spills.
+template <typename S>
+constexpr int FORWARD_OCCUPANCY = sizeof(S) == 4   ? 4
+                                  : sizeof(S) == 2 ? 3
+                                                   : 2;
+
 // All contiguous. Weights and scores may be null; weights need scores.
 template <typename S>
 struct AttentionOutputs {
@@ -109,17 +115,18 @@ struct ForwardMemory {
   using Element = typename Product::Element;
   static constexpr int64_t TILE = BLOCK_K * Product::STRIDE * sizeof(Element) / sizeof(T);
   static constexpr int64_t STAGE = ScoreMemory<T>::SIZE > TILE ? ScoreMemory<T>::SIZE : TILE;
-  static constexpr int64_t SIZE = STAGE + TILE + 3 * BLOCK_Q;
+  static constexpr int64_t SIZE = STAGE + TILE + 4 * BLOCK_Q;
   ScoreMemory<T> score;
   Element *x, *p;
-  T *row_max, *row_sum, *row_scale;
+  T *row_max, *row_sum, *row_scale, *row_normaliser;
   FUSEDATTN_DEVICE explicit ForwardMemory(T* memory)
       : score(memory),
         x(reinterpret_cast<Element*>(memory)),
         p(reinterpret_cast<Element*>(memory + STAGE)),
         row_max(memory + STAGE + TILE),
         row_sum(row_max + BLOCK_Q),
-        row_scale(row_sum + BLOCK_Q) {}
+        row_scale(row_sum + BLOCK_Q),
+        row_normaliser(row_scale + BLOCK_Q) {}
 };
 
 // Over the threads that share rows.
@@ -128,6 +135,13 @@ FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
 #pragma unroll
   for (int step = ROW_LANES / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(gpu::ALL_LANES, x, step));
   return x;
+}
+
+// What the row's sums are multiplied with in the end.
+template <typename T>
+FUSEDATTN_DEVICE T normaliser(T row_max, T row_sum) {
+  if (row_max == -INFINITE<T> && row_sum == 0) return T(0);
+  return row_max == VISIBLE_MINUS_INF<T> ? NOT_A_NUMBER<T> : 1 / row_sum;
 }
 
 // One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
@@ -156,19 +170,14 @@ FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemo
     sum = row_reduce(sum, [](T a, T b) { return a + b; });
     const T scale = before[i] == top ? T(1) : gpu::exp_approx(before[i] - origin);
     if (tile_column() == 0) {
+      sum = gpu::fma(memory.row_sum[row], scale, sum);
       memory.row_max[row] = top;
-      memory.row_sum[row] = gpu::fma(memory.row_sum[row], scale, sum);
+      memory.row_sum[row] = sum;
       memory.row_scale[row] = scale;
+      memory.row_normaliser[row] = normaliser(top, sum);
     }
   }
   ContextProduct<S>::store_p(score, memory.p);
-}
-
-// What the row's sums are multiplied with in the end.
-template <typename T>
-FUSEDATTN_DEVICE T normaliser(T row_max, T row_sum) {
-  if (row_max == -INFINITE<T> && row_sum == 0) return T(0);
-  return row_max == VISIBLE_MINUS_INF<T> ? NOT_A_NUMBER<T> : 1 / row_sum;
 }
 
 // sums = sums row_scale + p x, for the tile's keys and all columns; in the end times the normaliser to the
@@ -198,7 +207,7 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
         const int64_t to = corner + row * p.Dv + column;
         const T sum = first ? acc[n][e] : gpu::fma(out.sums[to], memory.row_scale[row], acc[n][e]);
         if (last)
-          out.context[to] = gpu::to_storage<S>(sum * normaliser(memory.row_max[row], memory.row_sum[row]));
+          out.context[to] = gpu::to_storage<S>(sum * memory.row_normaliser[row]);
         else
           out.sums[to] = sum;
       }
@@ -207,7 +216,7 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
 }
 
 template <typename S>
-__global__ void __launch_bounds__(ATTENTION_BLOCK)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
     additive_attention_fwd_kernel(const AttentionProblem<S> p, const AttentionOutputs<S> out,
                                   int64_t query_tiles) {
   using T = gpu::Arithmetic<S>;

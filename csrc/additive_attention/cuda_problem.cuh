@@ -289,17 +289,50 @@ FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, bool 
   }
 }
 
-// Scaled, capped and masked score of pair (i, j) from the sum over its channels; -inf where j is invisible.
+// Scores of the thread's pairs, scaled, capped and masked, from the sums over their channels; -inf where
+// invisible.
 template <typename S, typename T>
-FUSEDATTN_DEVICE T finish_score(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
-                                int64_t i, int64_t j, int64_t keys_end, T sum) {
-  if (j >= keys_end || i >= p.Tq || (p.is_causal && j > i)) return -INFINITE<T>;
-  if (p.mask != nullptr &&
-      !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
-    return -INFINITE<T>;
-  T score = T(p.scale) * weight.top * (weight.finite ? weight.sum - 2 * sum : sum);
-  if (p.softcap != 0) score = T(p.softcap) * gpu::tanh(score / T(p.softcap));
-  return score == -INFINITE<T> ? VISIBLE_MINUS_INF<T> : score;
+FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
+                                    int64_t i0, int64_t j0, int64_t keys_end, T (&score)[TILE_Q][TILE_K]) {
+  const T factor = T(p.scale) * weight.top, slope = weight.finite ? -2 * factor : factor;
+  const T offset = weight.finite ? factor * weight.sum : T(0);
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) score[i][j] = gpu::fma(slope, score[i][j], offset);
+  if (p.softcap != 0) {
+    const T cap = T(p.softcap), inverse = 1 / cap;
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) score[i][j] = cap * gpu::tanh(score[i][j] * inverse);
+  }
+  // Visible are the first `columns` of the thread's keys, and of row i `diagonal` + i.
+  const int64_t first_row = i0 + tile_row(), first_column = j0 + tile_column();
+  const int columns = static_cast<int>(lower(TILE_K, keys_end - first_column < 0 ? 0 : keys_end - first_column));
+  const int rows = static_cast<int>(lower(TILE_Q, p.Tq - first_row < 0 ? 0 : p.Tq - first_row));
+  const int64_t before = first_row - first_column;
+  const int diagonal = !p.is_causal || before >= TILE_K ? TILE_K
+                       : before < -TILE_Q               ? -TILE_Q
+                                                        : static_cast<int>(before) + 1;
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) {
+      if (score[i][j] == -INFINITE<T>) score[i][j] = VISIBLE_MINUS_INF<T>;
+      if (i >= rows || j >= columns || j >= diagonal + i) score[i][j] = -INFINITE<T>;
+    }
+  if (p.mask == nullptr) return;
+  const bool* mask = p.mask + at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + first_row * p.mask_stride[2] +
+                     first_column * p.mask_stride[3];
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) {
+    if (i < rows)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j)
+        if (j < columns && !mask[j * p.mask_stride[3]]) score[i][j] = -INFINITE<T>;
+    mask += p.mask_stride[2];
+  }
 }
 
 // score[i][j] of the thread's pairs in the tile at (i0, j0). Begins with a barrier, so whoever used the memory
@@ -355,12 +388,7 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
     }
     d0 += BLOCK_D;
   } while (d0 < p.D);
-#pragma unroll
-  for (int i = 0; i < TILE_Q; ++i)
-#pragma unroll
-    for (int j = 0; j < TILE_K; ++j)
-      score[i][j] =
-          finish_score(p, at, weight, i0 + tile_row() + i, j0 + tile_column() + j, keys_end, score[i][j]);
+  finish_scores(p, at, weight, i0, j0, keys_end, score);
 }
 
 }  // namespace fusedattn

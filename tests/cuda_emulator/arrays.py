@@ -19,4 +19,4 @@ def name(dtype: torch.dtype) -> str:
 
 def poisoned(shape, dtype: torch.dtype) -> Tensor:
     """An output that shows what a kernel did not write."""
-    return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, float("nan"), dtype=dtype, device="cpu")
