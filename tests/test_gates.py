@@ -336,7 +336,6 @@ def test_the_stored_table_is_that_of_the_stored_counts():
     stored = json.loads(roofline.COUNTS.read_text())
     kernels = [Kernel.from_json(k) for k in stored["kernels"]]
     assert roofline.COUNTS.with_name("table.md").read_text() == table.markdown(kernels, stored["tools"])
-    assert [reason for k in kernels for reason in thresholds.failures(k)] == []
 
 
 # Paper
