@@ -122,7 +122,7 @@ class Counts:
     @property
     def tiles(self) -> Tiles:
         """CUDA C++: csrc/additive_attention/cuda_problem.cuh, cuda_bwd.cuh; Triton: its usual configuration."""
-        split = any(word in k.name for k in self.kernels for word in ("few", "split"))
+        split = any(word in k.name for k in self.kernels for word in ("few", "split", "merge"))
         return Tiles(64, 64, 32, split) if self.backend == "CUDA C++" else Tiles(32, 64, 32, True)
 
     @classmethod
