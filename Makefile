@@ -1,7 +1,9 @@
 # Every target sets up what it needs; the stamps make the second time quick.
 #   make test                       tests, at every CPU level that this machine has
 #   make bench                      results checked, then measured, in a few minutes
+#   make gates                      what every GPU kernel compiles to, checked; needs no GPU
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
+#   make gpu                        on a machine with an NVIDIA GPU: builds, tests and measures, in ten minutes
 #   make lint | sanitize | wheel | clean
 # Overridable: PYTHON (>= 3.10), VENV, TORCH (a pip requirement, >= 2.11).
 
@@ -14,11 +16,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+SOURCES := setup.py pyproject.toml $(shell find csrc $(CXX_FILES))
 TORCH_STAMP := $(VENV)/.torch-$(subst /,-,$(subst =,-,$(subst $() ,-,$(TORCH))))
 BUILT := $(VENV)/.built
 
-.PHONY: test bench demo lint sanitize wheel clean
+.PHONY: test bench gates demo gpu lint sanitize wheel clean
 .DELETE_ON_ERROR:
 
 test: $(BUILT)
@@ -31,13 +34,20 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks --quick
 
+gates: $(BUILT)
+	$(BIN)/python -m benchmarks.gates
+
 demo: $(BUILT)
 	$(BIN)/python -m benchmarks.g2p --demo
+
+# With the machine's own torch and no network: nothing is installed.
+gpu:
+	PYTHON="$(PYTHON)" benchmarks/gpu.sh
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/cuda_emulator $(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 sanitize: $(BUILT)
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
@@ -60,6 +70,6 @@ $(TORCH_STAMP):
 # Without build isolation: an isolated build would fetch a second torch, of another version.
 $(BUILT): $(TORCH_STAMP) $(SOURCES)
 	@echo "== building the extension and installing what tests and benchmarks need (a minute or two)"
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[test,bench,dev]' \
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[test,bench,gates,dev]' \
 	  | sed -u '/^Requirement already satisfied/d'
 	touch $@

@@ -1,19 +1,32 @@
-"""Builds fusedattn._C: operator schemas and the CPU kernels, against LibTorch's stable ABI.
+"""Builds fusedattn._C, operator schemas and the CPU kernels, and fusedattn._C_cuda, the CUDA kernels.
 
-One wheel (cp310-abi3) serves every Python >= 3.10 and torch >= 2.11. Each op's cpu_kernel.cpp is compiled
-once per instruction set, chosen at run time (csrc/common/cpu_level.cpp).
+Both against LibTorch's stable ABI: one wheel (cp310-abi3) serves every Python >= 3.10 and torch >= 2.11. Each op's
+cpu_kernel.cpp is compiled once per instruction set, chosen at run time (csrc/common/cpu_level.cpp). CUDA kernels
+need nvcc, but neither a GPU nor a torch with CUDA: any torch builds the same wheel.
 
-Environment: FUSEDATTN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
-MAX_JOBS limits parallel compilation.
+Without a C++ compiler the installation is pure Python: Triton kernels on GPUs, plain PyTorch on the CPU.
+
+Environment:
+    FUSEDATTN_SKIP_BUILD=1 asks for that, 0 makes a missing compiler an error.
+    FUSEDATTN_CUDA=1 builds _C_cuda, 0 does not. Default: where this torch has CUDA and nvcc is found.
+    TORCH_CUDA_ARCH_LIST: for which GPUs. Default: "8.0;9.0;10.0;12.0+PTX".
+    CUDA_HOME: of the toolkit, if nvcc is neither on PATH nor in /usr/local/cuda.
+    FUSEDATTN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    MAX_JOBS limits parallel compilation.
 """
 
 import os
 import platform
+import shlex
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
 OPS = ["additive_attention", "film"]
 
@@ -24,8 +37,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] += ["-mprefer-vector-width=512"]
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
-CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", f"-I{CSRC}", "-Wall", "-Wno-psabi"]
-CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", f"-I{CSRC}", "-Wall", "-Wno-psabi", *STABLE_ABI]
 # Multiply-adds may fuse; nothing else about floating point is relaxed.
 # GCC 12 takes the undefined source operand inside its own AVX-512 intrinsics for ours.
 KERNEL_FLAGS = [
@@ -36,6 +49,11 @@ KERNEL_FLAGS = [
     "-fno-trapping-math",
 ]
 LINK_FLAGS = []
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "--threads=2", "-Xcompiler=-fvisibility=hidden", *STABLE_ABI]
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+# The only symbol that _C_cuda takes from libtorch_cuda.so: linked to a stand-in of that name, it needs no such
+# library to be built.
+CUDA_STUB = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n"
 
 if os.environ.get("FUSEDATTN_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -43,10 +61,67 @@ if os.environ.get("FUSEDATTN_SANITIZE") == "1":
     LINK_FLAGS += SANITIZE
 
 
-class BuildLevels(BuildExtension):
-    """Compiles every kernel file once per instruction set, then builds and links the extension as usual."""
+def pure_python() -> bool:
+    """Whether to build no extension: as asked for, or because there is no C++ compiler."""
+    skip = os.environ.get("FUSEDATTN_SKIP_BUILD")
+    if skip not in (None, "0", "1"):
+        raise ValueError(f"FUSEDATTN_SKIP_BUILD: expected 0 or 1, got {skip!r}")
+    if skip is not None:
+        return skip == "1"
+    compiler = get_cxx_compiler()
+    if shutil.which(shlex.split(compiler)[0]):
+        return False
+    print(f"fusedattn: no C++ compiler ({compiler}): the CPU kernels are left out", file=sys.stderr)
+    return True
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit to build with; None to build without. Raises if FUSEDATTN_CUDA=1 and there is none."""
+    wanted = os.environ.get("FUSEDATTN_CUDA", "1" if torch.version.cuda else "0")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"FUSEDATTN_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")  # of a toolkit, or a script that calls it
+    homes = [os.environ.get("CUDA_HOME"), nvcc and str(Path(nvcc).resolve().parents[1]), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        if all((Path(home) / file).exists() for file in ("bin/nvcc", "include/cuda_runtime.h")):
+            return home
+    if "FUSEDATTN_CUDA" in os.environ:
+        raise FileNotFoundError("FUSEDATTN_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME to a CUDA toolkit")
+    return None
+
+
+class Build(BuildExtension):
+    """Compiles every CPU kernel once per instruction set, then builds and links the extensions as usual."""
 
     def build_extensions(self):
+        for extension in self.extensions:
+            if extension.name == "fusedattn._C":
+                extension.extra_objects = self.compile_levels()
+            else:
+                extension.library_dirs = [self.make_stub(), *extension.library_dirs]
+                self.remove_outdated(extension.sources)
+        super().build_extensions()
+
+    def make_stub(self):
+        folder = Path(self.build_temp).resolve() / "stub"
+        folder.mkdir(parents=True, exist_ok=True)
+        source, library = folder / "stub.c", folder / "libtorch_cuda.so"
+        source.write_text(CUDA_STUB)
+        compiler = self.compiler.compiler_so[0]
+        self.spawn([compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", str(source), "-o", str(library)])
+        return str(folder)
+
+    def remove_outdated(self, sources):
+        """Under a torch without CUDA, ninja does not see on which headers .cu files depend."""
+        newest = max(p.stat().st_mtime for p in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")))
+        for source in sources:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            if target.exists() and target.stat().st_mtime < newest:
+                target.unlink()
+
+    def compile_levels(self):
         folder = Path(self.build_temp).resolve() / "levels"
         folder.mkdir(parents=True, exist_ok=True)
         headers = [*CSRC.rglob("*.h"), Path(__file__)]
@@ -64,23 +139,41 @@ class BuildLevels(BuildExtension):
 
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(lambda job: compile_level(*job), [(o, v) for o in OPS for v in LEVELS]))
-        for extension in self.extensions:
-            extension.extra_objects = objects
-        super().build_extensions()
+            return list(pool.map(lambda job: compile_level(*job), [(o, v) for o in OPS for v in LEVELS]))
 
 
-setup(
-    ext_modules=[
+extensions = [
+    CppExtension(
+        "fusedattn._C",
+        ["csrc/module.cpp", "csrc/library.cpp", "csrc/common/cpu_level.cpp"]
+        + [f"csrc/{op}/cpu.cpp" for op in OPS],
+        extra_compile_args={"cxx": list(CXX_FLAGS)},
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
+    )
+]
+if home := cuda_home():
+    cpp_extension.CUDA_HOME = home  # None under a torch without CUDA
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    extensions.append(
         CppExtension(
-            "fusedattn._C",
-            ["csrc/module.cpp", "csrc/library.cpp", "csrc/common/cpu_level.cpp"]
-            + [f"csrc/{op}/cpu.cpp" for op in OPS],
-            extra_compile_args={"cxx": CXX_FLAGS},
-            extra_link_args=LINK_FLAGS,
+            "fusedattn._C_cuda",
+            ["csrc/module_cuda.cpp", *sorted(str(p.relative_to(CSRC.parent)) for p in CSRC.glob("*/cuda_*.cu"))],
+            include_dirs=[str(CSRC), f"{home}/include"],
+            library_dirs=[f"{home}/lib64"],
+            libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+            # Not -I for nvcc: torch takes a flag with "arch" in it, such as in a path, for the choice of GPUs.
+            extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": list(NVCC_FLAGS)},
+            extra_link_args=["-Wl,--no-as-needed", *LINK_FLAGS],
             py_limited_api=True,
         )
-    ],
-    cmdclass={"build_ext": BuildLevels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+    )
+
+if pure_python():
+    setup()
+else:
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -60,13 +60,17 @@ class AttentionCase:
     def _elements(self) -> tuple[int, int]:
         return self.B * (self.Tq + 2 * self.Tk) * self.D + self.D, self.B * self.Tq * self.D
 
+    @property
+    def recomputes_scores(self) -> bool:
+        """Whether backward computes the scores anew: keeping them would outgrow query and key."""
+        return self.Tq * self.Tk > (self.Tq + self.Tk) * self.D
+
     def vector_operations(self, mode: str) -> float:
         """Multiply-type operations of the algorithm used; with Dv = D each product with the values adds one
         per tanh, and backward computes the scores anew where keeping them would outgrow query and key."""
         slots = FORWARD_SLOTS + 1
         if mode == "training":
-            recompute = self.Tq * self.Tk > (self.Tq + self.Tk) * self.D
-            slots += BACKWARD_SLOTS + 2 + (FORWARD_SLOTS if recompute else 0)
+            slots += BACKWARD_SLOTS + 2 + (FORWARD_SLOTS if self.recomputes_scores else 0)
         return slots * self.work(mode)
 
     def eager_bytes(self, mode: str) -> int:

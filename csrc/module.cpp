@@ -1,7 +1,13 @@
-// An empty abi3 module: importing it loads the library, whose static initialisers register the operators.
+// An empty abi3 module, _C or _C_cuda: importing it loads the library, whose static initialisers register the
+// operators or their kernels.
 #include <Python.h>
 
-static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+#define TEXT_(name) #name
+#define TEXT(name) TEXT_(name)
+#define JOINED_(prefix, name) prefix##name
+#define JOINED(prefix, name) JOINED_(prefix, name)
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC JOINED(PyInit_, TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from fusedattn import _library
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LEAST_CUDA_CAPABILITY = 8  # bfloat16 and TF32 on tensor cores
 Reasons = Callable[[], list[str]]
 
 
@@ -26,13 +27,16 @@ def choose(op: str, requested: str, backends: Mapping[str, Reasons], describe: C
         backends: in order of preference, each with a function that lists why it cannot run (empty: it can).
         describe: the inputs in words, called only for an error message.
 
-    ``"auto"`` takes the first backend that can run, never the reference. Raises :class:`UnsupportedError`
-    where none can, or the one asked for cannot, and ``ValueError`` for a name that does not exist.
+    ``"auto"`` takes the first backend that can run; the reference only for the CPU of an installation without the
+    compiled extension, which said so when it was imported. Raises :class:`UnsupportedError` where none can run, or
+    the one asked for cannot, and ``ValueError`` for a name that does not exist.
     """
     if requested == "auto":
         for name, reasons in backends.items():
             if not reasons():
                 return name
+        if "cpu" in backends and backends["cpu"]() == _extension_reasons():
+            return "reference"
     elif requested in backends:
         if not backends[requested]():
             return requested
@@ -50,14 +54,59 @@ def choose(op: str, requested: str, backends: Mapping[str, Reasons], describe: C
 
 def cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why the C++ CPU kernels cannot run inputs of this device and dtype; empty if they can."""
-    reasons = []
-    if _library.EXTENSION_ERROR is not None:
-        reasons.append(f"the compiled extension did not load: {_library.EXTENSION_ERROR}")
+    reasons = _extension_reasons()
     if device.type != "cpu":
         reasons.append(f"inputs are on {device}, not on the CPU")
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
-    return reasons
+    return reasons + _dtype_reasons(dtype)
+
+
+def cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the C++ CUDA kernels cannot run inputs of this device and dtype; empty if they can."""
+    reasons = _extension_reasons()
+    if _library.CUDA_ERROR is not None:
+        reasons.append(f"there are no CUDA kernels here: {_library.CUDA_ERROR}")
+    if device.type != "cuda":
+        reasons.append(f"inputs are on {device}, not on a CUDA device")
+    elif not torch.cuda.is_available():
+        reasons.append("torch finds no CUDA device")
+    elif (properties := torch.cuda.get_device_properties(device)).major < LEAST_CUDA_CAPABILITY:
+        reasons.append(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, below "
+            f"{LEAST_CUDA_CAPABILITY}.0"
+        )
+    return reasons + _dtype_reasons(dtype)
+
+
+def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the Triton kernels cannot run inputs of this device and dtype; empty if they can."""
+    reasons = []
+    if _library.TRITON_ERROR is not None:
+        reasons.append(f"there are no Triton kernels here: {_library.TRITON_ERROR}")
+    if device.type == "cpu":
+        if not _library.TRITON_INTERPRETED:
+            reasons.append("inputs are on the CPU, where only Triton's interpreter would run them")
+    elif device.type != "cuda":  # which is what torch calls AMD GPUs, too
+        reasons.append(f"inputs are on {device}, not on a GPU")
+    elif not torch.cuda.is_available():
+        reasons.append("torch finds no GPU")
+    elif torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < LEAST_CUDA_CAPABILITY:
+            reasons.append(
+                f"{properties.name} has compute capability {properties.major}.{properties.minor}, below "
+                f"{LEAST_CUDA_CAPABILITY}.0"
+            )
+    return reasons + _dtype_reasons(dtype)
+
+
+def _extension_reasons() -> list[str]:
+    if _library.EXTENSION_ERROR is None:
+        return []
+    return [f"the compiled extension did not load: {_library.EXTENSION_ERROR}"]
+
+
+def _dtype_reasons(dtype: torch.dtype) -> list[str]:
+    return [] if dtype in DTYPES else [f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"]
 
 
 def needs_function(tensors) -> bool:

@@ -1,4 +1,8 @@
-"""Loads the compiled extension, which registers the raw operators under ``torch.ops.fusedattn``."""
+"""Loads what registers raw operators under ``torch.ops.fusedattn``: the compiled extensions, Triton's kernels."""
+
+import importlib.util
+import os
+import warnings
 
 import torch
 
@@ -7,6 +11,47 @@ try:
     from fusedattn import _C  # noqa: F401
 except ImportError as error:  # kept and shown by every backend's reasons and by fusedattn.info
     EXTENSION_ERROR = error
+    # The one warning of an installation without compiled kernels; later, torch.compile may be tracing.
+    warnings.warn(
+        f"fusedattn: the compiled extension did not load ({error}). On the CPU, functions run as plain "
+        "PyTorch: same results, slower, with the memory that kernels save. What can run here: "
+        "`python -m fusedattn.info`.",
+        stacklevel=2,
+    )
+
+LEAST_TRITON = (3, 6)
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # runs Triton kernels on the CPU, for tests
+
+
+def _load_triton() -> str | None:
+    """Registers the Triton kernels, where there may be a GPU for them. Returns why not, or None."""
+    if not (torch.version.cuda or torch.version.hip or TRITON_INTERPRETED):
+        return "this torch is built for the CPU"
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed: {error}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        return f"Triton {'.'.join(map(str, LEAST_TRITON))} or later is needed, found {triton.__version__}"
+    importlib.import_module("fusedattn.triton.film")
+    return None
+
+
+TRITON_ERROR = _load_triton()
+
+# Why there are no CUDA kernels in this process; None if there are. They need neither a driver nor a GPU to load.
+CUDA_ERROR: str | None = None
+if torch.version.cuda is None:
+    CUDA_ERROR = "this torch is built without CUDA"
+elif EXTENSION_ERROR is None:
+    try:
+        from fusedattn import _C_cuda  # noqa: F401
+    except ImportError as error:
+        CUDA_ERROR = (
+            "they are not part of this build (FUSEDATTN_CUDA=1 builds them)"
+            if importlib.util.find_spec("fusedattn._C_cuda") is None
+            else f"their extension did not load: {error}"
+        )
 
 
 def cpu_capability() -> str:

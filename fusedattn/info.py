@@ -10,6 +10,7 @@ import torch
 
 import fusedattn
 from fusedattn import _library
+from fusedattn._dispatch import triton_reasons
 from fusedattn.ops import additive_attention, film
 
 # Lowest first; each runs wherever a later one does.
@@ -53,13 +54,30 @@ def _cpu_level() -> str:
     return f"{in_use}; this machine supports {', '.join(supported_levels())}"
 
 
+def _availability(reasons: list[str], where: str) -> str:
+    return "not available: " + "; ".join(reasons) if reasons else f"available for tensors on {where}"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+
+
+def _triton() -> str:
+    if _library.TRITON_ERROR is not None:
+        return f"not loaded: {_library.TRITON_ERROR}"
+    import triton
+
+    return triton.__version__ + (" (interpreted on the CPU)" if _library.TRITON_INTERPRETED else "")
+
+
 def _backends(op) -> dict[str, str]:
-    reasons = op.cpu_reasons(torch.device("cpu"), torch.float32)
+    triton_device, triton_where = ("cpu", "the CPU") if _library.TRITON_INTERPRETED else ("cuda", _gpu())
+    last = "runs only if asked for by name" if _library.EXTENSION_ERROR is None else "what runs on the CPU"
     return {
-        "cpu": "not available: " + "; ".join(reasons) if reasons else "available for tensors on the CPU",
-        "cuda": "not available: not part of this version",
-        "triton": "not available: not part of this version",
-        "reference": "available on any device (plain PyTorch; runs only if asked for by name)",
+        "cpu": _availability(op.cpu_reasons(torch.device("cpu"), torch.float32), "the CPU"),
+        "cuda": _availability(op.cuda_reasons(torch.device("cuda"), torch.float32), _gpu()),
+        "triton": _availability(triton_reasons(torch.device(triton_device), torch.float32), triton_where),
+        "reference": f"available on any device (plain PyTorch; {last})",
     }
 
 
@@ -71,6 +89,7 @@ def report() -> str:
         ("torch", f"{torch.__version__} ({accelerator})"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("extension", _extension()),
+        ("triton", _triton()),
         ("CPU level", _cpu_level()),
         ("", f"to lower it: {VARIABLE}={'|'.join(LEVELS)}, read once per process"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS)"),

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator import build
 
 import fusedattn
 from fusedattn import _library
 
+DEVICE = os.environ.get("FUSEDATTN_TEST_DEVICE")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "levels: kernel tests, repeated at every CPU level (make test)")
+    config.addinivalue_line("markers", "sanitized: emulated kernels, repeated under AddressSanitizer")
+    config.addinivalue_line("markers", "races: emulated kernels on small shapes, repeated under ThreadSanitizer")
     # Two threads run every path that splits work, and cost little on the small tensors of tests.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(2)
@@ -37,12 +42,37 @@ def pytest_make_parametrize_id(val, argname):
 
 
 @pytest.fixture(autouse=True)
+def device_under_test():
+    """FUSEDATTN_TEST_DEVICE=cuda: tensors that tests make without naming a device are made there."""
+    if DEVICE is None:
+        yield
+    else:
+        with torch.device(DEVICE):
+            yield
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """Every fresh tensor, also one that C++ allocates, starts as NaN (integers: their largest value).
 
     What a kernel leaves unwritten then shows in any comparison. Deterministic algorithms are what switches
     torch's filling of uninitialised memory on.
     """
-    torch.use_deterministic_algorithms(True)
+    # PyTorch itself has operators on GPUs, in references, without a deterministic form: they only warn.
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE is not None)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """``emulated(name)``: the CUDA kernels that tests/cuda_emulator/bind_<name>.cpp binds, for the CPU."""
+    if reason := build.missing():
+        pytest.skip(reason)
+    return build.load
+
+
+@pytest.fixture(params=[0, 1, 2], ids=lambda seed: f"order{seed}")
+def thread_order(request):
+    """A seed for the order in which the emulator runs threads and blocks; 0 is ascending."""
+    return request.param

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 built=$PWD/build/sanitize
 
 echo "== building with sanitizers into build/sanitize"
-FUSEDATTN_SANITIZE=1 python setup.py -q build --build-base "$built" --build-lib "$built/lib" --build-temp "$built/temp"
+FUSEDATTN_SANITIZE=1 FUSEDATTN_CUDA=0 python setup.py -q build --build-base "$built" --build-lib "$built/lib" --build-temp "$built/temp"
 
 run() {  # libstdc++ beside libasan, so that the interceptor of C++ exceptions finds what it wraps
   LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \

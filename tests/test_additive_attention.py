@@ -44,7 +44,8 @@ def gradients_of_outputs(context_shape, keys, dtype, seed=1):
     generator = torch.Generator().manual_seed(seed)
     rows = context_shape[:-1]
     shapes = (context_shape, (*rows, keys), rows)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).double() for s in shapes]
+    drawn = (torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in shapes)
+    return [t.to(torch.get_default_device(), dtype).double() for t in drawn]
 
 
 def run(function, inputs, dtype=None, views=None, **options):
@@ -91,10 +92,10 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, **_):
     return magnitudes
 
 
-def check(inputs, kernel=additive_attention, views=None, **options):
-    """The kernel's outputs and gradients are as near to float64 as the reference's in the same dtype."""
+def check(inputs, kernel=additive_attention, eager=additive_attention_ref, views=None, **options):
+    """The kernel's outputs and gradients are as near to float64 as those of ``eager`` in the same dtype."""
     actual = run(kernel, inputs, views=views, **options)
-    eager = run(additive_attention_ref, inputs, views=views, **options)
+    plain = run(eager, inputs, views=views, **options)
     exact = run(additive_attention_ref, inputs, torch.float64, views=views, **options)
     magnitudes = term_magnitudes(inputs, exact, views, **options)
     (*lead, Tq, D), Tk = inputs[0].shape, inputs[1].shape[-2]
@@ -103,7 +104,7 @@ def check(inputs, kernel=additive_attention, views=None, **options):
     more = {"grad_key": Tq, "grad_value": Tq, "grad_weight": rows * Tk}
     for name, result in actual.items():
         n = D + Tk + more.get(name, 0)
-        assert_close_to_reference(result, eager[name], exact[name], terms=n, name=name, scale=magnitudes[name])
+        assert_close_to_reference(result, plain[name], exact[name], terms=n, name=name, scale=magnitudes[name])
     return actual
 
 

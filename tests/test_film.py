@@ -38,16 +38,19 @@ def shape_id(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else None
 
 
+def numbers(shape, generator):
+    """The same on every device."""
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
 def make_inputs(shape, channel_dim, dtype=torch.float32, shared=(), seed=0, spread=2.0):
     """x, gamma, beta and residual; the parameters named in ``shared`` are (C,), the others (B, C)."""
     generator = torch.Generator().manual_seed(seed)
     B, C = shape[0], shape[channel_dim]
     shapes = {"x": shape, "gamma": (B, C), "beta": (B, C), "residual": shape}
     shapes |= {name: (C,) for name in shared}
-    return {
-        name: (torch.randn(s, generator=generator, dtype=torch.float64) * spread).to(dtype)
-        for name, s in shapes.items()
-    }
+    return {name: (numbers(s, generator) * spread).to(dtype) for name, s in shapes.items()}
 
 
 def run(function, inputs, dtype=None, layout=lambda t: t, **options):
@@ -56,7 +59,7 @@ def run(function, inputs, dtype=None, layout=lambda t: t, **options):
     x, gamma, beta, residual = (leaves[name] for name in NAMES)
     y = function(layout(x), gamma, beta, residual=None if residual is None else layout(residual), **options)
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(x.dtype if dtype is None else y.dtype)
+    grad = numbers(y.shape, generator).to(x.dtype if dtype is None else y.dtype)
     if dtype is not None:  # the same numbers as in the dtype under test
         grad = grad.to(inputs["x"].dtype).to(dtype)
     given = {k: t for k, t in leaves.items() if t is not None}
@@ -64,9 +67,9 @@ def run(function, inputs, dtype=None, layout=lambda t: t, **options):
     return {"y": y} | {f"grad_{name}": g for name, g in zip(given, grads, strict=True)}
 
 
-def check(inputs, kernel=film, **options):
+def check(inputs, kernel=film, eager=film_ref, **options):
     actual = run(kernel, inputs, **options)
-    eager = run(film_ref, inputs, **options)
+    plain = run(eager, inputs, **options)
     exact = run(film_ref, inputs, torch.float64, **options)
     x = inputs["x"]
     terms = x.numel() // max(x.shape[options.get("channel_dim", 1)], 1)
@@ -83,7 +86,7 @@ def check(inputs, kernel=film, **options):
     }
     for name, result in actual.items():
         n = terms if name in ("grad_gamma", "grad_beta") else 1
-        assert_close_to_reference(result, eager[name], exact[name], terms=n, name=name, scale=scales[name])
+        assert_close_to_reference(result, plain[name], exact[name], terms=n, name=name, scale=scales[name])
     return actual
 
 

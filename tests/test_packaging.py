@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import fusedattn
 from fusedattn import _library, info
-from fusedattn._dispatch import UnsupportedError, choose
+from fusedattn._dispatch import UnsupportedError, choose, cuda_reasons
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,35 @@ def test_info_names_everything():
 def test_info_reports_an_extension_that_did_not_load(monkeypatch):
     monkeypatch.setattr(_library, "EXTENSION_ERROR", ImportError("no such symbol"))
     text = info.report()
-    assert text.count("no such symbol") == 1 + len(info.OPS)
+    assert text.count("no such symbol") == 1 + 2 * len(info.OPS)  # and for the CPU and CUDA kernels of each
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_info_and_the_refusal_say_why_cuda_cannot_run():
+    words = "there are no CUDA kernels here: this torch is built without CUDA"
+    text = info.report()
+    assert text.count(words) == len(info.OPS)
+    with pytest.raises(UnsupportedError, match=words):
+        fusedattn.film(torch.ones(2, 3), backend="cuda")
+    with pytest.raises(UnsupportedError, match=words):
+        fusedattn.additive_attention(*torch.ones(3, 1, 2, 4), torch.ones(4), backend="cuda")
+
+
+def test_cuda_reasons_name_every_obstacle(monkeypatch):
+    """As on a machine with a torch for CUDA: what is on the CPU, of another dtype, or on an old GPU is refused."""
+    monkeypatch.setattr(_library, "CUDA_ERROR", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = types.SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    cuda = torch.device("cuda", 0)
+    assert cuda_reasons(cuda, torch.float32) == ["Tesla T4 has compute capability 7.5, below 8.0"]
+    gpu.major, gpu.minor = 9, 0
+    assert cuda_reasons(cuda, torch.float32) == []
+    assert cuda_reasons(torch.device("cpu"), torch.float32) == ["inputs are on cpu, not on a CUDA device"]
+    (reason,) = cuda_reasons(cuda, torch.int8)
+    assert "torch.int8" in reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_reasons(cuda, torch.float32) == ["torch finds no CUDA device"]
 
 
 @pytest.mark.parametrize("level", info.LEVELS)

@@ -1,4 +1,4 @@
-// CPU launcher of FiLM: memory layout, allocation, and the kernels of cpu_kernel.h over all cores.
+// CPU launcher of FiLM: memory layout (layout.h), allocation, and the kernels of cpu_kernel.h over all cores.
 //
 // Work is cut into pieces by shape alone and partial sums are added in a fixed order: results are bitwise
 // reproducible.
@@ -8,21 +8,18 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <numeric>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/cpu_level.h"
 #include "common/memory.h"
 #include "cpu_kernel.h"
+#include "layout.h"
 
 namespace fusedattn {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t PIECE = 16384;  // elements per task: long enough to stream, short enough to sum in one go
 
@@ -44,65 +41,6 @@ FilmType storage_type(ScalarType type) {
   }
 }
 
-// Dimensions from the outermost to the innermost in memory; ties keep their order.
-std::vector<int64_t> memory_order(const Tensor& x) {
-  std::vector<int64_t> order(x.dim());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    if (x.size(a) == 1 || x.size(b) == 1) return false;
-    return x.stride(a) > x.stride(b);
-  });
-  return order;
-}
-
-bool dense_in(const Tensor& x, const std::vector<int64_t>& order) {
-  int64_t expected = 1;
-  for (size_t n = order.size(); n-- > 0;) {
-    const int64_t d = order[n];
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return true;
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
-// x as (B, M, C, N) in memory order, channels per element of the batch; see cpu_kernel.h.
-struct Layout {
-  Tensor x;
-  int64_t B, M, C, N;
-  bool copied = false;
-
-  Layout(const Tensor& input, int64_t channel_dim) : x(input) {
-    std::vector<int64_t> order = memory_order(x);
-    if (!dense_in(x, order) || order[0] != 0) {
-      x = torch::stable::contiguous(x);
-      copied = true;
-      std::iota(order.begin(), order.end(), 0);
-    }
-    B = x.size(0), M = 1, C = x.size(channel_dim), N = 1;
-    bool before = true;
-    for (size_t n = 1; n < order.size(); ++n) {
-      if (order[n] == channel_dim)
-        before = false;
-      else
-        (before ? M : N) *= x.size(order[n]);
-    }
-  }
-
-  // t with the strides of x.
-  Tensor like(const Tensor& t) const {
-    if (same_strides(t, x) && t.numel() == x.numel()) return t;
-    Tensor copy = torch::stable::empty_like(x);
-    torch::stable::copy_(copy, t);
-    return copy;
-  }
-};
-
 // scale = gamma + offset (1 without gamma) or shift = beta (0 without), per batch element and channel, in the
 // dtype of the arithmetic; one row where all elements of the batch share it.
 struct ChannelValues {
@@ -123,23 +61,12 @@ ChannelValues channel_values(const OptionalTensor& source, const Layout& layout,
     std::fill_n(out, C, absent);
     return values;
   }
-  STD_TORCH_CHECK(source->size(-1) == C && (source->dim() == 1 || source->size(0) == layout.B),
-                  "film: gamma and beta must be (C,) or (B, C)");
+  layout.check_parameter(*source);
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const Tensor t = torch::stable::contiguous(torch::stable::to(*source, type));
   const T* in = t.const_data_ptr<T>();
   for (int64_t n = 0; n < rows * C; ++n) out[n] = in[n] + offset;
   return values;
-}
-
-// y with the strides that empty_like gives for x, which is what the operator's fake promises. Where x is dense it
-// gave them already.
-Tensor restored(const Tensor& y, const Tensor& x, const Layout& layout) {
-  if (!layout.copied) return y;
-  Tensor out = torch::stable::empty_like(x);
-  if (same_strides(out, y)) return y;
-  torch::stable::copy_(out, y);
-  return out;
 }
 
 const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
@@ -290,10 +217,10 @@ Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTens
   const FilmType type = storage_type(x.scalar_type());
   if (x.numel() == 0) return torch::stable::empty_like(x);
   const Layout in(x, channel_dim);
-  return restored(type == FilmType::DOUBLE
-                      ? forward<double>(in, type, gamma, beta, gamma_offset, activation, residual)
-                      : forward<float>(in, type, gamma, beta, gamma_offset, activation, residual),
-                  x, in);
+  return in.restored(type == FilmType::DOUBLE
+                         ? forward<double>(in, type, gamma, beta, gamma_offset, activation, residual)
+                         : forward<float>(in, type, gamma, beta, gamma_offset, activation, residual),
+                     x);
 }
 
 Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
@@ -310,7 +237,7 @@ Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTen
   auto [dx, dgamma, dbeta] = type == FilmType::DOUBLE
                                  ? backward<double>(grad_output, in, type, gamma, beta, gamma_offset, activation)
                                  : backward<float>(grad_output, in, type, gamma, beta, gamma_offset, activation);
-  return {restored(dx, x, in), dgamma, dbeta};
+  return {in.restored(dx, x), dgamma, dbeta};
 }
 
 }  // namespace

@@ -35,22 +35,6 @@ FUSEDATTN_INLINE void store_tail(S* p, Vec<Arithmetic<S>> v, int64_t n) {
   __builtin_memcpy(p, tail, n * sizeof(S));
 }
 
-// s = 1 / (1 + exp(-z)), and 1 - s without cancellation. Far below s is 0: -inf times it is NaN, as in PyTorch.
-template <typename T>
-struct Logistic {
-  Vec<T> s, complement;
-};
-template <typename T>
-FUSEDATTN_INLINE Logistic<T> logistic(Vec<T> z) {
-  const Vec<T> e = exp(-z);
-  const Vec<T> s = reciprocal(1 + e);
-  return {z < (sizeof(T) == 4 ? T(-87) : T(-708)) ? Vec<T>{} : s, e * s};
-}
-template <typename T>
-FUSEDATTN_INLINE Vec<T> sigmoid(Vec<T> z) {
-  return logistic<T>(z).s;
-}
-
 // erfc(z) / 2 for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2), relative error 1.2e-7 (Chebyshev fit,
 // Numerical Recipes, section 6.2).
 FUSEDATTN_INLINE Vec<float> half_erfc(Vec<float> z) {
@@ -72,59 +56,20 @@ FUSEDATTN_INLINE Vec<double> half_erfc(Vec<double> z) {
   return z;
 }
 
-// The distribution function of the standard normal.
-template <typename T>
-FUSEDATTN_INLINE Vec<T> normal_cdf(Vec<T> z) {
-  const Vec<T> tail = half_erfc(abs(z) * T(SQRT_HALF));
-  return z < 0 ? tail : 1 - tail;
-}
-
-template <typename T>
-FUSEDATTN_INLINE Vec<T> gelu_tanh_argument(Vec<T> z) {
-  return T(2 * GELU_TANH_SCALE) * z * (1 + T(GELU_TANH_CUBIC) * z * z);
-}
-
-template <Activation activation, typename T>
-FUSEDATTN_INLINE Vec<T> activate(Vec<T> z) {
-  if constexpr (activation == Activation::RELU) return max(Vec<T>{}, z);
-  if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? z : z * T(LEAKY_SLOPE);
-  if constexpr (activation == Activation::SILU) return z * sigmoid<T>(z);
-  if constexpr (activation == Activation::GELU) return z * normal_cdf<T>(z);
-  if constexpr (activation == Activation::GELU_TANH) return z * sigmoid<T>(gelu_tanh_argument<T>(z));
-  if constexpr (activation == Activation::TANH) return tanh(z);
-  if constexpr (activation == Activation::SIGMOID) return sigmoid<T>(z);
-  return z;
-}
-
-// activation'(z)
-template <Activation activation, typename T>
-FUSEDATTN_INLINE Vec<T> slope(Vec<T> z) {
-  const Vec<T> one = splat(T(1));
-  if constexpr (activation == Activation::RELU) return z > 0 ? one : Vec<T>{};
-  if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? one : splat(T(LEAKY_SLOPE));
-  if constexpr (activation == Activation::SILU) {
-    const Logistic<T> p = logistic<T>(z);
-    return p.s * (1 + z * p.complement);
-  }
-  if constexpr (activation == Activation::GELU)
-    return normal_cdf<T>(z) + z * (T(INV_SQRT_2PI) * exp(T(-0.5) * z * z));
-  if constexpr (activation == Activation::GELU_TANH) {
-    const Logistic<T> p = logistic<T>(gelu_tanh_argument<T>(z));
-    return p.s + z * p.s * p.complement * (T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z));
-  }
-  if constexpr (activation == Activation::TANH) {
-    const Vec<T> t = tanh(z);
-    return 1 - t * t;
-  }
-  if constexpr (activation == Activation::SIGMOID) {
-    const Logistic<T> p = logistic<T>(z);
-    return p.s * p.complement;
-  }
-  return one;
-}
+// The arithmetic of formula.h on vectors.
+template <typename S>
+struct Simd {
+  using T = Arithmetic<S>;
+  using V = Vec<T>;
+  FUSEDATTN_INLINE V exp(V x) { return FUSEDATTN_LEVEL::exp(x); }
+  FUSEDATTN_INLINE V reciprocal(V x) { return FUSEDATTN_LEVEL::reciprocal(x); }
+  FUSEDATTN_INLINE V tanh(V x) { return FUSEDATTN_LEVEL::tanh(x); }
+  FUSEDATTN_INLINE V half_erfc(V x) { return FUSEDATTN_LEVEL::half_erfc(x); }
+};
 
 template <Activation activation, typename S>
 struct Run {
+  using M = Simd<S>;
   using T = Arithmetic<S>;
   static constexpr int W = LANES<T>;
 
@@ -132,12 +77,12 @@ struct Run {
     const Vec<T> a = splat(*scale), b = splat(*shift);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-      Vec<T> v = activate<activation, T>(load(x + i) * a + b);
+      Vec<T> v = activate<activation, M>(load(x + i) * a + b);
       if (residual != nullptr) v += load(residual + i);
       store(y + i, v);
     }
     if (i == n) return;
-    Vec<T> v = activate<activation, T>(load_tail(x + i, n - i) * a + b);
+    Vec<T> v = activate<activation, M>(load_tail(x + i, n - i) * a + b);
     if (residual != nullptr) v += load_tail(residual + i, n - i);
     store_tail(y + i, v, n - i);
   }
@@ -147,14 +92,14 @@ struct Run {
     for (int64_t r = 0; r < rows; ++r, x += C, y += C) {
       int64_t c = 0;
       for (; c + W <= C; c += W) {
-        Vec<T> v = activate<activation, T>(load(x + c) * load(scale + c) + load(shift + c));
+        Vec<T> v = activate<activation, M>(load(x + c) * load(scale + c) + load(shift + c));
         if (residual != nullptr) v += load(residual + c);
         store(y + c, v);
       }
       if (c < C) {
         const int64_t n = C - c;
         Vec<T> v =
-            activate<activation, T>(load_tail(x + c, n) * load_tail(scale + c, n) + load_tail(shift + c, n));
+            activate<activation, M>(load_tail(x + c, n) * load_tail(scale + c, n) + load_tail(shift + c, n));
         if (residual != nullptr) v += load_tail(residual + c, n);
         store_tail(y + c, v, n);
       }
@@ -168,13 +113,13 @@ struct Run {
     Vec<T> dz_x{}, dz_sum{};
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-      const Vec<T> xi = load(x + i), dz = load(dy + i) * slope<activation, T>(xi * a + b);
+      const Vec<T> xi = load(x + i), dz = load(dy + i) * slope<activation, M>(xi * a + b);
       store(dx + i, dz * a);
       dz_x += dz * xi;
       dz_sum += dz;
     }
     if (i < n) {
-      const Vec<T> xi = load_tail(x + i, n - i), dz = load_tail(dy + i, n - i) * slope<activation, T>(xi * a + b);
+      const Vec<T> xi = load_tail(x + i, n - i), dz = load_tail(dy + i, n - i) * slope<activation, M>(xi * a + b);
       store_tail(dx + i, dz * a, n - i);
       dz_x += dz * xi;  // dy is zero above the tail
       dz_sum += dz;
@@ -190,7 +135,7 @@ struct Run {
       int64_t c = 0;
       for (; c + W <= C; c += W) {
         const Vec<T> xi = load(x + c), a = load(scale + c);
-        const Vec<T> dz = load(dy + c) * slope<activation, T>(xi * a + load(shift + c));
+        const Vec<T> dz = load(dy + c) * slope<activation, M>(xi * a + load(shift + c));
         store(dx + c, dz * a);
         store(sum_dz_x + c, load(sum_dz_x + c) + dz * xi);
         store(sum_dz + c, load(sum_dz + c) + dz);
@@ -198,7 +143,7 @@ struct Run {
       if (c < C) {
         const int64_t n = C - c;
         const Vec<T> xi = load_tail(x + c, n), a = load_tail(scale + c, n);
-        const Vec<T> dz = load_tail(dy + c, n) * slope<activation, T>(xi * a + load_tail(shift + c, n));
+        const Vec<T> dz = load_tail(dy + c, n) * slope<activation, M>(xi * a + load_tail(shift + c, n));
         store_tail(dx + c, dz * a, n);
         store_partial(sum_dz_x + c, load_partial(sum_dz_x + c, n) + dz * xi, n);
         store_partial(sum_dz + c, load_partial(sum_dz + c, n) + dz, n);

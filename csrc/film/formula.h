@@ -1,5 +1,8 @@
 // The mathematics of FiLM, for every C++ kernel of the op: y = activation(z) + residual, z = scale x + shift,
-// with scale = gamma + gamma_offset and shift = beta per channel.
+// with scale = gamma + gamma_offset and shift = beta per channel. Backward: dz = dy activation'(z), dx = scale dz.
+//
+// M is the kernel's arithmetic: M::V is a number or a vector of numbers of type M::T, and M has exp (of its
+// argument clamped to where the result and its reciprocal are normal numbers), reciprocal, tanh and half_erfc.
 #pragma once
 
 #ifndef FUSEDATTN_INLINE
@@ -16,5 +19,71 @@ constexpr double SQRT_HALF = 0.70710678118654752440;
 constexpr double INV_SQRT_2PI = 0.39894228040143267794;
 constexpr double GELU_TANH_SCALE = 0.79788456080286535588;  // sqrt(2 / pi)
 constexpr double GELU_TANH_CUBIC = 0.044715;
+
+// s = 1 / (1 + exp(-z)), and 1 - s without cancellation. Far below s is 0: -inf times it is NaN, as in PyTorch.
+template <typename V>
+struct Logistic {
+  V s, complement;
+};
+template <typename M, typename V = typename M::V>
+FUSEDATTN_INLINE Logistic<V> logistic(V z) {
+  const V e = M::exp(-z);
+  const V s = M::reciprocal(1 + e);
+  return {z < (sizeof(typename M::T) == 4 ? -87 : -708) ? V{} : s, e * s};
+}
+
+// The distribution function of the standard normal. half_erfc(z) = erfc(z) / 2 for z >= 0.
+template <typename M, typename V = typename M::V>
+FUSEDATTN_INLINE V normal_cdf(V z) {
+  const V tail = M::half_erfc((z < 0 ? -z : z) * typename M::T(SQRT_HALF));
+  return z < 0 ? tail : 1 - tail;
+}
+
+template <typename M, typename V = typename M::V>
+FUSEDATTN_INLINE V gelu_tanh_argument(V z) {
+  using T = typename M::T;
+  return T(2 * GELU_TANH_SCALE) * z * (1 + T(GELU_TANH_CUBIC) * z * z);
+}
+
+template <Activation activation, typename M, typename V = typename M::V>
+FUSEDATTN_INLINE V activate(V z) {
+  using T = typename M::T;
+  if constexpr (activation == Activation::RELU) return z < 0 ? V{} : z;
+  if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? z : z * T(LEAKY_SLOPE);
+  if constexpr (activation == Activation::SILU) return z * logistic<M>(z).s;
+  if constexpr (activation == Activation::GELU) return z * normal_cdf<M>(z);
+  if constexpr (activation == Activation::GELU_TANH) return z * logistic<M>(gelu_tanh_argument<M>(z)).s;
+  if constexpr (activation == Activation::TANH) return M::tanh(z);
+  if constexpr (activation == Activation::SIGMOID) return logistic<M>(z).s;
+  return z;
+}
+
+// activation'(z)
+template <Activation activation, typename M, typename V = typename M::V>
+FUSEDATTN_INLINE V slope(V z) {
+  using T = typename M::T;
+  const V one = V{} + T(1);
+  if constexpr (activation == Activation::RELU) return z > 0 ? one : V{};
+  if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? one : V{} + T(LEAKY_SLOPE);
+  if constexpr (activation == Activation::SILU) {
+    const Logistic<V> p = logistic<M>(z);
+    return p.s * (1 + z * p.complement);
+  }
+  if constexpr (activation == Activation::GELU)
+    return normal_cdf<M>(z) + z * (T(INV_SQRT_2PI) * M::exp(T(-0.5) * z * z));
+  if constexpr (activation == Activation::GELU_TANH) {
+    const Logistic<V> p = logistic<M>(gelu_tanh_argument<M>(z));
+    return p.s + z * p.s * p.complement * (T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z));
+  }
+  if constexpr (activation == Activation::TANH) {
+    const V t = M::tanh(z);
+    return 1 - t * t;
+  }
+  if constexpr (activation == Activation::SIGMOID) {
+    const Logistic<V> p = logistic<M>(z);
+    return p.s * p.complement;
+  }
+  return one;
+}
 
 }  // namespace fusedattn

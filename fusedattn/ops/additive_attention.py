@@ -18,7 +18,7 @@ so no transcendental function is evaluated per pair and channel. Backward, with 
     dw_d  = sum_ij g_ij - 2 sum_ij g_ij r              dx_j = sum_i p_ij dc_i
 
 Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width. Kernels:
-``csrc/additive_attention/`` (C++). Tests: ``tests/test_additive_attention.py``. Benchmark: ``benchmarks/``.
+``csrc/additive_attention/`` (C++, CUDA). Tests: ``tests/test_additive_attention.py``. Benchmark: ``benchmarks/``.
 """
 
 from typing import NoReturn
@@ -34,6 +34,7 @@ from fusedattn._dispatch import (
     autocast_enabled,
     choose,
     cpu_reasons,
+    cuda_reasons,
     needs_function,
     signature_kept,
     traced,
@@ -504,7 +505,7 @@ def additive_attention(
         activation, normalizer, dropout_p: only ``"tanh"``, ``"softmax"`` and 0.0 for now.
         return_weights: also return the weights, differentiable.
         return_lse: also return the log-sum-exp of the scores, differentiable.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain PyTorch, never chosen by ``"auto"``).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"`` (plain PyTorch, never chosen by ``"auto"``).
 
     Returns:
         context (B, [H,] Tq, Dv), or a tuple (context[, weights][, lse]): weights (B, [H,] Tq, Tk) in the dtype
@@ -584,12 +585,12 @@ def attend(
     backend = choose(
         "additive_attention",
         backend,
-        {"cpu": lambda: cpu_reasons(device, dtype)},
+        {"cpu": lambda: cpu_reasons(device, dtype), "cuda": lambda: cuda_reasons(device, dtype)},
         lambda: (
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {dtype}, {device}"
         ),
     )
-    if mask is not None and backend == "cpu":
+    if mask is not None and backend != "reference":
         mask = mask.expand(*query.shape[:-1], key.shape[-2])
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64)

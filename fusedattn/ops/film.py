@@ -9,8 +9,9 @@ Mathematics, per batch element b and channel c, everything else broadcast::
 
 Forward reads x once and writes y once; backward reads x and dy once and yields all gradients in that pass.
 
-Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (C++). Tests:
-``tests/test_film.py``. Benchmark: ``benchmarks/``.
+Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (C++, CUDA),
+``fusedattn/triton/film.py``. Tests: ``tests/test_film.py``, ``tests/test_cuda_film.py``,
+``tests/test_triton_film.py``. Benchmark: ``benchmarks/``.
 """
 
 import torch
@@ -24,9 +25,11 @@ from fusedattn._dispatch import (
     autocast_enabled,
     choose,
     cpu_reasons,
+    cuda_reasons,
     needs_function,
     signature_kept,
     traced,
+    triton_reasons,
 )
 
 # In the order of csrc/film/formula.h.
@@ -92,21 +95,32 @@ def film_ref(
     )
 
 
-# Fakes
+# Raw ops and their fakes
 
 
-if _library.EXTENSION_ERROR is None:
+def _raw_ops(backend):
+    """(film_fwd, film_bwd) of a backend. Triton's have names of their own: a dispatch key holds one kernel."""
+    ops = torch.ops.fusedattn
+    if backend == "triton":
+        return ops.film_fwd_triton, ops.film_bwd_triton
+    return ops.film_fwd, ops.film_bwd
 
-    @torch.library.register_fake("fusedattn::film_fwd")
-    def _fwd_fake(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
-        return torch.empty_like(x)
 
-    @torch.library.register_fake("fusedattn::film_bwd")
-    def _bwd_fake(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation):
-        def like(parameter):
-            return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+def _fwd_fake(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
+    return torch.empty_like(x)
 
-        return torch.empty_like(x), like(gamma), like(beta)
+
+def _bwd_fake(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation):
+    def like(parameter):
+        return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+    return torch.empty_like(x), like(gamma), like(beta)
+
+
+for _missing, _suffix in ((_library.EXTENSION_ERROR, ""), (_library.TRITON_ERROR, "_triton")):
+    if _missing is None:
+        torch.library.register_fake(f"fusedattn::film_fwd{_suffix}", _fwd_fake)
+        torch.library.register_fake(f"fusedattn::film_bwd{_suffix}", _bwd_fake)
 
 
 # Functions
@@ -115,12 +129,13 @@ if _library.EXTENSION_ERROR is None:
 @signature_kept
 class _FiLM(Function):
     @staticmethod
-    def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation):
-        return torch.ops.fusedattn.film_fwd(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
+    def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation, backend):
+        film_fwd, _ = _raw_ops(backend)
+        return film_fwd(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, gamma, beta, residual, *ctx.options = inputs
+        x, gamma, beta, residual, *ctx.options, ctx.backend = inputs
         ctx.save_for_backward(x, gamma, beta)
         ctx.has_residual = residual is not None
 
@@ -128,13 +143,18 @@ class _FiLM(Function):
     def backward(ctx, grad_output):
         x, gamma, beta = ctx.saved_tensors
         twice = needs_function([t for t in (grad_output, x, gamma, beta) if t is not None])
-        film_bwd = _FiLMBackward.apply if twice else torch.ops.fusedattn.film_bwd
-        dx, dgamma, dbeta = film_bwd(grad_output, x, gamma, beta, *ctx.options)
+        if twice:
+            grads = _FiLMBackward.apply(grad_output, x, gamma, beta, *ctx.options, ctx.backend)
+        else:
+            _, film_bwd = _raw_ops(ctx.backend)
+            grads = film_bwd(grad_output, x, gamma, beta, *ctx.options)
+        dx, dgamma, dbeta = grads
         return (
             dx,
             None if gamma is None else dgamma,
             None if beta is None else dbeta,
             grad_output if ctx.has_residual else None,
+            None,
             None,
             None,
             None,
@@ -158,12 +178,13 @@ class _FiLMBackward(Function):
     """Gradients by the kernel; their own derivatives through the reference formula."""
 
     @staticmethod
-    def forward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation):
-        return torch.ops.fusedattn.film_bwd(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
+    def forward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation, backend):
+        _, film_bwd = _raw_ops(backend)
+        return film_bwd(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, channel_dim, gamma_offset, activation = inputs
+        *tensors, channel_dim, gamma_offset, activation, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.options = (channel_dim, gamma_offset, _NAMES[activation])
         ctx.set_materialize_grads(False)
@@ -191,7 +212,7 @@ class _FiLMBackward(Function):
         grads = [second[0], None, None, None]
         for n, grad in zip(given, second[1:], strict=True):
             grads[n + 1] = grad
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, grad_output, x, gamma, beta, channel_dim, *options):
@@ -304,7 +325,7 @@ def film(
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"`` (erf),
             ``"gelu_tanh"``, ``"tanh"`` or ``"sigmoid"``. Default: None.
         residual: like x, added after the activation. Default: None.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         y with the shape and dtype of x.
@@ -323,7 +344,11 @@ def film(
     backend = choose(
         "film",
         backend,
-        {"cpu": lambda: cpu_reasons(device, dtype)},
+        {
+            "cpu": lambda: cpu_reasons(device, dtype),
+            "cuda": lambda: cuda_reasons(device, dtype),
+            "triton": lambda: triton_reasons(device, dtype),
+        },
         lambda: f"x {tuple(x.shape)}, {dtype} on {device}",
     )
     if backend == "reference":
@@ -331,5 +356,6 @@ def film(
     number = _NUMBERS[activation]
     if needs_function([t for t in (x, gamma, beta, residual) if t is not None]):
         tensors = traced((x, gamma, beta, residual))
-        return _FiLM.apply(*tensors, channel_dim, gamma_offset, number)
-    return torch.ops.fusedattn.film_fwd(x, gamma, beta, channel_dim, gamma_offset, number, residual)
+        return _FiLM.apply(*tensors, channel_dim, gamma_offset, number, backend)
+    film_fwd, _ = _raw_ops(backend)
+    return film_fwd(x, gamma, beta, channel_dim, gamma_offset, number, residual)

@@ -1,0 +1,59 @@
+"""Compiles every GPU kernel, reads what it costs, writes table.md and counts.json, fails where a threshold breaks.
+
+Needs no GPU. What cannot be compiled here is left out with a word, and keeps its rows in the table: CUDA C++
+without nvcc, Triton where it is not installed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from . import cuda_kernels, table, thresholds, tools, triton_kernels
+from .kernel import Kernel
+
+FOLDER = Path(__file__).resolve().parent
+PARTS = {"CUDA C++": cuda_kernels, "Triton": triton_kernels}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--only", choices=PARTS, help="leave the others' rows as they are")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of table.md and counts.json")
+    options = parser.parse_args()
+
+    counts = options.output / "counts.json"
+    stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "kernels": []}
+    compilers, kernels, broken = dict(stored["tools"]), [], 0
+    for backend, part in PARTS.items():
+        missing = "not asked for" if options.only not in (None, backend) else part.missing()
+        if missing:
+            print(f"{backend}: not checked, {missing}")
+            kernels += [Kernel.from_json(k) for k in stored["kernels"] if k["backend"] == backend]
+            continue
+        try:
+            found = part.measure(options.jobs)
+        except tools.ToolError as error:
+            print(f"{backend}: {error}", file=sys.stderr)
+            return 1
+        compilers[backend] = part.compiler()
+        kernels += found
+        failed = [(k, reason) for k in found for reason in thresholds.failures(k)]
+        for kernel, reason in failed:
+            print(f"{backend}: {kernel.name}, {kernel.arch}: {reason}", file=sys.stderr)
+        broken += len(failed)
+        archs = ", ".join(dict.fromkeys(k.arch for k in found))
+        print(f"{backend}: {len({k.name for k in found})} kernels on {archs}: {len(failed)} thresholds broken")
+    if not options.check:
+        counts.write_text(
+            json.dumps({"tools": compilers, "kernels": [k.to_json() for k in kernels]}, indent=1) + "\n"
+        )
+        (options.output / "table.md").write_text(table.markdown(kernels, compilers))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""One compiled kernel, as the table shows it and as counts.json stores it."""
+
+from dataclasses import asdict, dataclass, fields
+
+from . import sass
+
+
+@dataclass(frozen=True)
+class Kernel:
+    backend: str  # "CUDA C++" or "Triton"
+    op: str
+    name: str
+    arch: str  # sm_90, gfx942
+    threads: int  # of a block, at most
+    registers: int  # of a thread; on AMD the vector registers
+    shared: int | None  # bytes of a block; not known of a kernel that no recorded launch uses
+    occupancy: float | None  # part of the warps a multiprocessor could hold
+    stack: int  # bytes of a thread: spilled registers, and arrays the compiler could not keep in registers
+    local: int  # instructions that touch them; on AMD spilled vector registers
+    scalar_registers: int | None = None  # AMD
+    scalar_spills: int = 0  # AMD: scalar registers kept in lanes of vector registers, not in memory
+    lane_moves: int = 0  # AMD: instructions of the score loop that move those
+    slots: float | None = None  # instructions of the score loop per tanh; on AMD those of the vector unit
+    mufu: float | None = None  # of those, for the special function unit (AMD: transcendental)
+    fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
+    # FiLM: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
+    widths: tuple[int, ...] = ()
+    aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
+
+    @classmethod
+    def from_sass(cls, function: sass.Function, **known) -> "Kernel":
+        score = function.score_loop() if known["op"] == "additive_attention" else None
+        memory = function.memory_loop() if known["op"] == "film" else None
+        counts = {}
+        if score is not None:
+            counts = {name: getattr(score, name) / score.tanh for name in ("slots", "mufu", "fp32")}
+        widths: list[int] = []
+        if known["op"] == "film":
+            widths = function.body.store_widths if memory is None else memory.global_widths
+        return cls(**known, local=function.body.local, widths=tuple(sorted(set(widths))), **counts)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Kernel":
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        return cls(**{**values, "widths": tuple(values.get("widths", ()))})
+
+    def to_json(self) -> dict:
+        return asdict(self)

@@ -1,0 +1,81 @@
+// What the launchers ask for: prints kernel and dynamic shared memory of every launch that typical problems lead
+// to. Nothing is launched, so this runs anywhere. A new launcher belongs into all() below.
+#include <cstdio>
+
+#include "common/cuda.cuh"
+
+#undef FUSEDATTN_LAUNCH
+#define FUSEDATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) record(#kernel, shared_bytes)
+
+namespace {
+
+const char* storage_type = "";
+int pack_size = 0;
+
+void record(const char* kernel, size_t shared_bytes) {
+  std::printf("%s|%d|%s|%zu\n", storage_type, pack_size, kernel, shared_bytes);
+}
+
+}  // namespace
+
+#include "additive_attention/cuda_bwd.cuh"
+#include "additive_attention/cuda_fwd.cuh"
+#include "film/cuda_bwd.cuh"
+#include "film/cuda_fwd.cuh"
+
+namespace {
+
+using namespace fusedattn;
+
+// An address that nothing reads: only its alignment counts.
+template <typename T>
+T* somewhere() {
+  return reinterpret_cast<T*>(uintptr_t{4096});
+}
+
+template <typename S>
+void film(int64_t M, int64_t C, int64_t N) {
+  using T = gpu::Arithmetic<S>;
+  const FilmProblem<S> p = {
+      16, M, C, N, somewhere<S>(), somewhere<S>(), somewhere<S>(), C, C, 0.0, Activation::NONE};
+  launch_film_fwd<S>(p, nullptr, somewhere<S>(), nullptr);
+  launch_film_bwd<S>(p, somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<T>(), nullptr);
+}
+
+template <typename S>
+void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
+  using T = gpu::Arithmetic<S>;
+  AttentionProblem<S> p = {};
+  p.B = B, p.H = 1, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = D;
+  const RowsOf<S> queries(somewhere<S>(), Tq * D, Tq * D, D), keys(somewhere<S>(), Tk * D, Tk * D, D);
+  p.query = queries, p.key = keys, p.value = keys;
+  p.weight = somewhere<S>();
+  p.scale = 1;
+  launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
+                                   somewhere<T>(), nullptr);
+  const AttentionGradients<S> grads = {queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
+                                       nullptr, somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>()};
+  launch_additive_attention_bwd<S>(p, grads, somewhere<T>(), nullptr);
+}
+
+template <typename S>
+void all(const char* name) {
+  storage_type = name;
+  pack_size = gpu::Pack<S>::SIZE;
+  film<S>(1, 256, 4096);
+  film<S>(4096, 256, 1);
+  film<S>(4096, 8, 1);
+  film<S>(4096, 7, 1);
+  attention<S>(4, 512, 512, 256);
+  attention<S>(64, 1, 1024, 512);
+  attention<S>(4, 0, 512, 256);
+}
+
+}  // namespace
+
+int main() {
+  all<float>("float");
+  all<double>("double");
+  all<__half>("half");
+  all<__nv_bfloat16>("bfloat16");
+}

@@ -1,0 +1,119 @@
+"""Gates of the Triton kernels: compiles what `kernels()` of every fusedattn/triton/<op>.py lists.
+
+Needs neither GPU nor driver. NVIDIA's machine code is read like that of CUDA C++; on AMD the assembler's own
+account of registers, spills and occupancy is taken.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from typing import Any
+
+from . import amdgcn, sass, tools
+from .kernel import Kernel
+from .occupancy import occupancy
+
+FOLDER = tools.ROOT / "fusedattn" / "triton"
+TARGETS = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("cuda", 120), ("hip", "gfx942"), ("hip", "gfx950"))
+BACKEND = "Triton"
+AMD_WAVES = 8  # of a SIMD of a CDNA3 or CDNA4 compute unit
+
+
+def missing() -> str | None:
+    """Why these kernels cannot be compiled here."""
+    if not ops():
+        return "there are none"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return tools.missing_disassembler()
+
+
+def compiler() -> str:
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
+def ops() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+
+
+@cache
+def _kernels(op: str) -> list[tuple[str, Any]]:
+    """Name and description of an op's kernels, from its file; further specialisations of a name are numbered."""
+    seen: Counter = Counter()
+    found = []
+    for described in importlib.import_module(f"fusedattn.triton.{op}").kernels():
+        seen[described.name] += 1
+        count = seen[described.name]
+        found.append((described.name if count == 1 else f"{described.name} #{count}", described))
+    return found
+
+
+def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kernel:
+    def field(key: str) -> int:
+        found = re.search(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)
+        if found is None:
+            raise tools.ToolError(f"{name}: no .{key} in the assembler's metadata of {arch}")
+        return int(found[1])
+
+    score = amdgcn.score_loop(text) if op == "additive_attention" else None
+    counts = {}
+    if score is not None:
+        counts = {
+            "slots": score.slots / score.tanh,
+            "mufu": score.transcendental / score.tanh,
+            "lane_moves": score.lane_moves,
+        }
+    waves = re.search(r"^; Occupancy: (\d+)", text, re.MULTILINE)
+    return Kernel(
+        backend=BACKEND,
+        op=op,
+        name=name,
+        arch=arch,
+        threads=threads,
+        registers=field("vgpr_count"),
+        scalar_registers=field("sgpr_count"),
+        shared=field("group_segment_fixed_size"),
+        occupancy=int(waves[1]) / AMD_WAVES if waves else None,
+        stack=field("private_segment_fixed_size"),
+        local=field("vgpr_spill_count"),
+        scalar_spills=field("sgpr_spill_count"),
+        **counts,
+    )
+
+
+def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
+    name, described = _kernels(op)[index]
+    compiled = described.compile(backend, arch)
+    if backend == "hip":
+        return read_amdgcn(op, name, arch, described.num_warps * 64, compiled.asm["amdgcn"])
+    code, usage, _ = tools.disassemble(compiled.asm["cubin"])
+    entry = compiled.metadata.name
+    threads, registers, shared = compiled.metadata.num_warps * 32, usage[entry]["REG"], compiled.metadata.shared
+    return Kernel.from_sass(
+        backend=BACKEND,
+        op=op,
+        name=name,
+        arch=f"sm_{arch}",
+        threads=threads,
+        registers=registers,
+        shared=shared,
+        stack=usage[entry]["STACK"],
+        aligned=("N" if "_runs" in name else "C") in described.divisible,
+        occupancy=occupancy(arch, threads, registers, shared).fraction,
+        function=sass.parse(code)[entry],
+    )
+
+
+def measure(jobs: int) -> list[Kernel]:
+    """Every kernel on every architecture; in processes, because Triton compiles one kernel at a time."""
+    os.environ["TRITON_CACHE_DIR"] = str(tools.CACHE / "triton")
+    work = [(op, n, *target) for op in ops() for target in TARGETS for n in range(len(_kernels(op)))]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(measure_one, *zip(*work, strict=True)))

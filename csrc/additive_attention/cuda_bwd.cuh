@@ -1,0 +1,528 @@
+// Additive attention backward, without atomics: every sum has one owner or is added from parts in a fixed order.
+//
+//   rows    D_i = sum_j p_ij a_ij - dL_i                    a warp per row; sum_j p_ij (dc_i . x_j) = dc_i . c_i
+//   scores  g_ij = p_ij (a_ij - D_i), a_ij = dc_i . x_j + dp_ij     64 x 64 tiles; scores kept or scored again
+//   inputs  dq, dk, dw from g                               the joint pass, below
+//   keys    dk = sum of the parts of each 64 queries
+//   values  dx_j = sum_i p_ij dc_i                          64 x 64 tiles
+//   weight  dw = sum of the parts
+//
+// The joint pass spends all the time. A block owns 64 queries and 32 channels and walks all keys; a warp owns 8 of
+// the queries, a lane one channel. Eq, dq (8 each) and dw stay in registers, g_ij is broadcast from shared memory,
+// and what the warp's 8 queries add to dk_jd is one value, summed over the 8 warps in shared memory once per 32
+// keys and written as a part: dk needs neither a second pass nor atomics. Per two queries, that is two tanh:
+//
+//   2 FMA (t), FMUL (t1 t2), MUFU.RCP, 2 FMUL (r), 2 FMA (u = r - r^2), 2 FMA (dq), 2 FMA (dk), 2 FMA (dw)
+//
+// 7 slots and 0.5 MUFU per tanh, and 4 loads and stores per 8. Two passes, one for dq and one for dk, would cost
+// 11 slots and a full MUFU.
+//
+// Memory is linear in the lengths: g, p and the parts of dk exist for a chunk of query rows at a time.
+#pragma once
+
+#include "cuda_problem.cuh"
+
+namespace fusedattn {
+
+constexpr int BACKWARD_BLOCK = 256;  // threads of the joint pass: 8 warps of 8 queries
+constexpr int BACKWARD_CHANNELS = 32, BACKWARD_KEYS = 32;
+constexpr int BACKWARD_WARPS = BACKWARD_BLOCK / gpu::WARP;
+constexpr int64_t BACKWARD_CHUNK = int64_t{1}
+                                   << 24;  // elements of g, of p and of the parts of dk, if a tile allows it
+
+static_assert(BACKWARD_WARPS * TILE_Q == BLOCK_Q, "a block of the joint pass owns a tile of queries");
+static_assert(BLOCK_K % BACKWARD_KEYS == 0, "its keys are read from whole tiles");
+
+// What comes in and what goes out; absent gradients are null (rows: data null). Scores are null or (B, H, Tq, Tk).
+template <typename S>
+struct AttentionGradients {
+  using T = gpu::Arithmetic<S>;
+  RowsOf<S> grad_context;
+  const T* grad_lse;      // (B, H, Tq)
+  const S* grad_weights;  // (B, H, Tq, Tk)
+  RowsOf<S> context;
+  const T *lse, *scores;
+  S *grad_query, *grad_key, *grad_value, *grad_weight;  // contiguous
+};
+
+// The chunk of queries at hand: tiles [first_tile, first_tile + tiles) of heads [first_head, first_head + heads).
+template <typename T>
+struct BackwardChunk {
+  int64_t first_head, heads, first_tile, tiles;
+  int64_t keys, channels;    // Tk and D up to whole tiles
+  bool first, last;          // of the queries of its heads
+  T* g;                      // (heads, keys, rows)
+  T* p;                      // (heads, rows, keys); scores, before they become p
+  T* key_parts;              // (heads, tiles, keys, channels)
+  T* weight_parts;           // (B, H, all tiles, channels)
+  T* row_terms;              // (B, H, Tq)
+  T *key_sums, *value_sums;  // like grad_key and grad_value; sums of earlier chunks
+
+  FUSEDATTN_HOST_DEVICE int64_t rows() const { return tiles * BLOCK_Q; }
+};
+
+// Where the working memory of a problem lies and how its queries are cut, by its shape alone.
+template <typename S>
+struct BackwardPlan {
+  using T = gpu::Arithmetic<S>;
+  int64_t tiles, keys, channels, chunk_tiles, chunk_heads;
+  int64_t g, p, key_parts, weight_parts, row_terms, key_sums, value_sums, size;
+
+  explicit BackwardPlan(const AttentionProblem<S>& problem, int64_t chunk_elements = BACKWARD_CHUNK) {
+    tiles = problem.query_tiles();
+    keys = gpu::ceil_div(problem.Tk, BLOCK_K) * BLOCK_K;
+    channels = gpu::ceil_div(problem.D, BACKWARD_CHANNELS) * BACKWARD_CHANNELS;
+    const int64_t of_tile = keys * (channels > BLOCK_Q ? channels : BLOCK_Q),
+                  wanted = of_tile == 0 ? tiles : chunk_elements / of_tile;
+    chunk_tiles = wanted < 1 ? 1 : wanted < tiles ? wanted : tiles;
+    const int64_t heads = problem.heads(), fitting = tiles == 0 ? heads : wanted / tiles;
+    chunk_heads = chunk_tiles < tiles || fitting < 1 ? 1 : fitting < heads ? fitting : heads;
+    const bool sums = chunk_tiles < tiles && sizeof(S) < sizeof(T);
+    int64_t end = 0;
+    const auto take = [&end](int64_t n) {
+      const int64_t begin = end;
+      end += gpu::ceil_div(n, PACK) * PACK;
+      return begin;
+    };
+    g = take(chunk_heads * keys * chunk_tiles * BLOCK_Q);
+    p = take(chunk_heads * keys * chunk_tiles * BLOCK_Q);
+    key_parts = take(chunk_heads * chunk_tiles * keys * channels);
+    weight_parts = take(heads * tiles * channels);
+    row_terms = take(heads * problem.Tq);
+    key_sums = take(sums ? heads * problem.Tk * problem.D : 0);
+    value_sums = take(sums ? heads * problem.Tk * problem.Dv : 0);
+    size = end;
+  }
+};
+
+// D_i, a warp per row of the chunk. `scores` only where there are gradients of weights.
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_bwd_kernel_rows(const AttentionProblem<S> p, const AttentionGradients<S> grads,
+                                       const BackwardChunk<gpu::Arithmetic<S>> chunk,
+                                       const gpu::Arithmetic<S>* scores, int64_t scores_head, int64_t scores_row) {
+  using T = gpu::Arithmetic<S>;
+  const int lane = threadIdx.x % gpu::WARP;
+  const int64_t local = int64_t{blockIdx.x} * (ATTENTION_BLOCK / gpu::WARP) + threadIdx.x / gpu::WARP;
+  const int64_t head = local / chunk.rows(), row = local % chunk.rows(), i = chunk.first_tile * BLOCK_Q + row;
+  if (head >= chunk.heads || i >= p.Tq) return;
+  const Head at(p, chunk.first_head + head);
+  const int64_t number = at.n * p.Tq + i;
+  T sum = 0;
+  if (grads.grad_context.data != nullptr) {
+    const S *dc = grads.grad_context.row(at.b, at.h, i), *c = grads.context.row(at.b, at.h, i);
+    for (int64_t v = lane; v < p.Dv; v += gpu::WARP)
+      sum = gpu::fma(gpu::to_arithmetic(dc[v]), gpu::to_arithmetic(c[v]), sum);
+  }
+  if (grads.grad_weights != nullptr) {
+    const T origin = grads.lse[number];
+    const S* dp = grads.grad_weights + number * p.Tk;
+    scores += head * scores_head + row * scores_row;
+    const int64_t end = p.keys_end(at.b, i / BLOCK_Q * BLOCK_Q);
+    for (int64_t j = lane; j < end; j += gpu::WARP)
+      if (scores[j] != -INFINITE<T>)
+        sum = gpu::fma(gpu::exp_approx(scores[j] - origin), gpu::to_arithmetic(dp[j]), sum);
+  }
+  sum = gpu::warp_sum(sum);
+  if (lane == 0) chunk.row_terms[number] = sum - (grads.grad_lse == nullptr ? T(0) : grads.grad_lse[number]);
+}
+
+// A tile of g and p, or, if `only_scores`, of scores in the place of p. `scores`: null, or where they are.
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_bwd_kernel_scores(const AttentionProblem<S> p, const AttentionGradients<S> grads,
+                                         const BackwardChunk<gpu::Arithmetic<S>> chunk,
+                                         const gpu::Arithmetic<S>* scores, int64_t scores_head, int64_t scores_row,
+                                         bool only_scores) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const ScoreMemory<T> memory(shared);
+  const int64_t key_tiles = chunk.keys / BLOCK_K, head = blockIdx.x / (key_tiles * chunk.tiles);
+  const int64_t tile = blockIdx.x / key_tiles % chunk.tiles, j0 = blockIdx.x % key_tiles * BLOCK_K;
+  const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q;
+  const Head at(p, chunk.first_head + head);
+  const int64_t keys_end = p.keys_end(at.b, i0);
+  if (j0 >= keys_end) return;
+
+  T score[TILE_Q][TILE_K];
+  const int64_t row0 = tile * BLOCK_Q + tile_row(), column0 = j0 + tile_column();  // in the chunk; among all keys
+  if (scores == nullptr) {
+    const WeightScale<T> weight(p, at, memory.reduce);
+    score_tile(p, at, weight, i0, j0, keys_end, memory, score);
+  } else {
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) {
+        const bool exists = i0 + tile_row() + i < p.Tq && column0 + j < keys_end;
+        score[i][j] = exists ? scores[head * scores_head + (row0 + i) * scores_row + column0 + j] : -INFINITE<T>;
+      }
+  }
+
+  T grad[TILE_Q][TILE_K] = {};
+  if (grads.grad_context.data != nullptr && !only_scores) {
+    const auto same = [](T x) { return x; };
+    for (int64_t v0 = 0; v0 < p.Dv; v0 += BLOCK_D) {
+      __syncthreads();
+      stage_transposed(grads.grad_context, at, i0, lower(p.Tq, i0 + BLOCK_Q), v0, p.Dv, memory.q, same);
+      stage_transposed(p.value, at, j0, keys_end, v0, p.Dv, memory.k, same);
+      __syncthreads();
+      multiply_tile(memory.q, memory.k, BLOCK_D, grad);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) {
+    const int64_t row = i0 + tile_row() + i, number = at.n * p.Tq + row;
+    const bool exists = row < p.Tq;
+    const T lse = exists && !only_scores ? grads.lse[number] : T(0);
+    const T origin = lse - lse == 0 ? lse : NOT_A_NUMBER<T>;  // of an infinite row: every weight is NaN
+    const T term = exists && !only_scores ? chunk.row_terms[number] : T(0);
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) {
+      const T s = score[i][j];
+      if (only_scores) continue;
+      const bool visible = s != -INFINITE<T>;
+      T a = grad[i][j] - term;
+      if (visible && grads.grad_weights != nullptr)
+        a += gpu::to_arithmetic(grads.grad_weights[number * p.Tk + column0 + j]);
+      const T weight = visible ? gpu::exp_approx(s - origin) : T(0),
+              ratio = p.softcap == 0 ? T(0) : s / T(p.softcap);
+      score[i][j] = weight;
+      grad[i][j] = visible ? weight * a * T(p.scale) * (1 - ratio * ratio) : T(0);
+    }
+    gpu::Pack<T, TILE_K> pack;
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) pack.element[j] = score[i][j];
+    gpu::store_pack(chunk.p + (head * chunk.rows() + row0 + i) * chunk.keys + column0, pack);
+  }
+  if (only_scores) return;
+#pragma unroll
+  for (int j = 0; j < TILE_K; ++j)
+#pragma unroll
+    for (int half = 0; half < TILE_Q; half += 4) {
+      gpu::Pack<T, 4> pack;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) pack.element[e] = grad[half + e][j];
+      gpu::store_pack(chunk.g + (head * chunk.keys + column0 + j) * chunk.rows() + row0 + half, pack);
+    }
+}
+
+// Shared memory of the joint pass.
+template <typename T>
+struct JointMemory {
+  static constexpr int64_t SIZE = BACKWARD_KEYS * (BLOCK_Q + BACKWARD_CHANNELS) +
+                                  BACKWARD_WARPS * BACKWARD_KEYS * BACKWARD_CHANNELS + BACKWARD_WARPS;
+  T *g, *k, *parts, *reduce;  // [j][i], [j][d], [warp][j][d]
+  FUSEDATTN_DEVICE explicit JointMemory(T* memory)
+      : g(memory),
+        k(g + BACKWARD_KEYS * BLOCK_Q),
+        parts(k + BACKWARD_KEYS * BACKWARD_CHANNELS),
+        reduce(parts + BACKWARD_WARPS * BACKWARD_KEYS * BACKWARD_CHANNELS) {}
+};
+
+// Sums of a thread: of its channel, over its queries and the keys so far.
+template <typename T>
+struct JointSums {
+  T query[TILE_Q], weight;
+};
+
+// The staged keys. q: exp(2q) if `exponentials`, else q, and so the staged keys.
+template <bool exponentials, typename T>
+FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE_Q], JointSums<T>& sums) {
+  const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
+  const T *g_of_warp = memory.g + warp * TILE_Q, *k_of_lane = memory.k + lane;
+  T* part = memory.parts + warp * BACKWARD_KEYS * BACKWARD_CHANNELS + lane;
+#pragma unroll 4
+  for (int key = 0; key < BACKWARD_KEYS; ++key) {
+    const T k = k_of_lane[key * BACKWARD_CHANNELS];
+    T sum = 0;
+#pragma unroll
+    for (int half = 0; half < TILE_Q; half += 4) {
+      const auto g = gpu::load_pack<4>(g_of_warp + key * BLOCK_Q + half);
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        T r[2];
+        if constexpr (exponentials) {
+          const T t1 = gpu::fma(q[half + e], k, T(1)), t2 = gpu::fma(q[half + e + 1], k, T(1));
+          paired_reciprocal(t1, t2, r[0], r[1]);
+        } else {
+          r[0] = reciprocal_of_sum(q[half + e] + k);
+          r[1] = reciprocal_of_sum(q[half + e + 1] + k);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const T u = gpu::fma(-r[n], r[n], r[n]);
+          sums.query[half + e + n] = gpu::fma(g.element[e + n], u, sums.query[half + e + n]);
+          sum = gpu::fma(g.element[e + n], u, sum);
+          sums.weight = gpu::fma(g.element[e + n], r[n], sums.weight);
+        }
+      }
+    }
+    part[key * BACKWARD_CHANNELS] = sum;
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(BACKWARD_BLOCK)
+    additive_attention_bwd_kernel_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
+                                         const BackwardChunk<gpu::Arithmetic<S>> chunk) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const JointMemory<T> memory(shared);
+  const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
+  const int64_t strips = chunk.channels / BACKWARD_CHANNELS, d0 = blockIdx.x % strips * BACKWARD_CHANNELS;
+  const int64_t local = blockIdx.x / strips, head = local / chunk.tiles, tile = local % chunk.tiles;
+  const Head at(p, chunk.first_head + head);
+  const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
+  const int64_t d = d0 + lane, first_row = i0 + warp * TILE_Q;
+
+  T q[TILE_Q], bound = 0;
+  const auto load_queries = [&](const auto& f) {
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i) {
+      const bool exists = first_row + i < p.Tq && d < p.D;
+      q[i] = f(exists ? gpu::to_arithmetic(p.query.row(at.b, at.h, first_row + i)[d]) : T(0));
+    }
+  };
+  load_queries([&](T x) {
+    bound = gpu::max(bound, gpu::abs(x));
+    return exp_of_twice(x);
+  });
+  bound = block_reduce(bound, memory.reduce, [](T a, T b) { return gpu::max(a, b); });
+
+  // What the thread stages and sums: 4 channels of a key, and of g two packs.
+  const int key = static_cast<int>(threadIdx.x) / 8, channel = static_cast<int>(threadIdx.x) % 8 * PACK;
+  JointSums<T> sums = {};
+  T g_sum = 0;
+  bool raw = false;  // whether q holds q
+  for (int64_t j0 = 0; j0 < keys_end; j0 += BACKWARD_KEYS) {
+    __syncthreads();
+    const T* g = chunk.g + (head * chunk.keys + j0) * chunk.rows() + tile * BLOCK_Q;
+#pragma unroll
+    for (int n = 0; n < BACKWARD_KEYS * BLOCK_Q / (PACK * BACKWARD_BLOCK); ++n) {
+      const int at_pack = static_cast<int>(threadIdx.x) + n * BACKWARD_BLOCK;
+      const int row = at_pack / (BLOCK_Q / PACK), column = at_pack % (BLOCK_Q / PACK) * PACK;
+      const auto pack = gpu::load_pack<PACK>(g + row * chunk.rows() + column);
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) g_sum += pack.element[e];
+      gpu::store_pack(memory.g + row * BLOCK_Q + column, pack);
+    }
+    const bool exists = j0 + key < keys_end;
+    const auto keys =
+        load_channels(p.key.row(at.b, at.h, exists ? j0 + key : j0), p.key.packed, d0 + channel, exists ? p.D : 0);
+    T key_bound = 0;
+    gpu::Pack<T, PACK> pack;
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) {
+      const T x = gpu::to_arithmetic(keys.element[e]);
+      key_bound = gpu::max(key_bound, gpu::abs(x));
+      pack.element[e] = exp_of_twice(x);
+    }
+    gpu::store_pack(memory.k + key * BACKWARD_CHANNELS + channel, pack);
+    if (!__syncthreads_or(!(bound + key_bound <= ScoreRange<T>::PAIR))) {
+      if (raw) load_queries([](T x) { return exp_of_twice(x); });
+      raw = false;
+      joint_keys<true>(memory, q, sums);
+    } else {
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) pack.element[e] = gpu::to_arithmetic(keys.element[e]);
+      gpu::store_pack(memory.k + key * BACKWARD_CHANNELS + channel, pack);
+      if (!raw) load_queries([](T x) { return x; });
+      raw = true;
+      __syncthreads();
+      joint_keys<false>(memory, q, sums);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) pack.element[e] = 0;
+#pragma unroll
+    for (int w = 0; w < BACKWARD_WARPS; ++w) {
+      const auto part =
+          gpu::load_pack<PACK>(memory.parts + (w * BACKWARD_KEYS + key) * BACKWARD_CHANNELS + channel);
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) pack.element[e] += part.element[e];
+    }
+    gpu::store_pack(chunk.key_parts + (local * chunk.keys + j0 + key) * chunk.channels + d0 + channel, pack);
+  }
+
+  if (d < p.D) {
+    const T w = gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]);
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+      if (first_row + i < p.Tq)
+        grads.grad_query[(at.n * p.Tq + first_row + i) * p.D + d] = gpu::to_storage<S>(4 * w * sums.query[i]);
+  }
+  g_sum = block_reduce(g_sum, memory.reduce, [](T a, T b) { return a + b; });
+  memory.parts[threadIdx.x] = sums.weight;
+  __syncthreads();
+  if (warp == 0) {
+    T sum = 0;
+    for (int w = 0; w < BACKWARD_WARPS; ++w) sum += memory.parts[w * gpu::WARP + lane];
+    chunk.weight_parts[(at.n * p.query_tiles() + chunk.first_tile + tile) * chunk.channels + d] = g_sum - 2 * sum;
+  }
+}
+
+// dk of the chunk's heads from the parts of its tiles that see the key, and from earlier chunks.
+template <typename S>
+__global__ void __launch_bounds__(BACKWARD_BLOCK)
+    additive_attention_bwd_kernel_keys(const AttentionProblem<S> p, const BackwardChunk<gpu::Arithmetic<S>> chunk,
+                                       S* grad_key) {
+  using T = gpu::Arithmetic<S>;
+  const int64_t elements = chunk.heads * p.Tk * p.D;
+  for (int64_t n = int64_t{blockIdx.x} * BACKWARD_BLOCK + threadIdx.x; n < elements;
+       n += int64_t{gridDim.x} * BACKWARD_BLOCK) {
+    const int64_t head = n / (p.Tk * p.D), j = n / p.D % p.Tk, d = n % p.D;
+    const Head at(p, chunk.first_head + head);
+    const int64_t to = (at.n * p.Tk + j) * p.D + d;
+    T sum = chunk.first ? T(0) : chunk.key_sums[to];
+    for (int64_t tile = 0; tile < chunk.tiles; ++tile)
+      if (j < p.keys_end(at.b, (chunk.first_tile + tile) * BLOCK_Q))
+        sum += chunk.key_parts[((head * chunk.tiles + tile) * chunk.keys + j) * chunk.channels + d];
+    if (chunk.last)
+      grad_key[to] = gpu::to_storage<S>(4 * gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]) * sum);
+    else
+      chunk.key_sums[to] = sum;
+  }
+}
+
+// A tile of dx: 64 keys x 64 columns.
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_bwd_kernel_values(const AttentionProblem<S> p, const RowsOf<S> grad_context,
+                                         const BackwardChunk<gpu::Arithmetic<S>> chunk, S* grad_value) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);  // p as [i][j], dc as [i][v]
+  T* const dc = shared + BLOCK_Q * LEADING;
+  const int64_t column_tiles = gpu::ceil_div(p.Dv, 64), key_tiles = chunk.keys / BLOCK_K;
+  const int64_t v0 = blockIdx.x % column_tiles * 64, j0 = blockIdx.x / column_tiles % key_tiles * BLOCK_K;
+  const int64_t head = blockIdx.x / (column_tiles * key_tiles);
+  const Head at(p, chunk.first_head + head);
+  const RowsOf<T> weights(chunk.p + head * chunk.rows() * chunk.keys, 0, 0, chunk.keys);
+  T acc[TILE_Q][TILE_K] = {};
+  for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
+    const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, queries_end = lower(p.Tq, i0 + BLOCK_Q);
+    if (j0 >= p.keys_end(at.b, i0)) continue;
+    __syncthreads();
+    stage_rows(weights, at, tile * BLOCK_Q, (tile + 1) * BLOCK_Q, j0, chunk.keys, shared);
+    stage_rows(grad_context, at, i0, queries_end, v0, p.Dv, dc);
+    __syncthreads();
+    multiply_tile(shared, dc, static_cast<int>(queries_end - i0), acc);
+  }
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) {
+    const int64_t j = j0 + tile_row() + i;
+    if (j >= p.Tk) break;
+#pragma unroll
+    for (int c = 0; c < TILE_K; ++c) {
+      const int64_t v = v0 + tile_column() + c, to = (at.n * p.Tk + j) * p.Dv + v;
+      if (v >= p.Dv) break;
+      const T sum = chunk.first ? acc[i][c] : chunk.value_sums[to] + acc[i][c];
+      if (chunk.last)
+        grad_value[to] = gpu::to_storage<S>(sum);
+      else
+        chunk.value_sums[to] = sum;
+    }
+  }
+}
+
+// dw of 32 channels of a head: 8 warps share the parts, in a fixed order.
+template <typename S>
+__global__ void __launch_bounds__(BACKWARD_BLOCK)
+    additive_attention_bwd_kernel_weight(const AttentionProblem<S> p, const gpu::Arithmetic<S>* parts,
+                                         int64_t tiles, int64_t channels, S* grad_weight) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
+  const int64_t strips = channels / BACKWARD_CHANNELS;
+  const int64_t h = blockIdx.x / strips, d = blockIdx.x % strips * BACKWARD_CHANNELS + lane;
+  T sum = 0;
+  for (int64_t part = warp; part < p.B * tiles; part += BACKWARD_WARPS)
+    sum += parts[((part / tiles * p.H + h) * tiles + part % tiles) * channels + d];
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || d >= p.D) return;
+  for (int w = 1; w < BACKWARD_WARPS; ++w) sum += shared[w * gpu::WARP + lane];
+  grad_weight[h * p.D + d] = gpu::to_storage<S>(sum);
+}
+
+template <typename S>
+__global__ void __launch_bounds__(BACKWARD_BLOCK) additive_attention_bwd_kernel_zero(S* x, int64_t n) {
+  const int64_t at = int64_t{blockIdx.x} * BACKWARD_BLOCK + threadIdx.x;
+  if (at < n) x[at] = gpu::to_storage<S>(gpu::Arithmetic<S>(0));
+}
+
+// workspace: BackwardPlan(p, chunk_elements).size elements.
+template <typename S>
+void launch_additive_attention_bwd(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                                   gpu::Arithmetic<S>* workspace, cudaStream_t stream,
+                                   int64_t chunk_elements = BACKWARD_CHUNK) {
+  using T = gpu::Arithmetic<S>;
+  const BackwardPlan<S> plan(p, chunk_elements);
+  const auto blocks = [](int64_t n) { return static_cast<unsigned>(n); };
+  const auto zero = [&](S* x, int64_t n) {
+    if (n > 0)
+      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<S>, blocks(gpu::ceil_div(n, BACKWARD_BLOCK)),
+                       BACKWARD_BLOCK, 0, stream, x, n);
+  };
+  const int64_t values = p.heads() * p.Tk * p.Dv;
+  const bool empty = p.heads() == 0 || p.Tq == 0 || p.Tk == 0;
+  if (empty) {
+    zero(grads.grad_query, p.heads() * p.Tq * p.D);
+    zero(grads.grad_key, p.heads() * p.Tk * p.D);
+    zero(grads.grad_weight, p.H * p.D);
+  }
+  if (empty || grads.grad_context.data == nullptr) zero(grads.grad_value, values);
+  if (empty) return;
+
+  BackwardChunk<T> chunk;
+  chunk.keys = plan.keys, chunk.channels = plan.channels;
+  chunk.g = workspace + plan.g, chunk.p = workspace + plan.p;
+  chunk.key_parts = workspace + plan.key_parts, chunk.weight_parts = workspace + plan.weight_parts;
+  chunk.row_terms = workspace + plan.row_terms;
+  chunk.key_sums = workspace + plan.key_sums, chunk.value_sums = workspace + plan.value_sums;
+  if constexpr (sizeof(S) == sizeof(T)) chunk.key_sums = grads.grad_key, chunk.value_sums = grads.grad_value;
+
+  for (int64_t head = 0; head < p.heads(); head += plan.chunk_heads)
+    for (int64_t tile = 0; tile < plan.tiles; tile += plan.chunk_tiles) {
+      chunk.first_head = head, chunk.first_tile = tile;
+      chunk.heads = plan.chunk_heads < p.heads() - head ? plan.chunk_heads : p.heads() - head;
+      chunk.tiles = plan.chunk_tiles < plan.tiles - tile ? plan.chunk_tiles : plan.tiles - tile;
+      chunk.first = tile == 0, chunk.last = tile + chunk.tiles == plan.tiles;
+
+      const T* scores = grads.scores;
+      int64_t scores_head = p.Tq * p.Tk, scores_row = p.Tk;
+      if (scores != nullptr) scores += head * scores_head + tile * BLOCK_Q * scores_row;
+      const unsigned score_blocks = blocks(chunk.heads * chunk.tiles * (chunk.keys / BLOCK_K));
+      const size_t score_memory = ScoreMemory<T>::SIZE * sizeof(T);
+      if (scores == nullptr && grads.grad_weights != nullptr) {  // the rows need all scores first
+        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
+                         stream, p, grads, chunk, scores, scores_head, scores_row, true);
+        scores = chunk.p, scores_head = chunk.rows() * chunk.keys, scores_row = chunk.keys;
+      }
+      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_rows<S>,
+                       blocks(gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP)),
+                       ATTENTION_BLOCK, 0, stream, p, grads, chunk, scores, scores_head, scores_row);
+      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
+                       stream, p, grads, chunk, scores, scores_head, scores_row, false);
+      if (p.D > 0) {
+        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_inputs<S>,
+                         blocks(chunk.heads * chunk.tiles * (plan.channels / BACKWARD_CHANNELS)), BACKWARD_BLOCK,
+                         JointMemory<T>::SIZE * sizeof(T), stream, p, grads, chunk);
+        const int64_t key_blocks = gpu::ceil_div(chunk.heads * p.Tk * p.D, BACKWARD_BLOCK);
+        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_keys<S>, blocks(key_blocks < 65536 ? key_blocks : 65536),
+                         BACKWARD_BLOCK, 0, stream, p, chunk, grads.grad_key);
+      }
+      if (grads.grad_context.data != nullptr && p.Dv > 0)
+        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_values<S>,
+                         blocks(chunk.heads * (chunk.keys / BLOCK_K) * gpu::ceil_div(p.Dv, 64)), ATTENTION_BLOCK,
+                         2 * BLOCK_Q * LEADING * sizeof(T), stream, p, grads.grad_context, chunk,
+                         grads.grad_value);
+    }
+  if (p.D > 0)
+    FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_weight<S>, blocks(p.H * (plan.channels / BACKWARD_CHANNELS)),
+                     BACKWARD_BLOCK, BACKWARD_BLOCK * sizeof(T), stream, p, chunk.weight_parts, plan.tiles,
+                     plan.channels, grads.grad_weight);
+}
+
+}  // namespace fusedattn

@@ -1,0 +1,316 @@
+// Additive attention forward: scores, masks, online softmax and context in one kernel.
+//
+// A block owns BLOCK_Q queries of a head and walks the keys BLOCK_K at a time (cuda_problem.cuh): scores in
+// registers, weights p = exp(score - row maximum) to shared memory, then p . x, 64 columns of x at a time. The
+// context is summed in global memory, each element always by one thread: 64 x Dv sums would take the registers
+// that the score loop lives from, and reading and writing them once per tile moves 8 Dv bytes for 64 D tanh of a
+// row, out of the L2 cache. So Dv has no limit. With a single tile of keys (Tk <= 64) the sums never leave the
+// registers.
+#pragma once
+
+#include "cuda_problem.cuh"
+
+namespace fusedattn {
+
+// Blocks on a multiprocessor: at most 128 (float), 168 (half precision) or 255 registers a thread, without spills.
+template <typename S>
+constexpr int FORWARD_OCCUPANCY = sizeof(S) == 4   ? 4
+                                  : sizeof(S) == 2 ? 3
+                                                   : 2;
+
+// All contiguous. Weights and scores may be null; weights need scores.
+template <typename S>
+struct AttentionOutputs {
+  using T = gpu::Arithmetic<S>;
+  S* context;  // (B, H, Tq, Dv)
+  T* lse;      // (B, H, Tq)
+  T* scores;   // (B, H, Tq, Tk)
+  T* sums;     // like context; may be context itself
+};
+
+// The product of p and x, 64 queries x 64 columns, as a block computes it: 32 sums a thread.
+//
+// On fused multiply-adds, in the arithmetic type: p lies as [key][query], and a thread has the rows and columns of
+// its scores.
+template <typename S>
+struct ContextProduct {
+  using Element = gpu::Arithmetic<S>;  // of p and x in shared memory
+  static constexpr int STRIDE = LEADING;
+
+  static FUSEDATTN_DEVICE void store_p(const Element (&p)[TILE_Q][TILE_K], Element* to) {
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j)
+#pragma unroll
+      for (int half = 0; half < TILE_Q; half += 4) {
+        gpu::Pack<Element, 4> pack;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) pack.element[e] = p[half + e][j];
+        gpu::store_pack(to + (tile_column() + j) * STRIDE + tile_row() + half, pack);
+      }
+  }
+  static FUSEDATTN_DEVICE void multiply(const Element* p, const Element* x, int depth,
+                                        Element (&acc)[TILE_Q][TILE_K]) {
+    multiply_tile(p, x, depth, acc);
+  }
+  static FUSEDATTN_DEVICE int row(int n, int) { return tile_row() + n; }
+  static FUSEDATTN_DEVICE int column(int, int e) { return tile_column() + e; }
+};
+
+// On tensor cores, in half precision: p lies as [query][key], a warp multiplies the 16 rows that it scored with 8
+// columns at a time. STRIDE: the 8 rows and 4 columns of a fragment lie in 32 banks.
+template <typename S>
+struct TensorCoreProduct {
+  using Element = S;
+  static constexpr int STRIDE = 72;
+
+  static FUSEDATTN_DEVICE void store_p(const float (&p)[TILE_Q][TILE_K], S* to) {
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i) {
+      gpu::Pack<S, TILE_K> pack;
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) pack.element[j] = gpu::to_storage<S>(p[i][j]);
+      gpu::store_pack(to + (tile_row() + i) * STRIDE + tile_column(), pack);
+    }
+  }
+  static FUSEDATTN_DEVICE uint32_t pair(S low, S high) {
+    uint32_t bits;
+    const S both[2] = {low, high};
+    memcpy(&bits, both, sizeof(bits));
+    return bits;
+  }
+  static FUSEDATTN_DEVICE void multiply(const S* p, const S* x, int depth, float (&acc)[TILE_Q][TILE_K]) {
+    const int group = threadIdx.x % gpu::WARP / 4, pairs = threadIdx.x % 4 * 2;
+    p += (threadIdx.x / gpu::WARP * 16 + group) * STRIDE + pairs;
+    x += pairs * STRIDE + group;
+#pragma unroll 1
+    for (int key = 0; key < depth; key += 16, p += 16, x += 16 * STRIDE) {
+      const uint32_t a[4] = {pair(p[0], p[1]), pair(p[8 * STRIDE], p[8 * STRIDE + 1]), pair(p[8], p[9]),
+                             pair(p[8 * STRIDE + 8], p[8 * STRIDE + 9])};
+#pragma unroll
+      for (int n = 0; n < TILE_Q; ++n) {
+        const S* column = x + 8 * n;
+        const uint32_t b[2] = {pair(column[0], column[STRIDE]), pair(column[8 * STRIDE], column[9 * STRIDE])};
+        gpu::mma_16x8x16<S>(acc[n], a, b);
+      }
+    }
+  }
+  static FUSEDATTN_DEVICE int row(int, int e) {
+    return static_cast<int>(threadIdx.x) / gpu::WARP * 16 + static_cast<int>(threadIdx.x) % gpu::WARP / 4 +
+           e / 2 * 8;
+  }
+  static FUSEDATTN_DEVICE int column(int n, int e) {
+    return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2;
+  }
+};
+template <>
+struct ContextProduct<__half> : TensorCoreProduct<__half> {};
+template <>
+struct ContextProduct<__nv_bfloat16> : TensorCoreProduct<__nv_bfloat16> {};
+
+// Shared memory of the kernel; x takes the place of the staged channels.
+template <typename S>
+struct ForwardMemory {
+  using T = gpu::Arithmetic<S>;
+  using Product = ContextProduct<S>;
+  using Element = typename Product::Element;
+  static constexpr int64_t TILE = BLOCK_K * Product::STRIDE * sizeof(Element) / sizeof(T);
+  static constexpr int64_t STAGE = ScoreMemory<T>::SIZE > TILE ? ScoreMemory<T>::SIZE : TILE;
+  static constexpr int64_t SIZE = STAGE + TILE + 4 * BLOCK_Q;
+  ScoreMemory<T> score;
+  Element *x, *p;
+  T *row_max, *row_sum, *row_scale, *row_normaliser;
+  FUSEDATTN_DEVICE explicit ForwardMemory(T* memory)
+      : score(memory),
+        x(reinterpret_cast<Element*>(memory)),
+        p(reinterpret_cast<Element*>(memory + STAGE)),
+        row_max(memory + STAGE + TILE),
+        row_sum(row_max + BLOCK_Q),
+        row_scale(row_sum + BLOCK_Q),
+        row_normaliser(row_scale + BLOCK_Q) {}
+};
+
+// Over the threads that share rows.
+template <typename T, typename Combine>
+FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
+#pragma unroll
+  for (int step = ROW_LANES / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(gpu::ALL_LANES, x, step));
+  return x;
+}
+
+// What the row's sums are multiplied with in the end.
+template <typename T>
+FUSEDATTN_DEVICE T normaliser(T row_max, T row_sum) {
+  if (row_max == -INFINITE<T> && row_sum == 0) return T(0);
+  return row_max == VISIBLE_MINUS_INF<T> ? NOT_A_NUMBER<T> : 1 / row_sum;
+}
+
+// One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
+// sums must be multiplied with.
+template <typename S, typename T>
+FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S>& memory) {
+  T before[TILE_Q];
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) before[i] = memory.row_max[tile_row() + i];
+  __syncwarp();  // all lanes of a row have read what one will overwrite
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) {
+    const int row = tile_row() + i;
+    T top = score[i][0];
+#pragma unroll
+    for (int j = 1; j < TILE_K; ++j) top = gpu::max(top, score[i][j]);
+    top = gpu::max(before[i], row_reduce(top, [](T a, T b) { return gpu::max(a, b); }));
+    const T origin = top == -INFINITE<T> ? T(0) : top;
+    T sum = 0;
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) {
+      const bool infinite = score[i][j] == INFINITE<T>;  // the context is NaN, the log-sum-exp inf
+      score[i][j] = gpu::exp_approx(score[i][j] - origin);
+      sum += infinite ? T(1) : score[i][j];
+    }
+    sum = row_reduce(sum, [](T a, T b) { return a + b; });
+    const T scale = before[i] == top ? T(1) : gpu::exp_approx(before[i] - origin);
+    if (tile_column() == 0) {
+      sum = gpu::fma(memory.row_sum[row], scale, sum);
+      memory.row_max[row] = top;
+      memory.row_sum[row] = sum;
+      memory.row_scale[row] = scale;
+      memory.row_normaliser[row] = normaliser(top, sum);
+    }
+  }
+  ContextProduct<S>::store_p(score, memory.p);
+}
+
+// sums = sums row_scale + p x, for the tile's keys and all columns; in the end times the normaliser to the
+// context. Begins with a barrier.
+template <typename S>
+FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const AttentionOutputs<S>& out, const Head& at,
+                                   int64_t i0, int64_t j0, int64_t keys_end, const ForwardMemory<S>& memory) {
+  using T = gpu::Arithmetic<S>;
+  using Product = ContextProduct<S>;
+  const bool first = j0 == 0, last = j0 + BLOCK_K >= keys_end;
+  const int depth = static_cast<int>(lower(BLOCK_K, keys_end - j0)),
+            rows = static_cast<int>(lower(BLOCK_Q, p.Tq - i0));
+  int64_t v0 = 0;
+  do {  // once even without columns, for the barrier
+    __syncthreads();
+    stage_rows<Product::STRIDE>(p.value, at, j0, keys_end, v0, p.Dv, memory.x);
+    __syncthreads();
+    T acc[TILE_Q][TILE_K] = {};
+    Product::multiply(memory.p, memory.x, depth, acc);
+    const int64_t corner = (at.n * p.Tq + i0) * p.Dv + v0;
+#pragma unroll
+    for (int n = 0; n < TILE_Q; ++n)
+#pragma unroll
+      for (int e = 0; e < TILE_K; ++e) {
+        const int row = Product::row(n, e), column = Product::column(n, e);
+        if (row >= rows || v0 + column >= p.Dv) continue;
+        const int64_t to = corner + row * p.Dv + column;
+        const T sum = first ? acc[n][e] : gpu::fma(out.sums[to], memory.row_scale[row], acc[n][e]);
+        if (last)
+          out.context[to] = gpu::to_storage<S>(sum * memory.row_normaliser[row]);
+        else
+          out.sums[to] = sum;
+      }
+    v0 += 64;
+  } while (v0 < p.Dv);
+}
+
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
+    additive_attention_fwd_kernel(const AttentionProblem<S> p, const AttentionOutputs<S> out,
+                                  int64_t query_tiles) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const ForwardMemory<S> memory(shared);
+  const Head at(p, blockIdx.x / query_tiles);
+  const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
+  const WeightScale<T> weight(p, at, memory.score.reduce);
+  if (threadIdx.x < BLOCK_Q) {
+    memory.row_max[threadIdx.x] = -INFINITE<T>;
+    memory.row_sum[threadIdx.x] = 0;
+  }
+  __syncthreads();
+
+  for (int64_t j0 = 0; j0 < keys_end; j0 += BLOCK_K) {
+    T score[TILE_Q][TILE_K];
+    score_tile(p, at, weight, i0, j0, keys_end, memory.score, score);
+    if (out.scores != nullptr) {
+#pragma unroll
+      for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+        for (int j = 0; j < TILE_K; ++j) {
+          const int64_t row = i0 + tile_row() + i, column = j0 + tile_column() + j;
+          if (row < p.Tq && column < p.Tk) out.scores[(at.n * p.Tq + row) * p.Tk + column] = score[i][j];
+        }
+    }
+    softmax_step(score, memory);
+    context_step(p, out, at, i0, j0, keys_end, memory);
+  }
+
+  __syncthreads();
+  const int64_t rows = lower(BLOCK_Q, p.Tq - i0), first_row = at.n * p.Tq + i0;
+  if (threadIdx.x < rows) {
+    const T top = memory.row_max[threadIdx.x], sum = memory.row_sum[threadIdx.x];
+    const bool none = (top == -INFINITE<T> && sum == 0) || top == VISIBLE_MINUS_INF<T>;
+    out.lse[first_row + threadIdx.x] = none ? -INFINITE<T> : top + gpu::log(sum);
+  }
+  if (keys_end == 0)
+    for (int64_t n = threadIdx.x; n < rows * p.Dv; n += ATTENTION_BLOCK)
+      out.context[first_row * p.Dv + n] = gpu::to_storage<S>(T(0));
+  const int64_t scored = lower(p.Tk, gpu::ceil_div(keys_end, BLOCK_K) * BLOCK_K), rest = p.Tk - scored;
+  if (out.scores != nullptr)
+    for (int64_t n = threadIdx.x; n < rows * rest; n += ATTENTION_BLOCK)
+      out.scores[(first_row + n / rest) * p.Tk + scored + n % rest] = -INFINITE<T>;
+}
+
+// weights = exp(score - lse), 0 where invisible, NaN in a row whose log-sum-exp is infinite; scores and weights
+// may be the same memory.
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_fwd_kernel_weights(const gpu::Arithmetic<S>* scores, const gpu::Arithmetic<S>* lse,
+                                          int64_t elements, int64_t Tk, S* weights) {
+  using T = gpu::Arithmetic<S>;
+  for (int64_t n = int64_t{blockIdx.x} * ATTENTION_BLOCK + threadIdx.x; n < elements;
+       n += int64_t{gridDim.x} * ATTENTION_BLOCK) {
+    const T score = scores[n], origin = lse[n / Tk];
+    const bool finite = origin - origin == 0 || origin != origin;
+    weights[n] = gpu::to_storage<S>(score == -INFINITE<T> ? T(0)
+                                    : finite              ? gpu::exp(score - origin)
+                                                          : NOT_A_NUMBER<T>);
+  }
+}
+
+template <typename S>
+void launch_additive_attention_weights(const AttentionProblem<S>& p, const gpu::Arithmetic<S>* scores,
+                                       const gpu::Arithmetic<S>* lse, S* weights, cudaStream_t stream) {
+  const int64_t elements = p.heads() * p.Tq * p.Tk, blocks = gpu::ceil_div(elements, ATTENTION_BLOCK * 4);
+  if (elements == 0) return;
+  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_weights<S>,
+                   static_cast<unsigned>(blocks < 65536 ? blocks : 65536), ATTENTION_BLOCK, 0, stream, scores, lse,
+                   elements, p.Tk, weights);
+}
+
+// Elements of working memory: the sums of the context in half precision.
+template <typename S>
+int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
+  return sizeof(S) < sizeof(gpu::Arithmetic<S>) ? p.heads() * p.Tq * p.Dv : 0;
+}
+
+// context (B, H, Tq, Dv), lse (B, H, Tq), scores (B, H, Tq, Tk) or null, weights like scores or null (they need
+// scores).
+template <typename S>
+void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu::Arithmetic<S>* lse,
+                                   gpu::Arithmetic<S>* scores, S* weights, gpu::Arithmetic<S>* workspace,
+                                   cudaStream_t stream) {
+  using T = gpu::Arithmetic<S>;
+  const int64_t tiles = p.query_tiles(), blocks = p.heads() * tiles;
+  if (blocks == 0) return;
+  T* sums = workspace;
+  if constexpr (sizeof(S) == sizeof(T)) sums = context;
+  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel<S>, static_cast<unsigned>(blocks), ATTENTION_BLOCK,
+                   ForwardMemory<S>::SIZE * sizeof(T), stream, p, AttentionOutputs<S>{context, lse, scores, sums},
+                   tiles);
+  if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);
+}
+
+}  // namespace fusedattn

@@ -1,0 +1,116 @@
+// The tensors of additive attention as its CUDA kernels take them: checked, and copied only where the last
+// dimension is not contiguous.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/cuda_torch.h"
+#include "cuda_problem.cuh"
+
+namespace fusedattn {
+
+using gpu::ScalarType;
+using gpu::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct AttentionInputs {
+  gpu::Device device;
+  bool flat;  // no dimension of heads
+  int64_t B, H, Tq, Tk, D, Dv;
+  Tensor query, key, value, weight;
+  OptionalTensor mask, key_lengths;
+  bool is_causal;
+  double scale, softcap;
+
+  AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
+                  const OptionalTensor& mask, const OptionalTensor& key_lengths_, bool is_causal, double scale,
+                  std::optional<double> softcap)
+      : device(query_),
+        flat(query_.dim() == 3),
+        query(rows(query_, "query")),
+        key(rows(key_, "key")),
+        value(rows(value_, "value")),
+        weight(rows(weight_, "weight")),
+        mask(mask),
+        key_lengths(key_lengths_),
+        is_causal(is_causal),
+        scale(scale),
+        softcap(softcap.value_or(0)) {
+    STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
+                    "additive_attention: query, key and value must all have 3 or all 4 dimensions");
+    B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
+    Tk = key.size(-2), Dv = value.size(-1);
+    check_shape(key, "key", shape({Tk, D}));
+    check_shape(value, "value", shape({Tk, Dv}));
+    check_shape(weight, "weight", flat ? std::vector<int64_t>{D} : std::vector<int64_t>{H, D});
+    if (mask) {
+      device.require(mask, "additive_attention", "mask");
+      check_shape(*mask, "mask", shape({Tq, Tk}));
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
+    }
+    if (key_lengths) {
+      device.require(key_lengths, "additive_attention", "key_lengths");
+      check_shape(*key_lengths, "key_lengths", {B});
+      STD_TORCH_CHECK(key_lengths->scalar_type() == ScalarType::Long,
+                      "additive_attention: key_lengths must be of dtype int64");
+      key_lengths = torch::stable::contiguous(*key_lengths);
+    }
+  }
+
+  // (B, H, ...), or (B, ...) without heads.
+  std::vector<int64_t> shape(std::initializer_list<int64_t> rest) const {
+    std::vector<int64_t> sizes{B};
+    if (!flat) sizes.push_back(H);
+    sizes.insert(sizes.end(), rest);
+    return sizes;
+  }
+
+  void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& shape) const {
+    bool same = t.dim() == static_cast<int64_t>(shape.size());
+    int64_t n = 0;
+    for (int64_t size : shape) same = same && t.size(n++) == size;
+    STD_TORCH_CHECK(same, "additive_attention: ", name, " does not have the shape that the other inputs ask for");
+  }
+
+  // Of the dtype and device of query, with a contiguous last dimension.
+  Tensor rows(const Tensor& t, const char* name) const {
+    device.require(t, "additive_attention", name);
+    return t.dim() > 0 && t.size(-1) > 1 && t.stride(-1) != 1 ? torch::stable::contiguous(t) : t;
+  }
+
+  template <typename S>
+  RowsOf<S> view(const Tensor& t) const {
+    return {gpu::data<S>(t), t.stride(0), flat ? 0 : t.stride(1), t.stride(-2)};
+  }
+
+  template <typename S>
+  AttentionProblem<S> problem() const {
+    for (const Tensor* t : {&key, &value, &weight})
+      STD_TORCH_CHECK(t->scalar_type() == query.scalar_type(),
+                      "additive_attention: key, value and weight must be of the dtype of query");
+    AttentionProblem<S> p;
+    p.B = B, p.H = H, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = Dv;
+    p.query = view<S>(query), p.key = view<S>(key), p.value = view<S>(value);
+    p.weight = gpu::data<S>(weight), p.weight_stride_h = flat ? 0 : weight.stride(0);
+    p.mask = gpu::data<bool>(mask);
+    for (int64_t n = 0; n < 4; ++n)
+      p.mask_stride[n] = !mask    ? 0
+                         : !flat  ? mask->stride(n)
+                         : n == 0 ? mask->stride(0)
+                         : n == 1 ? 0
+                                  : mask->stride(n - 1);
+    p.key_lengths = gpu::data<int64_t>(key_lengths);
+    p.is_causal = is_causal, p.scale = scale, p.softcap = softcap;
+    return p;
+  }
+
+  // On the device, from torch's caching allocator.
+  Tensor empty(const std::vector<int64_t>& shape, ScalarType type) const {
+    return torch::stable::new_empty(query, shape, type);
+  }
+};
+
+}  // namespace fusedattn

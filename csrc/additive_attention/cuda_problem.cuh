@@ -1,0 +1,394 @@
+// What the CUDA kernels of additive attention share: the problem, and a tile of scores.
+//
+// A block of 128 threads scores BLOCK_Q x BLOCK_K = 64 x 64 pairs, a thread 8 queries x 4 keys of them in
+// registers. BLOCK_D channels at a time, exp(2q) and exp(2k) are computed once per element as they are copied to
+// shared memory, channel by channel ([d][i] and [d][j], rows of LEADING elements), so that the loop over d is
+// nothing but
+//
+//   6 shared loads of 16 bytes and 1 of 8, then for each of 32 pairs (i, j) and two channels
+//   2 FMA (t = 1 + Eq Ek), FMUL (t1 t2), FMUL + FMA (w1 t2 + w2 t1), MUFU.RCP, FMA: 3.5 slots and 0.5 MUFU per
+//   tanh.
+//
+// LEADING = 68: a row starts 4 banks after the last, so a warp that writes 16 rows x 2 packs of 4 channels meets
+// every bank once, and 16-byte loads stay aligned. Staging costs (1/64 + 1/64) exponential and about 0.3 slots per
+// tanh.
+//
+// Range: the largest |q| and |k| of the staged channels are reduced over the block. If their sum may overflow the
+// product of two denominators, the block stages q and k themselves and takes the exponential of the sum.
+#pragma once
+
+#include <type_traits>
+
+#include "common/cuda.cuh"
+// after the definition of FUSEDATTN_INLINE
+#include "formula.h"
+
+namespace fusedattn {
+
+constexpr int BLOCK_Q = 64, BLOCK_K = 64, BLOCK_D = 32;
+constexpr int ATTENTION_BLOCK = 128;         // threads
+constexpr int TILE_Q = 8, TILE_K = 4;        // of a thread
+constexpr int ROW_LANES = BLOCK_K / TILE_K;  // threads that share TILE_Q rows; half a warp
+constexpr int LEADING = 68;
+constexpr int PACK = 4;  // elements that staging moves at once
+
+template <typename T>
+constexpr T INFINITE = static_cast<T>(__builtin_huge_val());
+template <typename T>
+constexpr T NOT_A_NUMBER = static_cast<T>(__builtin_nan(""));
+// Stands for a visible score of -inf, which only an infinite weight makes: softmax of a row of them is NaN, while
+// a row of masked ones is zero.
+template <typename T>
+constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
+
+// (B, H, T, width), elements of a row next to each other; any of the strides may be 0.
+template <typename S>
+struct RowsOf {
+  const S* data;
+  int64_t stride_b, stride_h, stride_t;
+  bool packed;  // every row starts at a multiple of PACK elements
+
+  RowsOf() = default;
+  FUSEDATTN_HOST_DEVICE RowsOf(const S* data, int64_t stride_b, int64_t stride_h, int64_t stride_t)
+      : data(data), stride_b(stride_b), stride_h(stride_h), stride_t(stride_t) {
+    packed = reinterpret_cast<uintptr_t>(data) % (PACK * sizeof(S)) == 0 && stride_b % PACK == 0 &&
+             stride_h % PACK == 0 && stride_t % PACK == 0;
+  }
+  FUSEDATTN_DEVICE const S* row(int64_t b, int64_t h, int64_t t) const {
+    return data + b * stride_b + h * stride_h + t * stride_t;
+  }
+};
+
+template <typename S>
+struct AttentionProblem {
+  int64_t B, H, Tq, Tk, D, Dv;
+  RowsOf<S> query, key, value;
+  const S* weight;  // (H, D)
+  int64_t weight_stride_h;
+  const bool* mask;  // (B, H, Tq, Tk), true = may attend, or null
+  int64_t mask_stride[4];
+  const int64_t* key_lengths;  // (B,) or null
+  bool is_causal;
+  double scale, softcap;  // softcap 0: none
+
+  FUSEDATTN_HOST_DEVICE int64_t heads() const { return B * H; }
+  FUSEDATTN_HOST_DEVICE int64_t query_tiles() const { return gpu::ceil_div(Tq, BLOCK_Q); }
+
+  // Keys at or after this one are invisible to every query of the tile that starts at i0.
+  FUSEDATTN_DEVICE int64_t keys_end(int64_t b, int64_t i0) const {
+    int64_t end = Tk;
+    if (key_lengths != nullptr) {
+      const int64_t length = key_lengths[b];
+      end = length < 0 ? 0 : length < Tk ? length : Tk;
+    }
+    if (is_causal && i0 + BLOCK_Q < end) end = i0 + BLOCK_Q;
+    return end;
+  }
+};
+
+// A head of a batch element: b, h, and its number among all.
+struct Head {
+  int64_t n, b, h;
+  template <typename S>
+  FUSEDATTN_DEVICE Head(const AttentionProblem<S>& p, int64_t n) : n(n), b(n / p.H), h(n % p.H) {}
+};
+
+FUSEDATTN_DEVICE int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where a thread's pairs begin in the tile.
+FUSEDATTN_DEVICE int tile_row() { return static_cast<int>(threadIdx.x) / ROW_LANES * TILE_Q; }
+FUSEDATTN_DEVICE int tile_column() { return static_cast<int>(threadIdx.x) % ROW_LANES * TILE_K; }
+
+// exp(2x), 3 ulp. 2x log2 e is kept to twice the precision: its rounding would be a relative error of |x| units.
+FUSEDATTN_DEVICE float exp_of_twice(float x) {
+  constexpr float LOG2E = 2.8853900817779268f, LOW = static_cast<float>(2.8853900817779268 - double{LOG2E});
+  const float high = x * LOG2E;
+  const float low = gpu::fma(x, LOW, gpu::fma(x, LOG2E, -high));
+  const float y = gpu::exp2_approx(high);
+  return gpu::fma(y, low * 0.693147181f, y);
+}
+FUSEDATTN_DEVICE double exp_of_twice(double x) { return gpu::exp(2 * x); }
+
+// 1 / (1 + exp(2s)) for any s; NaN stays NaN.
+template <typename T>
+FUSEDATTN_DEVICE T reciprocal_of_sum(T s) {
+  const T limit = 2 * ScoreRange<T>::PAIR;  // tanh is 1 to rounding, and the denominator finite
+  return gpu::rcp_approx(1 + gpu::exp_approx(2 * (s > limit ? limit : s < -limit ? -limit : s)));
+}
+
+// r1 = 1/t1, r2 = 1/t2 by one reciprocal
+template <typename T>
+FUSEDATTN_DEVICE void paired_reciprocal(T t1, T t2, T& r1, T& r2) {
+  const T both = gpu::rcp_approx(t1 * t2);
+  r1 = t2 * both;
+  r2 = t1 * both;
+}
+
+// Four elements of a row from d on, zeros from `width` on.
+template <typename S>
+FUSEDATTN_DEVICE gpu::Pack<S, PACK> load_channels(const S* row, bool packed, int64_t d, int64_t width) {
+  if (packed && d + PACK <= width) return gpu::load_pack<PACK>(row + d);
+  gpu::Pack<S, PACK> pack;
+#pragma unroll
+  for (int e = 0; e < PACK; ++e)
+    pack.element[e] = d + e < width ? row[d + e] : gpu::to_storage<S>(gpu::Arithmetic<S>(0));
+  return pack;
+}
+
+// to[d][row] (rows of LEADING) = f(x[first + row][d0 + d]) for 64 rows and BLOCK_D channels; f(0) from `last` and
+// `width` on.
+template <typename S, typename F>
+FUSEDATTN_DEVICE void stage_transposed(const RowsOf<S>& x, const Head& at, int64_t first, int64_t last, int64_t d0,
+                                       int64_t width, gpu::Arithmetic<S>* to, const F& f) {
+  const int lane = threadIdx.x % gpu::WARP, row = static_cast<int>(threadIdx.x) / gpu::WARP * 16 + lane / 2;
+  const bool exists = first + row < last;
+  const S* source = x.row(at.b, at.h, exists ? first + row : first);
+  gpu::Pack<S, PACK> packs[BLOCK_D / (2 * PACK)];
+#pragma unroll
+  for (int n = 0; n < BLOCK_D / (2 * PACK); ++n)
+    packs[n] = load_channels(source, x.packed, d0 + (2 * n + lane % 2) * PACK, exists ? width : 0);
+#pragma unroll
+  for (int n = 0; n < BLOCK_D / (2 * PACK); ++n)
+#pragma unroll
+    for (int e = 0; e < PACK; ++e)
+      to[((2 * n + lane % 2) * PACK + e) * LEADING + row] = f(gpu::to_arithmetic(packs[n].element[e]));
+}
+
+template <typename To, typename S>
+FUSEDATTN_DEVICE To convert(S x) {
+  if constexpr (std::is_same_v<To, S>)
+    return x;
+  else
+    return gpu::to_storage<To>(gpu::to_arithmetic(x));
+}
+
+// to[row][v] (rows of `leading`) = x[first + row][v0 + v] for 64 rows and 64 columns, zeros from `last` and
+// `width` on.
+template <int leading = LEADING, typename S, typename To>
+FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t first, int64_t last, int64_t v0,
+                                 int64_t width, To* to) {
+  const int v = static_cast<int>(threadIdx.x) % 16 * PACK;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const int row = static_cast<int>(threadIdx.x) / 16 + 8 * n;
+    const bool exists = first + row < last;
+    const S* source = x.row(at.b, at.h, exists ? first + row : first);
+    const auto pack = load_channels(source, x.packed, v0 + v, exists ? width : 0);
+    gpu::Pack<To, PACK> converted;
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) converted.element[e] = convert<To>(pack.element[e]);
+    gpu::store_pack(to + row * leading + v, converted);
+  }
+}
+
+// acc[i][j] += sum over `depth` rows of a[.][i] b[.][j] (both in shared memory, rows of LEADING).
+template <typename T>
+FUSEDATTN_DEVICE void multiply_tile(const T* a, const T* b, int depth, T (&acc)[TILE_Q][TILE_K]) {
+  a += tile_row();
+  b += tile_column();
+#pragma unroll 4
+  for (int k = 0; k < depth; ++k) {
+    const auto left = gpu::load_pack<TILE_Q / 2>(a + k * LEADING);
+    const auto right = gpu::load_pack<TILE_Q / 2>(a + k * LEADING + TILE_Q / 2);
+    const auto column = gpu::load_pack<TILE_K>(b + k * LEADING);
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) {
+        const T factor = i < TILE_Q / 2 ? left.element[i] : right.element[i - TILE_Q / 2];
+        acc[i][j] = gpu::fma(factor, column.element[j], acc[i][j]);
+      }
+  }
+}
+
+// Largest x (NaN aside) or sum over the block, the same in every thread. `shared` holds an element per warp; the
+// caller's last use of it must lie before a barrier.
+template <typename T, typename Combine>
+FUSEDATTN_DEVICE T block_reduce(T x, T* shared, const Combine& combine) {
+#pragma unroll
+  for (int step = gpu::WARP / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(gpu::ALL_LANES, x, step));
+  __syncthreads();
+  if (threadIdx.x % gpu::WARP == 0) shared[threadIdx.x / gpu::WARP] = x;
+  __syncthreads();
+  x = shared[0];
+  for (unsigned warp = 1; warp < blockDim.x / gpu::WARP; ++warp) x = combine(x, shared[warp]);
+  return x;
+}
+
+// Weights of a head are divided by their largest magnitude: products of denominators and weights stay in range.
+template <typename T>
+struct WeightScale {
+  T top, sum;   // the largest magnitude, or 1; the sum of w / top
+  bool finite;  // else scores are sums of w tanh: the sum over r would cancel infinities
+
+  template <typename S>
+  FUSEDATTN_DEVICE WeightScale(const AttentionProblem<S>& p, const Head& at, T* shared) {
+    const S* w = p.weight + at.h * p.weight_stride_h;
+    T largest = 0;
+    for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x)
+      largest = gpu::max(largest, gpu::abs(gpu::to_arithmetic(w[d])));
+    top = block_reduce(largest, shared, [](T a, T b) { return gpu::max(a, b); });
+    if (!(top > 0) || !(top < INFINITE<T>) || !(1 / top < INFINITE<T>)) top = 1;
+    T total = 0;
+    for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x) total += gpu::to_arithmetic(w[d]) / top;
+    sum = block_reduce(total, shared, [](T a, T b) { return a + b; });
+    finite = sum - sum == 0;
+  }
+};
+
+// Shared memory of score_tile: channels of queries and keys, their weights, and an element per warp twice.
+template <typename T>
+struct ScoreMemory {
+  static constexpr int64_t SIZE = 2 * BLOCK_D * LEADING + BLOCK_D + 2 * ATTENTION_BLOCK / gpu::WARP;
+  T *q, *k, *w, *reduce;
+  FUSEDATTN_DEVICE explicit ScoreMemory(T* memory)
+      : q(memory), k(q + BLOCK_D * LEADING), w(k + BLOCK_D * LEADING), reduce(w + BLOCK_D) {}
+};
+
+// acc += sum over the staged channels of w r, by pairs of channels.
+template <typename T>
+FUSEDATTN_DEVICE void score_channels(const ScoreMemory<T>& memory, T (&acc)[TILE_Q][TILE_K]) {
+  const T *q = memory.q + tile_row(), *k = memory.k + tile_column();
+#pragma unroll 2
+  for (int d = 0; d < BLOCK_D; d += 2) {
+    T q1[TILE_Q], q2[TILE_Q];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto first = gpu::load_pack<4>(q + d * LEADING + 4 * half);
+      const auto second = gpu::load_pack<4>(q + (d + 1) * LEADING + 4 * half);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) q1[4 * half + e] = first.element[e], q2[4 * half + e] = second.element[e];
+    }
+    const auto k1 = gpu::load_pack<TILE_K>(k + d * LEADING), k2 = gpu::load_pack<TILE_K>(k + (d + 1) * LEADING);
+    const auto w = gpu::load_pack<2>(memory.w + d);
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) {
+        const T t1 = gpu::fma(q1[i], k1.element[j], T(1)), t2 = gpu::fma(q2[i], k2.element[j], T(1));
+        const auto sum = sum_of_quotients(w.element[0], t1, w.element[1], t2);
+        acc[i][j] = gpu::fma(sum.numerator, gpu::rcp_approx(sum.denominator), acc[i][j]);
+      }
+  }
+}
+
+// As score_channels, of channels staged as they are: any value of q + k; w tanh where the weights are not finite.
+template <typename T>
+FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, bool finite, T (&acc)[TILE_Q][TILE_K]) {
+#pragma unroll 1
+  for (int d = 0; d < BLOCK_D; ++d) {
+    const T *q = memory.q + d * LEADING + tile_row(), *k = memory.k + d * LEADING + tile_column();
+    const T w = memory.w[d];
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) {
+        const T r = reciprocal_of_sum(q[i] + k[j]);
+        acc[i][j] = gpu::fma(w, finite ? r : 1 - 2 * r, acc[i][j]);
+      }
+  }
+}
+
+// Scores of the thread's pairs, scaled, capped and masked, from the sums over their channels; -inf where
+// invisible.
+template <typename S, typename T>
+FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
+                                    int64_t i0, int64_t j0, int64_t keys_end, T (&score)[TILE_Q][TILE_K]) {
+  const T factor = T(p.scale) * weight.top, slope = weight.finite ? -2 * factor : factor;
+  const T offset = weight.finite ? factor * weight.sum : T(0);
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) score[i][j] = gpu::fma(slope, score[i][j], offset);
+  if (p.softcap != 0) {
+    const T cap = T(p.softcap), inverse = 1 / cap;
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) score[i][j] = cap * gpu::tanh(score[i][j] * inverse);
+  }
+  // Visible are the first `columns` of the thread's keys, and of row i `diagonal` + i.
+  const int64_t first_row = i0 + tile_row(), first_column = j0 + tile_column();
+  const int columns = static_cast<int>(lower(TILE_K, keys_end - first_column < 0 ? 0 : keys_end - first_column));
+  const int rows = static_cast<int>(lower(TILE_Q, p.Tq - first_row < 0 ? 0 : p.Tq - first_row));
+  const int64_t before = first_row - first_column;
+  const int diagonal = !p.is_causal || before >= TILE_K ? TILE_K
+                       : before < -TILE_Q               ? -TILE_Q
+                                                        : static_cast<int>(before) + 1;
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) {
+      if (score[i][j] == -INFINITE<T>) score[i][j] = VISIBLE_MINUS_INF<T>;
+      if (i >= rows || j >= columns || j >= diagonal + i) score[i][j] = -INFINITE<T>;
+    }
+  if (p.mask == nullptr) return;
+  const bool* mask = p.mask + at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + first_row * p.mask_stride[2] +
+                     first_column * p.mask_stride[3];
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) {
+    if (i < rows)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j)
+        if (j < columns && !mask[j * p.mask_stride[3]]) score[i][j] = -INFINITE<T>;
+    mask += p.mask_stride[2];
+  }
+}
+
+// score[i][j] of the thread's pairs in the tile at (i0, j0). Begins with a barrier, so whoever used the memory
+// before may have finished late; ends without one.
+template <typename S, typename T>
+FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
+                                 int64_t i0, int64_t j0, int64_t keys_end, const ScoreMemory<T>& memory,
+                                 T (&score)[TILE_Q][TILE_K]) {
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) score[i][j] = 0;
+  const int64_t queries_end = lower(p.Tq, i0 + BLOCK_Q);
+  const S* w = p.weight + at.h * p.weight_stride_h;
+  int64_t d0 = 0;
+  do {  // once even without channels, for the barrier
+    __syncthreads();
+    if (threadIdx.x < BLOCK_D) {
+      const int64_t d = d0 + threadIdx.x;
+      memory.w[threadIdx.x] = d < p.D ? gpu::to_arithmetic(w[d]) / weight.top : T(0);
+    }
+    T q_bound = 0, k_bound = 0;
+    stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, [&](T x) {
+      q_bound = gpu::max(q_bound, gpu::abs(x));
+      return exp_of_twice(x);
+    });
+    stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, [&](T x) {
+      k_bound = gpu::max(k_bound, gpu::abs(x));
+      return exp_of_twice(x);
+    });
+    q_bound = gpu::warp_max(q_bound);
+    k_bound = gpu::warp_max(k_bound);
+    constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
+    if (threadIdx.x % gpu::WARP == 0) {
+      memory.reduce[threadIdx.x / gpu::WARP] = q_bound;
+      memory.reduce[WARPS + threadIdx.x / gpu::WARP] = k_bound;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+      q_bound = gpu::max(q_bound, memory.reduce[warp]);
+      k_bound = gpu::max(k_bound, memory.reduce[WARPS + warp]);
+    }
+    if (weight.finite && q_bound + k_bound <= ScoreRange<T>::PAIR) {
+      score_channels(memory, score);
+    } else {
+      __syncthreads();
+      const auto same = [](T x) { return x; };
+      stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, same);
+      stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, same);
+      __syncthreads();
+      score_channels_of_sums(memory, weight.finite, score);
+    }
+    d0 += BLOCK_D;
+  } while (d0 < p.D);
+  finish_scores(p, at, weight, i0, j0, keys_end, score);
+}
+
+}  // namespace fusedattn

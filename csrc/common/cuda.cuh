@@ -1,0 +1,286 @@
+// CUDA behind thin wrappers: one kernel source for nvcc and, compiled by g++, for the emulator of
+// tests/cuda_emulator.
+//
+// A kernel may use what CUDA and the emulator share (threadIdx, __syncthreads, __shfl_*_sync, atomicAdd, ...) and
+// takes from here what they do not: launches, shared memory, approximate instructions and tensor cores. Shared
+// memory is always dynamic: the emulator gives each block a heap array of exactly the size asked for, so that
+// AddressSanitizer sees an overrun by one element.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#else
+#include "cuda_emulator.h"
+#endif
+
+#define FUSEDATTN_DEVICE __device__ __forceinline__
+#define FUSEDATTN_HOST_DEVICE __host__ __device__ __forceinline__
+#define FUSEDATTN_INLINE FUSEDATTN_DEVICE  // of the formulas
+
+#if defined(__CUDACC__)
+#define FUSEDATTN_DYNAMIC_SHARED(T, name)                                  \
+  extern __shared__ __align__(16) unsigned char fusedattn_shared_memory[]; \
+  T* const name = reinterpret_cast<T*>(fusedattn_shared_memory)
+#else
+#define FUSEDATTN_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(cuda_emulator::dynamic_shared())
+#endif
+
+// FUSEDATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...); a template with several arguments
+// goes in parentheses: FUSEDATTN_LAUNCH((film_fwd_kernel<S, RELU>), ...). Throws std::runtime_error, naming the
+// kernel.
+#define FUSEDATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::fusedattn::gpu::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+namespace fusedattn {
+namespace gpu {
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
+
+// Shared memory that every block may have without asking, and what the smallest supported GPUs (sm_86, sm_120)
+// give when asked.
+constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 99 << 10;
+
+FUSEDATTN_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <typename... P, typename... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, A&&... arguments) {
+  if (shared_bytes > SHARED_DEFAULT)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(arguments)...);
+  check(cudaGetLastError(), name);
+}
+
+#else
+
+template <typename... P, typename... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+            A&&... arguments) {
+  cuda_emulator::launch(name, grid, block, shared_bytes, [&] { kernel(static_cast<P>(arguments)...); });
+}
+
+#endif
+
+// Storage types and the type of the arithmetic on them.
+template <typename S>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <typename S>
+using Arithmetic = typename ArithmeticOf<S>::type;
+
+FUSEDATTN_HOST_DEVICE float to_arithmetic(float x) { return x; }
+FUSEDATTN_HOST_DEVICE double to_arithmetic(double x) { return x; }
+FUSEDATTN_HOST_DEVICE float to_arithmetic(__half x) { return __half2float(x); }
+FUSEDATTN_HOST_DEVICE float to_arithmetic(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename S>
+FUSEDATTN_HOST_DEVICE S to_storage(Arithmetic<S> x) {
+  return x;
+}
+template <>
+FUSEDATTN_HOST_DEVICE __half to_storage<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+FUSEDATTN_HOST_DEVICE __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction (by more beyond 16
+// bytes). Their address must be a multiple of their size, or of 16.
+template <typename S, int W = 16 / sizeof(S)>
+struct alignas(W * sizeof(S) < 16 ? W * sizeof(S) : 16) Pack {
+  static constexpr int SIZE = W;
+  S element[W];
+};
+
+template <int W, typename S>
+FUSEDATTN_DEVICE Pack<S, W> load_pack(const S* p) {
+  return *reinterpret_cast<const Pack<S, W>*>(p);
+}
+template <typename S>
+FUSEDATTN_DEVICE Pack<S> load_pack(const S* p) {
+  return *reinterpret_cast<const Pack<S>*>(p);
+}
+template <typename S, int W>
+FUSEDATTN_DEVICE void store_pack(S* p, const Pack<S, W>& pack) {
+  *reinterpret_cast<Pack<S, W>*>(p) = pack;
+}
+// To global memory, always as one instruction: nvcc may split the assignment of a pack.
+template <typename S, int W>
+FUSEDATTN_DEVICE void store_pack_global(S* p, const Pack<S, W>& pack) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    std::memcpy(&bits, &pack, sizeof(bits));
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
+  store_pack(p, pack);
+}
+
+FUSEDATTN_HOST_DEVICE bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// One instruction each in float (2 ulp; subnormal numbers count as zero).
+FUSEDATTN_DEVICE float rcp_approx(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return cuda_emulator::flush_subnormal(1.0f / cuda_emulator::flush_subnormal(x));
+#endif
+}
+// In double by Newton steps from 20 bits: a division would be a call, with registers spilled around it. x and its
+// reciprocal must be normal numbers.
+FUSEDATTN_DEVICE double rcp_approx(double x) {
+#if defined(__CUDACC__)
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+  y = ::fma(y, ::fma(-x, y, 1.0), y);
+  return ::fma(y, ::fma(-x, y, 1.0), y);
+#else
+  return 1.0 / x;
+#endif
+}
+
+FUSEDATTN_DEVICE float exp2_approx(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return cuda_emulator::flush_subnormal(::exp2f(cuda_emulator::flush_subnormal(x)));
+#endif
+}
+FUSEDATTN_DEVICE double exp2_approx(double x) { return ::exp2(x); }
+
+// Relative error 2^-23 |x|: rounding of x log2 e. Where |x| may be large, take exp.
+FUSEDATTN_DEVICE float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }
+FUSEDATTN_DEVICE double exp_approx(double x) { return ::exp(x); }
+
+// Accurate functions (1 to 2 ulp) by the type of their argument.
+FUSEDATTN_DEVICE float exp(float x) { return ::expf(x); }
+FUSEDATTN_DEVICE double exp(double x) { return ::exp(x); }
+FUSEDATTN_DEVICE float log(float x) { return ::logf(x); }
+FUSEDATTN_DEVICE double log(double x) { return ::log(x); }
+FUSEDATTN_DEVICE float tanh(float x) { return ::tanhf(x); }
+FUSEDATTN_DEVICE double tanh(double x) {  // without the division of ::tanh, for the reason given at rcp_approx
+  const double t = ::expm1(-2 * ::fabs(x));
+  return ::copysign(t * rcp_approx(2 + t), x);
+}
+FUSEDATTN_DEVICE float erfc(float x) { return ::erfcf(x); }
+FUSEDATTN_DEVICE double erfc(double x) { return ::erfc(x); }
+FUSEDATTN_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+FUSEDATTN_DEVICE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+FUSEDATTN_DEVICE float abs(float x) { return ::fabsf(x); }
+FUSEDATTN_DEVICE double abs(double x) { return ::fabs(x); }
+// The other argument where one is NaN.
+FUSEDATTN_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
+FUSEDATTN_DEVICE double max(double a, double b) { return ::fmax(a, b); }
+FUSEDATTN_DEVICE float min(float a, float b) { return ::fminf(a, b); }
+FUSEDATTN_DEVICE double min(double a, double b) { return ::fmin(a, b); }
+
+// Every lane gets the result over the warp, added in the same order in each run.
+template <typename T>
+FUSEDATTN_DEVICE T warp_sum(T x) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+  return x;
+}
+template <typename T>
+FUSEDATTN_DEVICE T warp_max(T x) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, step));
+  return x;
+}
+
+// Tensor cores: c (16 x 8, float) += a (16 x K) b (K x 8) by all lanes of a warp. With g = lane / 4 and t = lane %
+// 4:
+//   c[0], c[1]: row g,     columns 2t, 2t + 1       c[2], c[3]: row g + 8, the same columns
+// K = 16, half or bfloat16, two elements a register (the lower index in the lower half):
+//   a[0]: row g,     columns 2t, 2t + 1             a[1]: row g + 8, the same columns
+//   a[2], a[3]: the same rows, columns 2t + 8, 2t + 9
+//   b[0]: rows 2t, 2t + 1 of column g               b[1]: rows 2t + 8, 2t + 9 of column g
+// K = 8, TF32, one element a register:
+//   a[0]: row g, column t     a[1]: row g + 8, column t     a[2]: row g, column t + 4     a[3]: row g + 8, column
+//   t + 4 b[0]: row t of column g   b[1]: row t + 4 of column g
+template <typename S>
+FUSEDATTN_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#if defined(__CUDACC__)
+
+template <>
+FUSEDATTN_DEVICE void mma_16x8x16<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+FUSEDATTN_DEVICE void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSEDATTN_DEVICE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Rounds to the 10 mantissa bits of TF32.
+FUSEDATTN_DEVICE uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+#else
+
+template <>
+FUSEDATTN_DEVICE void mma_16x8x16<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  cuda_emulator::matrix_multiply(c, a, b, cuda_emulator::Multiplicand::HALF);
+}
+template <>
+FUSEDATTN_DEVICE void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  cuda_emulator::matrix_multiply(c, a, b, cuda_emulator::Multiplicand::BFLOAT16);
+}
+FUSEDATTN_DEVICE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  cuda_emulator::matrix_multiply(c, a, b, cuda_emulator::Multiplicand::TF32);
+}
+FUSEDATTN_DEVICE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return x == x ? (bits + 0x1000u) & 0xFFFFE000u : bits;  // to nearest, ties away from zero
+}
+
+#endif
+
+}  // namespace gpu
+}  // namespace fusedattn

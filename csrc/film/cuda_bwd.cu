@@ -1,0 +1,50 @@
+// CUDA launcher of film_bwd: memory layout (layout.h), allocation, and the kernels of cuda_bwd.cuh.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cuda_bwd.cuh"
+#include "cuda_inputs.h"
+
+namespace fusedattn {
+namespace {
+
+Tensor empty_as(const Tensor& like, const OptionalTensor& shape) {
+  if (!shape) return torch::stable::new_empty(like, std::vector<int64_t>{0});
+  return torch::stable::new_empty(like, std::vector<int64_t>(shape->sizes().begin(), shape->sizes().end()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
+                                            const OptionalTensor& gamma, const OptionalTensor& beta,
+                                            int64_t channel_dim, double gamma_offset, int64_t activation) {
+  Tensor dgamma = empty_as(x, gamma), dbeta = empty_as(x, beta);
+  if (x.numel() == 0) {
+    torch::stable::zero_(dgamma);
+    torch::stable::zero_(dbeta);
+    return {torch::stable::empty_like(x), dgamma, dbeta};
+  }
+  const FilmInputs in(x, gamma, beta, channel_dim, gamma_offset, activation);
+  in.device.require(grad_output, "film", "grad_output");
+  STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(), "film: grad_output: expected the dtype of x");
+  const Tensor dy = in.layout.like(grad_output);
+  Tensor dx = torch::stable::empty_like(in.layout.x);
+  gpu::with_storage(x.scalar_type(), "film: x", [&](auto storage) {
+    using S = decltype(storage);
+    const FilmProblem<S> problem = in.problem<S>();
+    const Tensor sums =
+        torch::stable::new_empty(x, std::vector<int64_t>{2 * film_bwd_parts(problem)}, gpu::arithmetic_type<S>());
+    launch_film_bwd<S>(problem, gpu::data<S>(dy), gpu::mutable_data<S>(dx),
+                       gamma ? gpu::mutable_data<S>(dgamma) : nullptr,
+                       beta ? gpu::mutable_data<S>(dbeta) : nullptr, gpu::mutable_data<gpu::Arithmetic<S>>(sums),
+                       in.device.stream());
+  });
+  return {in.layout.restored(dx, x), dgamma, dbeta};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("film_bwd", TORCH_BOX(&film_bwd)); }
+
+}  // namespace fusedattn

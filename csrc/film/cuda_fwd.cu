@@ -1,0 +1,30 @@
+// CUDA launcher of film_fwd: memory layout (layout.h), allocation, and the kernels of cuda_fwd.cuh.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cuda_fwd.cuh"
+#include "cuda_inputs.h"
+
+namespace fusedattn {
+namespace {
+
+Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t channel_dim,
+                double gamma_offset, int64_t activation, const OptionalTensor& residual) {
+  if (x.numel() == 0) return torch::stable::empty_like(x);
+  const FilmInputs in(x, gamma, beta, channel_dim, gamma_offset, activation);
+  in.device.require(residual, "film", "residual");
+  OptionalTensor addend;
+  if (residual) addend = in.layout.like(*residual);
+  Tensor y = torch::stable::empty_like(in.layout.x);
+  gpu::with_storage(x.scalar_type(), "film: x", [&](auto storage) {
+    using S = decltype(storage);
+    launch_film_fwd<S>(in.problem<S>(), gpu::data<S>(addend), gpu::mutable_data<S>(y), in.device.stream());
+  });
+  return in.layout.restored(y, x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("film_fwd", TORCH_BOX(&film_fwd)); }
+
+}  // namespace fusedattn

@@ -1,0 +1,51 @@
+// The tensors of FiLM as its CUDA kernels take them.
+#pragma once
+
+#include "common/cuda_torch.h"
+#include "cuda_problem.cuh"
+#include "layout.h"
+
+namespace fusedattn {
+
+struct FilmInputs {
+  gpu::Device device;
+  Layout layout;
+  OptionalTensor gamma, beta;  // contiguous
+  double gamma_offset;
+  Activation activation;
+
+  FilmInputs(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t channel_dim,
+             double gamma_offset, int64_t activation)
+      : device(x),
+        layout(x, channel_dim),
+        gamma(parameter(gamma, "gamma")),
+        beta(parameter(beta, "beta")),
+        gamma_offset(gamma_offset),
+        activation(static_cast<Activation>(activation)) {}
+
+  OptionalTensor parameter(const OptionalTensor& t, const char* name) const {
+    if (!t) return t;
+    device.require(t, "film", name);
+    STD_TORCH_CHECK(t->scalar_type() == layout.x.scalar_type(), "film: ", name, ": expected the dtype of x");
+    layout.check_parameter(*t);
+    return torch::stable::contiguous(*t);
+  }
+
+  template <typename S>
+  FilmProblem<S> problem() const {
+    const auto stride_b = [&](const OptionalTensor& t) { return t && t->dim() == 2 ? layout.C : 0; };
+    return {layout.B,
+            layout.M,
+            layout.C,
+            layout.N,
+            gpu::data<S>(layout.x),
+            gpu::data<S>(gamma),
+            gpu::data<S>(beta),
+            stride_b(gamma),
+            stride_b(beta),
+            gamma_offset,
+            activation};
+  }
+};
+
+}  // namespace fusedattn

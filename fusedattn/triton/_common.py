@@ -1,0 +1,178 @@
+"""What the Triton kernels share: the fast reciprocal, registration, and a list of kernels for tools.
+
+Works on Triton 3.6 to 3.9.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Kernels take this as a constexpr, so that they can be compiled for either vendor on any machine.
+NVIDIA = torch.version.hip is None
+
+
+@triton.jit
+def fast_reciprocal(x, NVIDIA: tl.constexpr):
+    """1 / x by the hardware's approximation (1 ulp); float32 only.
+
+    ``/`` never becomes a bare MUFU.RCP. Inline asm does, but on AMD it is silently dropped; there fast_dividef is
+    v_rcp_f32 and a multiplication.
+    """
+    if NVIDIA:
+        r = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        r = libdevice.fast_dividef(1.0, x)
+    return r
+
+
+@triton.jit
+def load_wide(pointers, mask):
+    """Loads into the dtype of the arithmetic: float64 stays, everything else becomes float32; 0 where masked."""
+    t = tl.load(pointers, mask=mask, other=0.0)
+    if t.dtype != tl.float64:
+        t = t.to(tl.float32)
+    return t
+
+
+def on_device_of(t: torch.Tensor):
+    """Context in which kernels launch on t's GPU; does nothing for the CPU (the interpreter)."""
+    return torch.cuda.device_of(t)
+
+
+# Registration
+
+# Kept for the life of the process: what a Library registers goes with it.
+LIBRARY = torch.library.Library("fusedattn", "FRAGMENT")
+
+
+def register(schema: str, function: Callable) -> None:
+    """Defines ``fusedattn::<schema>`` with ``function`` as its kernel on GPUs (ROCm's dispatch key is CUDA too).
+
+    A plain Library, not ``torch.library.custom_op`` or ``triton_op``: as an operator without autograd it is opaque
+    to torch.compile as the C++ ops are, needs no wrapper in eager mode, and its launcher may look at shapes.
+    """
+    LIBRARY.define(schema)
+    name = schema.split("(")[0]
+    LIBRARY.impl(name, function, "CUDA")
+    if INTERPRETED:
+        LIBRARY.impl(name, function, "CPU")
+
+
+# Launching, and a description of launches for tools: tests that compile every kernel, gates on machine code, the
+# executor of compiled code
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in one specialisation, described without tensors or a driver.
+
+    Args:
+        function: the ``triton.jit`` function.
+        signature: type of each argument, ``"*fp32"``, ``"i64"``, ``"fp32"`` ..., or ``"constexpr"``.
+        constexprs: the values of those. ``NVIDIA``, if among them, is set by ``compile``.
+        grid: an example of a launch grid.
+        divisible: names of arguments that are multiples of 16 (for a pointer: of 16 bytes).
+        num_warps, num_stages: options of the compilation.
+        name: readable, for test ids and tables.
+    """
+
+    function: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    grid: tuple[int, ...]
+    divisible: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 2
+    name: str = ""
+
+    def compile(self, backend: str, arch: int | str):
+        """Triton's compiled kernel for ``("cuda", 90)``, ``("hip", "gfx942")`` ...; needs no GPU."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        constexprs = dict(self.constexprs)
+        if "NVIDIA" in constexprs:
+            constexprs["NVIDIA"] = backend == "cuda"
+        names = self.function.arg_names
+        source = ASTSource(
+            self.function,
+            signature={name: self.signature[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constexprs.items()},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible},
+        )
+        target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+        return triton.compile(
+            source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages}
+        )
+
+    @property
+    def specialisation(self) -> tuple:
+        """What Triton's cache would tell this kernel from others by."""
+        constexprs = tuple(sorted((name, str(value)) for name, value in self.constexprs.items()))
+        return self.function.__name__, tuple(self.signature.items()), constexprs, self.divisible
+
+
+_record: list[Kernel] | None = None
+
+
+def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constexprs):
+    """Launches a kernel, or only notes it within ``recorded``."""
+    if _record is None:
+        function[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    else:
+        _record.append(_described(function, grid, arguments, constexprs, num_warps, num_stages))
+
+
+def recorded(call: Callable[[], Any]) -> list[Kernel]:
+    """The kernels that ``call()`` launches, in order; none of them runs, so tensors may be on the meta device."""
+    global _record
+    _record = []
+    try:
+        call()
+        return _record
+    finally:
+        _record = None
+
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+def _described(function, grid, arguments, constexprs, num_warps, num_stages) -> Kernel:
+    """What Triton would compile for this launch: its rules of specialisation, written down."""
+    signature, values, divisible = {}, dict(constexprs), []
+    for parameter, x in zip(function.params, arguments, strict=False):
+        name, specialised = parameter.name, not parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or (specialised and isinstance(x, int) and x == 1):
+            values[name] = x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = _TYPES[x.dtype]
+            if x.storage_offset() * x.itemsize % 16 == 0:
+                divisible.append(name)
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(1 << 31) <= x < 1 << 31 else "i64"
+            if specialised and x % 16 == 0:
+                divisible.append(name)
+    signature |= dict.fromkeys(values, "constexpr")
+    tile = "x".join(str(values[name]) for name in function.arg_names if name.startswith("BLOCK_"))
+    types = "-".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
+    name = f"{function.__name__}-{tile}-{types}"
+    return Kernel(function, signature, values, tuple(grid), tuple(divisible), num_warps, num_stages, name)

@@ -1,0 +1,602 @@
+"""Additive attention in Triton, for NVIDIA and AMD GPUs. Mathematics: ``fusedattn/ops/additive_attention.py``.
+
+Forward runs three kernels, over as many queries at a time as keep the scratch small (``CHUNK`` scores)::
+
+    pack      exp(2q), exp(2k)    [tile, channel, row]: the loop below then has neither masks nor strides
+    scores    e_ij                one tile of pairs a program, channels in a loop: 2 FMA, 1 MUL, 1/2 MUFU a tanh
+    context   c_i, L_i            online softmax over the scores, p . x by tl.dot
+
+Why not one kernel: the loop over channels wants each thread to own 32 pairs (a load serves 8 FMA), the product
+p . x wants short key tiles. In one kernel, tiles of 32 x 128 pairs and 256 value columns spilled 1800 times; apart
+each kernel has its own tile and spills nothing. The scores between them are 4 bytes for D tanh.
+
+A key tile and a query tile whose largest |q| + |k| allows it (``PAIR_RANGE``) take the paired loop; the others
+read the inputs themselves and evaluate exp(2 (q + k)), which has no range. Few queries (``FEW_QUERIES``) skip the
+packing, which would move more bytes than it saves: lanes own channels, and a program has one query and a block of
+keys (``_few``). Keys are split over programs where rows are too few to fill the device; ``combine`` joins parts.
+
+Backward needs the scores (kept, or made again per chunk) and runs::
+
+    gradient  g_ij                twice, also transposed, so that both passes below read consecutive numbers
+    value     dx_j                sum_i p_ij dc_i by tl.dot
+    inputs    dq_i and dw, dk_j   one kernel, twice: a program holds rows of one side, the other side's pass by
+
+Two passes cost 10 issue slots a tanh, one joint pass 7, but a joint pass needs atomics: its results would differ
+from run to run. Everything here gives the same bits every time.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedattn.triton._common import NVIDIA, Kernel, fast_reciprocal, register
+
+# Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
+# reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
+PAIR_RANGE = tl.constexpr(21.0)
+# Beyond it w1 t2 + w2 t1 might overflow.
+WEIGHT_RANGE = tl.constexpr(1e18)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Integers that change from call to call, and would else be compiled anew for 1 and for multiples of 16.
+UNSPECIALISED = [
+    *(f"stride_{t}{dim}" for t in "qkvcl" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
+    "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
+    "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "H", "T", "Tq", "Tk", "rows", "tiles", "first_query",
+    "split_keys", "splits",
+]  # fmt: skip
+
+
+@triton.jit
+def _exp_twice(x):
+    """exp(2x) to a few ulp; ex2.approx of a rounded 2x log2(e) would lose |x| ulp."""
+    n = tl.floor(tl.fma(x, 2.8853900817779268, 0.5))
+    fraction = tl.fma(x, 3.851925407e-08, tl.fma(x, 2.885390043258667, -n))
+    power = (tl.minimum(tl.maximum(n, -126.0), 127.0).to(tl.int32) + 127) << 23
+    return tl.exp2(fraction) * power.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reciprocal_of_sum(z, NVIDIA: tl.constexpr):
+    """r = 1 / (1 + exp(2z)) for any z, NaN included."""
+    return fast_reciprocal(1.0 + tl.exp2(_at_most(z, PAIR_RANGE) * (2.0 * LOG2E)), NVIDIA)
+
+
+@triton.jit
+def _at_most(z, limit):
+    return tl.minimum(z, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+# Forward
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_pack_kernel(
+    source, packed, bounds, stride_b, stride_h, stride_t, stride_d, H, T, tiles,
+    D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """exp(2x) as [tile, channel, row], or [row, channel], padded with 0; the largest |x| of every tile.
+
+    Grid: (tiles * B * H,).
+    """
+    tile = tl.program_id(0) % tiles
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.arange(0, BLOCK_T)
+    t = tile * BLOCK_T + row
+    at = source + (bh // H) * stride_b + (bh % H) * stride_h + t.to(tl.int64)[:, None] * stride_t
+    packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
+    bound = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, CHANNELS, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (t[:, None] < T) & (d[None, :] < D)
+        x = tl.load(at + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+        bound = tl.maximum(bound, tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1))
+        e = tl.where(inside, _exp_twice(x), 0.0)  # [BLOCK_T, BLOCK_D]
+        if BY_ROW:
+            tl.store(packed + row[:, None] * CHANNELS + d[None, :], e, mask=d[None, :] < CHANNELS)
+        else:
+            tl.store(packed + d[:, None] * BLOCK_T + row[None, :], tl.trans(e), mask=d[:, None] < CHANNELS)
+    tl.store(bounds + bh * tiles + tile, tl.max(bound, 0))
+
+
+@triton.jit
+def _paired_sums(
+    q, k, w, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """sum_d w_d r_d, [BLOCK_Q, BLOCK_K], from packed exponentials; two channels share a reciprocal."""
+    s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for d in tl.range(0, CHANNELS, 2 * UNROLL):
+        for u in tl.static_range(UNROLL):
+            w1 = tl.load(w + d + 2 * u)
+            w2 = tl.load(w + d + 2 * u + 1)
+            q1 = tl.load(q + (d + 2 * u) * BLOCK_Q)
+            q2 = tl.load(q + (d + 2 * u + 1) * BLOCK_Q)
+            k1 = tl.load(k + (d + 2 * u) * BLOCK_K)
+            k2 = tl.load(k + (d + 2 * u + 1) * BLOCK_K)
+            t1 = tl.fma(q1[:, None], k1[None, :], 1.0)
+            t2 = tl.fma(q2[:, None], k2[None, :], 1.0)
+            s = tl.fma(tl.fma(t2, w1, t1 * w2), fast_reciprocal(t1 * t2, NVIDIA), s)
+    return s
+
+
+@triton.jit
+def _plain_sums(
+    q, k, w, stride_qd, stride_kd, in_q, in_k, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """sum_d w_d tanh(q_d + k_d), [BLOCK_Q, BLOCK_K], from the inputs themselves, whatever their range."""
+    s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for d in tl.range(0, D):
+        x = tl.load(q + d * stride_qd, mask=in_q, other=0.0).to(tl.float32)
+        y = tl.load(k + d * stride_kd, mask=in_k, other=0.0).to(tl.float32)
+        r = _reciprocal_of_sum(x[:, None] + y[None, :], NVIDIA)
+        s = tl.fma(tl.fma(r, -2.0, 1.0), tl.load(w + d), s)
+    return s
+
+
+@triton.jit
+def _capped(s, scale, softcap, NVIDIA: tl.constexpr):
+    s *= scale
+    if softcap is not None:
+        s = softcap * tl.fma(_reciprocal_of_sum(s / softcap, NVIDIA), -2.0, 1.0)
+    return s
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_fwd_kernel_scores(
+    query, key, weight, mask, key_lengths, query_exp, key_exp, query_bound, key_bound, scores,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_mb, stride_mh, stride_mq, stride_mk, q_tiles_b, q_tiles_h, k_tiles_b, k_tiles_h, stride_wh,
+    H, Tq, Tk, first_query, scale, softcap,
+    IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Scores (B, H, Tq, Tk) of one tile, -inf for keys not visible. Grid: (query tiles * key tiles * B * H,)."""
+    q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
+    q_tile = tl.program_id(0) % q_tiles
+    k_tile = (tl.program_id(0) // q_tiles) % k_tiles
+    bh = (tl.program_id(0) // q_tiles // k_tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    i, j = q_tile * BLOCK_Q + row, k_tile * BLOCK_K + column
+    i64, j64 = i.to(tl.int64), j.to(tl.int64)
+    inside = (i[:, None] < Tq) & (j[None, :] < Tk)
+    out = scores + (bh * Tq + i64)[:, None] * Tk + j64[None, :]
+
+    last = Tk.to(tl.int64)
+    if key_lengths is not None:
+        last = tl.minimum(last, tl.load(key_lengths + b))
+    if IS_CAUSAL:
+        last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
+    if k_tile * BLOCK_K >= last:
+        tl.store(out, tl.full((BLOCK_Q, BLOCK_K), float("-inf"), tl.float32), mask=inside)
+        return
+
+    weight += h * stride_wh
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + d, mask=d < D, other=0.0)
+    tile_q = b * q_tiles_b + h * q_tiles_h + q_tile
+    tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
+    paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
+    if paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
+        q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
+        k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
+        s = tl.sum(w, 0) - 2.0 * _paired_sums(q_exp, k_exp, weight, CHANNELS, BLOCK_Q, BLOCK_K, UNROLL, NVIDIA)
+    else:
+        q = query + b * stride_qb + h * stride_qh + i64 * stride_qt
+        k = key + b * stride_kb + h * stride_kh + j64 * stride_kt
+        s = _plain_sums(q, k, weight, stride_qd, stride_kd, i < Tq, j < Tk, D, BLOCK_Q, BLOCK_K, NVIDIA)
+    s = _capped(s, scale, softcap, NVIDIA)
+    visible = j64[None, :] < last
+    if IS_CAUSAL:
+        visible = visible & (j[None, :] <= first_query + i[:, None])
+    if mask is not None:
+        at = mask + b * stride_mb + h * stride_mh + i64[:, None] * stride_mq + j64[None, :] * stride_mk
+        visible = visible & (tl.load(at, mask=inside, other=0) != 0)
+    tl.store(out, tl.where(visible, s, float("-inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_fwd_kernel_few(
+    query, key, weight, mask, key_lengths, scores,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_mb, stride_mh, stride_mq, stride_mk, stride_wh, H, Tq, Tk, first_query, scale, softcap,
+    IS_CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Scores of one query and BLOCK_K keys, read once and as they lie. Grid: (Tq * key tiles * B * H,).
+
+    exp(2 (q + k)) is taken of the sum: for a query or two that is no more work than of every key; no range.
+    """
+    k_tiles = tl.cdiv(Tk, BLOCK_K)
+    i = tl.program_id(0) % Tq
+    k_tile = (tl.program_id(0) // Tq) % k_tiles
+    bh = (tl.program_id(0) // Tq // k_tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    j64 = j.to(tl.int64)
+    out = scores + (bh * Tq + i) * Tk + j64
+
+    last = Tk.to(tl.int64)
+    if key_lengths is not None:
+        last = tl.minimum(last, tl.load(key_lengths + b))
+    if IS_CAUSAL:
+        last = tl.minimum(last, first_query + i + 1)
+    if k_tile * BLOCK_K >= last:
+        tl.store(out, tl.full((BLOCK_K,), float("-inf"), tl.float32), mask=j < Tk)
+        return
+
+    query += b * stride_qb + h * stride_qh + i.to(tl.int64) * stride_qt
+    keys = key + b * stride_kb + h * stride_kh + j64[:, None] * stride_kt
+    weight += h * stride_wh
+    sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for start in tl.range(0, D, 2 * BLOCK_D):
+        d1 = start + tl.arange(0, BLOCK_D)
+        d2 = d1 + BLOCK_D
+        q1 = tl.load(query + d1 * stride_qd, mask=d1 < D, other=0.0).to(tl.float32)
+        q2 = tl.load(query + d2 * stride_qd, mask=d2 < D, other=0.0).to(tl.float32)
+        w1 = tl.load(weight + d1, mask=d1 < D, other=0.0)
+        w2 = tl.load(weight + d2, mask=d2 < D, other=0.0)
+        k1 = tl.load(keys + d1[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
+        k2 = tl.load(keys + d2[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
+        t1 = 1.0 + tl.exp2(_at_most(q1[None, :] + k1.to(tl.float32), PAIR_RANGE) * (2.0 * LOG2E))
+        t2 = 1.0 + tl.exp2(_at_most(q2[None, :] + k2.to(tl.float32), PAIR_RANGE) * (2.0 * LOG2E))
+        r = -2.0 * fast_reciprocal(t1 * t2, NVIDIA)
+        sums = tl.fma(tl.fma(t2, r, 1.0), w1[None, :], sums)
+        sums = tl.fma(tl.fma(t1, r, 1.0), w2[None, :], sums)
+    s = _capped(tl.sum(sums, 1), scale, softcap, NVIDIA)
+    visible = j64 < last
+    if mask is not None:
+        at = mask + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_mq + j64 * stride_mk
+        visible = visible & (tl.load(at, mask=j < Tk, other=0) != 0)
+    tl.store(out, tl.where(visible, s, float("-inf")), mask=j < Tk)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_fwd_kernel_context(
+    scores, value, key_lengths, context, lse,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
+    H, Tq, Tk, first_query, split_keys,
+    IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Context and lse of a tile of queries over a range of keys.
+
+    Grid: (query tiles * B * H, splits, value tiles).
+    """
+    q_tiles = tl.cdiv(Tq, BLOCK_Q)
+    q_tile = tl.program_id(0) % q_tiles
+    bh = (tl.program_id(0) // q_tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    split = tl.program_id(1).to(tl.int64)
+    i = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    i64 = i.to(tl.int64)
+    in_q, in_v = i < Tq, v < Dv
+    rows = scores + (bh * Tq + i64)[:, None] * Tk
+    columns = value + b * stride_vb + h * stride_vh + v.to(tl.int64)[None, :] * stride_vd
+
+    first = split * split_keys
+    last = tl.minimum(first + split_keys, Tk)
+    if key_lengths is not None:
+        last = tl.minimum(last, tl.load(key_lengths + b))
+    if IS_CAUSAL:
+        last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
+
+    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
+    for start in tl.range(first, last, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        in_k = j < last
+        s = tl.load(
+            rows + j[None, :], mask=in_q[:, None] & in_k[None, :], other=float("-inf")
+        )  # [BLOCK_Q, BLOCK_K]
+        x = tl.load(columns + j[:, None] * stride_vt, mask=in_k[:, None] & in_v[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2((s - safe_top[:, None]) * LOG2E)
+        shrink = tl.exp2((top - safe_top) * LOG2E)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision="tf32x3" if NVIDIA else "ieee")
+        top = new_top
+
+    # total is NaN, not 0, where a score is.
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    out = context + split * stride_cs + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
+    tl.store(out, acc.to(context.dtype.element_ty), mask=in_q[:, None] & in_v[None, :])
+    if tl.program_id(2) == 0:
+        lse_at = lse + split * stride_ls + b * stride_lb + h * stride_lh + i64
+        tl.store(lse_at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=in_q)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_fwd_kernel_combine(
+    parts, lse_parts, context, lse, stride_cb, stride_ch, stride_lb, stride_lh, H, Tq, rows, splits,
+    Dv: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Joins the contexts (splits, B, H, Tq, Dv) of key ranges: each counts exp(its lse). Grid: (B * H * Tq,)."""
+    row = tl.program_id(0).to(tl.int64)
+    bh, i = row // Tq, row % Tq
+    b, h = bh // H, bh % H
+    s = tl.arange(0, BLOCK_S).to(tl.int64)
+    parts_lse = tl.load(lse_parts + s * rows + row, mask=s < splits, other=float("-inf"))
+    top = tl.max(parts_lse, 0)
+    p = tl.exp2((parts_lse - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
+    total = tl.sum(p, 0)
+    empty = total == 0.0
+    p = p / tl.where(empty, 1.0, total)
+    for start in range(0, Dv, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        at = parts + (s[:, None] * rows + row) * Dv + v[None, :]
+        c = tl.sum(p[:, None] * tl.load(at, mask=(s[:, None] < splits) & (v[None, :] < Dv), other=0.0), 0)
+        c_at = context + b * stride_cb + h * stride_ch + i * Dv + v
+        tl.store(c_at, c.to(context.dtype.element_ty), mask=v < Dv)
+    lse += b * stride_lb + h * stride_lh + i
+    tl.store(lse, tl.where(empty, float("-inf"), top + tl.log(total)))
+
+
+# Launchers
+
+NUM_STAGES = 2
+UNROLL = 1  # 2 saves 0.2 slots a tanh, and spills
+_record: list[Kernel] | None = None
+
+
+def _launch(function, grid, *arguments, num_warps, **constexprs):
+    if _record is not None:
+        _record.append(_described(function, grid, arguments, constexprs, num_warps))
+    else:
+        function[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=NUM_STAGES)
+
+
+# Scores held between two kernels: 32 MiB stay in the second-level cache of a large GPU.
+CHUNK = 1 << 23
+# Up to here reading the keys once per query costs less than packing them.
+FEW_QUERIES = 4
+
+
+@functools.cache
+def _programs_wanted(device: torch.device) -> int:
+    """Enough programs to fill the device twice."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _unexpanded(t):
+    """t with the expanded (stride 0) ones of its first two dimensions reduced to one element."""
+    for dim in (0, 1):
+        if t.shape[dim] > 1 and t.stride(dim) == 0:
+            t = t.narrow(dim, 0, 1)
+    return t
+
+
+def _strides(t, block=1):
+    """Strides of the first two dimensions in units of rows of blocks, 0 where a dimension has one element."""
+    return tuple(0 if t.shape[dim] == 1 else t.stride(dim) // block for dim in (0, 1))
+
+
+def _pack(t, channels, block, by_row=False):
+    """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded."""
+    t = _unexpanded(t)
+    (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
+    packed = torch.empty(B, H, tiles, channels * block, dtype=torch.float32, device=t.device)
+    bounds = torch.empty(B, H, tiles, dtype=torch.float32, device=t.device)
+    _launch(
+        additive_attention_pack_kernel, (tiles * B * H,),
+        t, packed, bounds, *t.stride(), H, T, tiles,
+        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=32, BY_ROW=by_row, num_warps=4,
+    )  # fmt: skip
+    return packed, bounds
+
+
+def _packed_weight(weight, channels):
+    """float32 (H or 1, channels), padded with 0."""
+    if weight.shape[0] > 1 and weight.stride(0) == 0:
+        weight = weight[:1]
+    weight = torch.nn.functional.pad(weight.float(), (0, channels - weight.shape[1]))
+    return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
+
+
+class _Problem:
+    """The inputs of a call with heads, and what its kernels share."""
+
+    def __init__(self, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
+        if query.dim() == 3:
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+            mask = None if mask is None else mask.expand(query.shape[0], *mask.shape[-2:]).unsqueeze(1)
+            weight = weight.expand(1, -1)
+        (self.B, self.H, self.Tq, self.D), (self.Tk, self.Dv) = query.shape, value.shape[-2:]
+        self.query, self.key, self.value = query, key, value
+        self.mask = None if mask is None else mask.expand(self.B, self.H, self.Tq, self.Tk).view(torch.uint8)
+        self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
+        self.is_causal, self.scale, self.softcap = is_causal, scale, softcap
+        self.BH = self.B * self.H
+        self.channels = max(4, triton.cdiv(self.D, 4) * 4)
+        self.weight, self.stride_wh = _packed_weight(weight, self.channels)
+        self.few = self.Tq <= FEW_QUERIES
+        # More rows a tile reuse more of each key; few rows would leave a tall tile empty.
+        self.tile = (16, 128, 4) if self.Tq <= 16 else (32, 64, 2)
+        self.key_exp = None
+
+    def chunks(self, all_at_once):
+        """(first, end) of the queries whose scores are held at the same time."""
+        rows = max(32, CHUNK // (self.BH * self.Tk) // 32 * 32)
+        rows = self.Tq if all_at_once else rows
+        return [(first, min(first + rows, self.Tq)) for first in range(0, self.Tq, rows)]
+
+    def scores(self, out, first, end):
+        """Writes the scores of queries first to end to out (B, H, end - first, Tk)."""
+        query, mask = self.query[:, :, first:end], self.mask if self.mask is None else self.mask[:, :, first:end]
+        mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+        n, (block_q, block_k, warps) = end - first, self.tile
+        if self.few:
+            # A row of 128 channels is read by a warp; the sums of BLOCK_K keys stay in registers.
+            block_d, block_k = (64, 32) if self.D > 64 else (32, 64)
+            _launch(
+                additive_attention_fwd_kernel_few, (n * triton.cdiv(self.Tk, block_k) * self.BH,),
+                query, self.key, self.weight, mask, self.key_lengths, out,
+                *query.stride(), *self.key.stride(), *mask_strides, self.stride_wh, self.H, n, self.Tk, first,
+                self.scale, self.softcap, IS_CAUSAL=self.is_causal, D=self.D, BLOCK_K=block_k, BLOCK_D=block_d,
+                NVIDIA=NVIDIA, num_warps=4,
+            )  # fmt: skip
+            return
+        if self.key_exp is None:
+            self.key_exp, self.key_bound = _pack(self.key, self.channels, block_k)
+        query_exp, query_bound = _pack(query, self.channels, block_q)
+        _launch(
+            additive_attention_fwd_kernel_scores,
+            (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
+            query, self.key, self.weight, mask, self.key_lengths,
+            query_exp, self.key_exp, query_bound, self.key_bound, out,
+            *query.stride(), *self.key.stride(), *mask_strides,
+            *_strides(query_bound), *_strides(self.key_bound), self.stride_wh,
+            self.H, n, self.Tk, first, self.scale, self.softcap,
+            IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
+            BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
+        )  # fmt: skip
+
+    def attend(self, scores, context, lse, first):
+        """Writes context (B, H, n, Dv) and lse (B, H, n) of the queries from first on, whose scores are given."""
+        n = lse.shape[2]
+        block_v = min(128, max(16, triton.next_power_of_2(self.Dv)))
+        block_q, block_k = 16, 32 if block_v == 128 else 64
+        q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(self.Dv, block_v))
+        wanted = _programs_wanted(self.query.device) // (q_tiles * v_tiles * self.BH)
+        split_keys = triton.cdiv(triton.cdiv(self.Tk, max(1, min(wanted, 128))), 256) * 256
+        splits = triton.cdiv(self.Tk, split_keys)
+        parts, lse_parts, stride_s = context, lse, (0, 0)
+        if splits > 1:
+            parts = torch.empty(splits, self.B, self.H, n, self.Dv, dtype=torch.float32, device=lse.device)
+            lse_parts = torch.empty(parts.shape[:-1], dtype=torch.float32, device=lse.device)
+            stride_s = (parts.stride(0), lse_parts.stride(0))
+        _launch(
+            additive_attention_fwd_kernel_context, (q_tiles * self.BH, splits, v_tiles),
+            scores, self.value, self.key_lengths, parts, lse_parts,
+            *self.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
+            self.H, n, self.Tk, first, split_keys,
+            IS_CAUSAL=self.is_causal, Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+            NVIDIA=NVIDIA, num_warps=4,
+        )  # fmt: skip
+        if splits > 1:
+            _launch(
+                additive_attention_fwd_kernel_combine, (self.BH * n,),
+                parts, lse_parts, context, lse, *context.stride()[:2], *lse.stride()[:2],
+                self.H, n, self.BH * n, splits,
+                Dv=self.Dv, BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=block_v, num_warps=4,
+            )  # fmt: skip
+
+
+def _on(device):
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _weights(scores, lse, dtype):
+    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    return torch.exp(scores - shift.unsqueeze(-1)).to(dtype)
+
+
+def additive_attention_fwd(
+    query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap, return_weights,
+    keep_scores,
+):  # fmt: skip
+    """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
+    rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
+    context = query.new_zeros if Tk == 0 else query.new_empty
+    context = context((*rows, Dv))
+    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+    scores = torch.empty(
+        (*rows, Tk) if keep_scores or return_weights else 0, dtype=torch.float32, device=query.device
+    )
+    if Tk == 0:
+        lse.fill_(float("-inf"))
+    elif lse.numel():
+        with _on(query.device):
+            problem = _Problem(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap)
+            heads = (problem.B, problem.H, problem.Tq)
+            c, row_lse = context.view(*heads, Dv), lse.view(heads)
+            for first, end in problem.chunks(keep_scores or return_weights):
+                kept = scores if scores.numel() else lse.new_empty(problem.BH * (end - first) * Tk)
+                problem.scores(kept, first, end)
+                problem.attend(kept, c[:, :, first:end], row_lse[:, :, first:end], first)
+    weights = _weights(scores, lse, query.dtype) if return_weights else query.new_empty(0)
+    return context, lse, weights, (scores if keep_scores else lse.new_empty(0))
+
+
+register(
+    "additive_attention_fwd_triton(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, "
+    "Tensor? key_lengths, Tensor? key_exp, float key_bound, bool is_causal, float scale, float? softcap, "
+    "bool return_weights, bool keep_scores) "
+    "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)",
+    additive_attention_fwd,
+)
+
+
+# For tools
+
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.uint8: "*u8", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def _described(function, grid, arguments, constexprs, num_warps) -> Kernel:
+    """What Triton would compile for a launch: its rules of specialisation, written down."""
+    signature, values, divisible = {}, dict(constexprs), []
+    for name, x in zip(function.arg_names, arguments, strict=False):
+        if isinstance(x, torch.Tensor):
+            signature[name] = TYPES[x.dtype]
+            if x.storage_offset() * x.itemsize % 16 == 0:
+                divisible.append(name)
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        elif x is None or (x == 1 and name not in UNSPECIALISED):
+            values[name] = x
+        else:
+            signature[name] = "i32" if abs(x) < 1 << 31 else "i64"
+            if x % 16 == 0 and name not in UNSPECIALISED:
+                divisible.append(name)
+    signature |= {name: "constexpr" for name in values}
+    label = function.__name__.removeprefix("additive_attention_").replace("_kernel", "")
+    tile = "x".join(str(values[name]) for name in function.arg_names if name.startswith("BLOCK_"))
+    dtypes = {t for name, t in signature.items() if name in ("query", "source", "value", "held")}
+    return Kernel(
+        function, signature, values, tuple(grid), tuple(divisible), num_warps, NUM_STAGES,
+        "-".join([label, tile, *(t[1:] for t in sorted(dtypes))]),
+    )  # fmt: skip
+
+
+def recorded(call) -> list[Kernel]:
+    """The kernels that ``call()`` launches, in order; none of them runs, so tensors may be on the meta device."""
+    global _record
+    _record = []
+    try:
+        call()
+        return _record
+    finally:
+        _record = None
+
+
+def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
+    """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
+    found = {}
+    for dtype, (shape, masked) in itertools.product(
+        dtypes, (((4, 512, 512, 256), False), ((64, 1, 1024, 512), False), ((128, 10, 128, 1024), True))
+    ):
+        for kernel in recorded(lambda: _typical_call(*shape, dtype, masked)):  # noqa: B023, called at once
+            found.setdefault((kernel.name, *kernel.constexprs.items()), kernel)
+    return list(found.values())
+
+
+def _typical_call(B, Tq, Tk, D, dtype, masked):
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+    inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
+    mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
+    lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
+    options = (mask, lengths, None, 0.0, masked, 1.0, 5.0 if masked else None)
+    additive_attention_fwd(*inputs, *options, masked, False)

@@ -1,0 +1,70 @@
+// How a launcher of csrc/<op>/cuda_*.cuh becomes a Python function that runs it on the CPU.
+//
+// A file bind_<name>.cpp becomes the module <name>; nothing else has to know of it. It reads
+//
+//   BINDINGS(film, module) {
+//     module.def("film_fwd", [](const std::string& dtype, const py::array& x, const Array& residual, ...) {
+//       with_storage(dtype, [&](auto storage) {
+//         using S = decltype(storage);
+//         fusedattn::launch_film_fwd<S>(..., data<S>(x), data<S>(residual), ..., nullptr);
+//       });
+//     });
+//   }
+//
+// and a test says `film = build.load("film")` (build.py). Arrays come with their strides and are passed on without
+// a copy, so that AddressSanitizer knows where they end; outputs are arrays that the caller filled with NaN.
+// float16 and bfloat16 travel as uint16 (arrays.py).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_emulator.h"
+
+namespace py = pybind11;
+
+using Array = std::optional<py::array>;
+
+#define BINDINGS(name, module)                                           \
+  static void bind(py::module_& module);                                 \
+  PYBIND11_MODULE(name, module) {                                        \
+    module.def("set_order", &cuda_emulator::set_order, py::arg("seed")); \
+    module.def("switch_count", &cuda_emulator::switch_count);            \
+    bind(module);                                                        \
+  }                                                                      \
+  static void bind(py::module_& module)
+
+// body(S{}) for the storage type that torch calls `dtype`.
+template <typename Body>
+void with_storage(const std::string& dtype, const Body& body) {
+  if (dtype == "float32") return body(float{});
+#if !defined(CUDA_EMULATOR_FLOAT32_ALONE)
+  if (dtype == "float64") return body(double{});
+  if (dtype == "float16") return body(__half{});
+  if (dtype == "bfloat16") return body(__nv_bfloat16{});
+#endif
+  throw std::invalid_argument("dtype: expected float32, float64, float16 or bfloat16, got " + dtype);
+}
+
+template <typename S>
+S* data(const py::array& array) {
+  if (array.itemsize() != sizeof(S)) throw std::invalid_argument("an array whose elements have the wrong size");
+  return static_cast<S*>(const_cast<void*>(array.data()));
+}
+template <typename S>
+S* data(const Array& array) {
+  return array ? data<S>(*array) : nullptr;
+}
+
+// In elements.
+inline int64_t stride(const py::array& array, int dimension) {
+  return array.strides(dimension) / array.itemsize();
+}

@@ -1,0 +1,266 @@
+"""Additive attention's CUDA kernels, run on the CPU (tests/cuda_emulator), within tests/tolerance.py.
+
+Kernels and launchers are tested here, and how they cut a problem; tests/test_cuda.py runs the whole op on a GPU.
+The cases, the reference and the tolerance are those of test_additive_attention.py.
+"""
+
+import functools
+import math
+
+import pytest
+import test_additive_attention as cases
+import torch
+from cuda_emulator.arrays import array, name, poisoned
+from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape, shape_id
+from torch.autograd import Function
+
+from fusedattn.ops.additive_attention import accumulation_dtype
+
+CHUNK = 1 << 24  # BACKWARD_CHUNK of cuda_bwd.cuh
+
+
+@pytest.fixture(scope="module")
+def module(emulated):
+    return emulated("additive_attention")
+
+
+def with_heads(t):
+    """(B, H, T, width), or None."""
+    return t if t is None or t.dim() == 4 else t.detach().unsqueeze(1)
+
+
+def rows(t):
+    """As the launchers want it: with heads, the last dimension contiguous."""
+    t = with_heads(t)
+    if t is None:
+        return None
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+class EmulatedAttention(Function):
+    @staticmethod
+    def forward(
+        module, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk
+    ):
+        lead, Tk, dtype = query.shape[:-1], key.shape[-2], query.dtype
+        context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
+        scores, weights = poisoned((*lead, Tk), lse.dtype), poisoned((*lead, Tk), dtype)
+        arrays = arguments(query, key, value, weight, mask, key_lengths)
+        options = (is_causal, scale, softcap or 0.0)
+        outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
+        module.additive_attention_fwd(name(dtype), *arrays, *options, *outputs)
+        return context, weights, lse, scores if keep_scores else torch.empty(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk = inputs
+        ctx.options = (is_causal, scale, softcap or 0.0)
+        context, _, lse, scores = output
+        ctx.save_for_backward(*tensors, context, lse, scores)
+        ctx.mark_non_differentiable(scores)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_weights, grad_lse, _):
+        *tensors, context, lse, scores = ctx.saved_tensors
+        outputs = [poisoned(t.shape, t.dtype) for t in tensors[:4]]
+        contiguous = [None if t is None else t.contiguous() for t in (grad_lse, grad_weights)]
+        ctx.module.additive_attention_bwd(
+            name(context.dtype),
+            array(rows(grad_context)),
+            *(array(t) for t in contiguous),
+            *arguments(*tensors),
+            *ctx.options,
+            *(array(t) for t in (rows(context), lse, scores if ctx.keep_scores else None)),
+            *(array(t) for t in outputs),
+            ctx.chunk,
+        )
+        return None, *outputs, *(None,) * 7
+
+
+def arguments(query, key, value, weight, mask, key_lengths):
+    if mask is not None:
+        mask = with_heads(mask.expand(*query.shape[:-1], key.shape[-2]))
+    weight = weight.detach() if query.dim() == 4 else weight.detach().unsqueeze(0)
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    return [array(t) for t in (rows(query), rows(key), rows(value), weight, mask, key_lengths)]
+
+
+def emulated_attention(
+    module,
+    query,
+    key,
+    value,
+    weight,
+    *,
+    mask=None,
+    key_lengths=None,
+    is_causal=False,
+    scale=1.0,
+    softcap=None,
+    return_weights=True,
+    return_lse=True,
+    keep_scores=True,
+    chunk=CHUNK,
+):
+    if query.dim() == 4 and weight.dim() == 1:
+        weight = weight.expand(query.shape[1], -1)
+    options = (mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk)
+    return EmulatedAttention.apply(module, query, key, value, weight, *options)[:3]
+
+
+def check(module, inputs, keep_scores=True, chunk=CHUNK, **options):
+    kernel = functools.partial(emulated_attention, module, keep_scores=keep_scores, chunk=chunk)
+    return cases.check(inputs, kernel, **options)
+
+
+SHAPES = [
+    shape(1, 1, 1, 1),
+    shape(2, 1, 129, 129, 63),
+    shape(2, 3, 17, 16, 33),
+    shape(1, 63, 64, 33, 65),
+    shape(1, 64, 65, 32, 64),
+    shape(2, 129, 63, 7, 31),
+    shape(1, 130, 129, 34, 70),
+    shape(2, 17, 33, 1, 1),
+    shape(2, 5, 17, 33, 8, H=3),
+]
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SHAPES, ids=shape_id)
+def test_matches_the_reference(module, sizes, dtype):
+    check(module, make_inputs(sizes, dtype))
+
+
+@pytest.mark.parametrize("keep_scores", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 64 * 128 * 2, 64 * 128 * 4], ids=lambda n: f"chunk{n}")
+def test_queries_in_several_chunks(module, chunk, dtype, keep_scores):
+    inputs = make_inputs(shape(2, 150, 70, 20, 9, H=2), dtype)
+    check(module, inputs, keep_scores, chunk, is_causal=True, key_lengths=torch.tensor([70, 31]))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [False, True], ids=["no_lengths", "lengths"])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("sizes", [shape(2, 70, 83, 6, 7), shape(2, 7, 35, 20, 9, H=3)], ids=shape_id)
+def test_masks_and_their_combinations(module, sizes, kind, lengths, is_causal):
+    inputs = make_inputs(sizes)
+    B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
+    mask = MASKS[kind](B, H, Tq, Tk)
+    key_lengths = torch.tensor([20, 0][:B]) if lengths else None
+    actual = check(module, inputs, mask=mask, key_lengths=key_lengths, is_causal=is_causal)
+    if lengths:
+        assert (actual["weights"][0, ..., 20:] == 0).all() and (actual["context"][1] == 0).all()
+        assert (actual["lse"][1] == -math.inf).all()
+
+
+def test_lengths_out_of_range_are_clamped(module):
+    inputs = make_inputs(shape(2, 3, 9, 4))
+    actual = emulated_attention(module, *inputs, key_lengths=torch.tensor([-5, 1 << 40]))
+    expected = emulated_attention(module, *inputs, key_lengths=torch.tensor([0, 9]))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 0.3, 5.0])
+@pytest.mark.parametrize("scale", [1.0, -1.5])
+def test_scale_and_softcap(module, scale, softcap, dtype):
+    inputs = make_inputs(shape(2, 9, 35, 24, 9), dtype)
+    check(module, inputs, keep_scores=False, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
+
+
+@pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])
+def test_zero_sizes(module, empty):
+    check(module, make_inputs(shape(2, 3, 5, 4, 6, H=2) | {empty: 0}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [1, 70])
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_magnitudes(module, magnitude, D, dtype):
+    query, key, value, weight = make_inputs(shape(1, 5, 21, D, 3), dtype)
+    q, k = MAGNITUDES[magnitude]
+    query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
+    key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
+    check(module, [query, key, value, weight], keep_scores=False)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitudes_mixed_within_tiles(module, dtype):
+    query, key, value, weight = make_inputs(shape(2, 40, 143, 37, 5), dtype)
+    sizes = torch.tensor([0.1, 1.0, 3.0, 8.0, 30.0, 100.0, 1000.0])
+    query *= sizes[torch.arange(40) % 7].to(dtype)[:, None]
+    key[:, :70] *= sizes[torch.arange(70) % 5].to(dtype)[:, None]
+    query[0, 0, 0], key[0, 1, 0] = 60, -59.5
+    check(module, [query, key, value, weight])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e15, 1e30])
+def test_magnitudes_of_the_weight(module, size):
+    query, key, value, weight = make_inputs(shape(2, 5, 21, 18, 3))
+    check(module, [query, key, value, weight * size])
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("of", INPUTS)
+@pytest.mark.parametrize("sizes", [shape(2, 3, 9, 5, 4), shape(2, 20, 75, 40, 18)], ids=shape_id)
+def test_nan_and_infinity_behave_as_in_the_reference(module, sizes, of, special):
+    inputs = make_inputs(sizes)
+    inputs[INPUTS.index(of)].view(-1)[1] = special
+    actual = cases.run(functools.partial(emulated_attention, module), inputs)
+    eager = cases.run(cases.additive_attention_ref, inputs)
+    for output in ("context", "weights", "lse"):
+        finite = eager[output].isfinite()
+        assert torch.equal(actual[output].isfinite(), finite), output
+        torch.testing.assert_close(actual[output][finite], eager[output][finite])
+    for gradient in ("grad_query", "grad_key", "grad_value", "grad_weight"):
+        hidden = actual[gradient].isfinite() & ~eager[gradient].isfinite()
+        assert not hidden.any(), f"{gradient}: finite where the reference is not"
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("sizes", [shape(2, 5, 33, 20, 7), shape(2, 18, 19, 24, 9, H=3)], ids=shape_id)
+def test_non_contiguous_inputs(module, sizes, strides):
+    check(module, make_inputs(sizes), views=lambda leaves: [STRIDES[strides](t) for t in leaves])
+
+
+def test_expanded_inputs(module):
+    def views(leaves):
+        sizes = ((2, 3, 7, 10), (2, 3, 19, 10), (2, 3, 19, 6), (3, 10))
+        return [t.expand(size) for t, size in zip(leaves, sizes, strict=True)]
+
+    check(module, make_inputs(shape(1, 1, 1, 10, 6, H=1)), views=views)
+
+
+@pytest.mark.parametrize(
+    "outputs", [("weights",), ("lse",), ("context", "weights"), ("context", "lse")], ids="-".join
+)
+@pytest.mark.parametrize("keep_scores", [True, False])
+def test_gradients_of_each_output_alone(module, outputs, keep_scores):
+    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 5, 70, 33, 6), torch.float64)]
+    lengths = torch.tensor([70, 0])
+
+    def gradients(function):
+        results = function(*inputs, key_lengths=lengths, return_weights=True, return_lse=True)
+        results = dict(zip(("context", "weights", "lse"), results, strict=True))
+        loss = sum(results[name].masked_fill(results[name] == -math.inf, 0).sin().sum() for name in outputs)
+        return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+    kernel = functools.partial(emulated_attention, module, keep_scores=keep_scores)
+    torch.testing.assert_close(gradients(kernel), gradients(cases.additive_attention_ref))
+
+
+def test_the_order_of_threads_changes_no_bit(module, thread_order):
+    inputs = make_inputs(shape(2, 70, 130, 35, 9))
+    kernel = functools.partial(emulated_attention, module, chunk=1)
+    expected = cases.run(kernel, inputs)
+    module.set_order(thread_order)
+    try:
+        actual = cases.run(kernel, inputs)
+    finally:
+        module.set_order(0)
+    assert all(torch.equal(actual[output], expected[output]) for output in expected)

@@ -1,0 +1,148 @@
+"""The emulator that runs CUDA kernels on the CPU (tests/cuda_emulator): what it computes, and what it reports.
+
+A clean run proves nothing unless a wrong kernel fails it: bugs are planted in copies of the real kernels, and the
+same tests must report each of them.
+"""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulator import build
+from cuda_emulator.arrays import array, name, poisoned
+
+KERNEL_TESTS = sorted(
+    str(p) for p in (build.ROOT / "tests").glob("test_cuda_*.py") if p.name != "test_cuda_emulator.py"
+)
+
+
+@pytest.fixture(scope="module")
+def module(emulated):
+    return emulated("emulator")
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+def test_tensor_cores_multiply_matrices(module, dtype):
+    K = 8 if dtype == torch.float32 else 16
+    # Integers that every type holds exactly, so that the order of the sum does not matter.
+    a, b = (torch.randint(-9, 9, shape).to(dtype) for shape in ((16, K), (K, 8)))
+    c = poisoned((16, 8), torch.float32)
+    module.product(name(dtype), array(a), array(b), array(c))
+    assert torch.equal(c, a.float() @ b.float())
+
+
+def test_tf32_keeps_ten_bits_of_the_mantissa(module):
+    a, b = torch.zeros(16, 8), torch.eye(8)
+    a[0, :4] = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11])
+    c = poisoned((16, 8), torch.float32)
+    module.product("float32", array(a), array(b), array(c))
+    assert c[0, :4].tolist() == [1 + 2**-10, 1 + 2**-10, 1, -1 - 2**-10]
+
+
+def test_collectives(module, thread_order):
+    module.set_order(thread_order)
+    out = np.zeros((64, 4), np.int64)
+    module.collectives(out)
+    module.set_order(0)
+    n = np.arange(64)
+    np.testing.assert_array_equal(out[:, 0], np.where(n < 32, n[:32].sum(), n[32:].sum()))
+    np.testing.assert_array_equal(out[:, 1], np.where(n % 32 == 0, n, n - 1))
+    np.testing.assert_array_equal(out[:, 2], 0xAAAAAAAA)
+    np.testing.assert_array_equal(out[:, 3], 40)
+
+
+NOTHING_WRONG = 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "block", "shared_bytes", "report"),
+    [
+        (0, 1, 64, 0, "a barrier that not all threads reach"),
+        (1, 1, 64, 0, "a barrier that not all threads reach"),
+        (2, 1, 64, 0, "reads lane 20, which is not in the mask"),
+        (3, 1, 64, 0, "threads meet at different barriers"),
+        (NOTHING_WRONG, 0, 64, 0, "no GPU has a grid of (0, 1, 1) blocks"),
+        (NOTHING_WRONG, 1, 1025, 0, "no GPU has a block of (1025, 1, 1) threads"),
+        (NOTHING_WRONG, 1, 32, 100 << 10, "shared memory: expected at most 101376 bytes"),
+    ],
+)
+def test_misuse_is_an_error_that_names_the_kernel(module, kind, grid, block, shared_bytes, report):
+    with pytest.raises(RuntimeError) as caught:
+        module.misuse(kind, grid, block, shared_bytes)
+    assert "misuse_kernel" in str(caught.value)
+    assert report in str(caught.value)
+    module.misuse(NOTHING_WRONG, 1, 64, 0)  # the next launch works
+
+
+def run_tests(variant, *selection, **options):
+    """pytest in a process of its own; a report of a sanitizer ends it."""
+    arguments = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *selection]
+    result = build.python(variant, *arguments, capture_output=True, text=True, cwd=build.ROOT, **options)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("variant", "marker"), [("address", "sanitized"), ("thread", "races")])
+def test_kernels_under_a_sanitizer(emulated, variant, marker):
+    status, report = run_tests(variant, "-m", marker, *KERNEL_TESTS)
+    assert status == 0, report
+    assert "skipped" not in report, report
+
+
+# Where, what is replaced by what; the variant and the tests to run, and what must be reported.
+FILM = ["tests/test_cuda_film.py", "-m", "races"]
+ATTENTION = ["tests/test_cuda_additive_attention.py", "-k", "test_masks_and_their_combinations"]
+PLANTED = {
+    "overrun-of-an-array": (
+        "film/cuda_problem.cuh",
+        "packs = (task.length - head) / W,",
+        "packs = (task.length - head) / W + 1,",
+        ("address", FILM, "AddressSanitizer: heap-buffer-overflow"),
+    ),
+    "overrun-of-shared-memory": (
+        "film/cuda_bwd.cuh",
+        "FILM_BLOCK / gpu::WARP * sizeof(T), stream",
+        "FILM_BLOCK / gpu::WARP * sizeof(T) - 1, stream",
+        ("address", FILM, "AddressSanitizer: heap-buffer-overflow"),
+    ),
+    "missing-barrier": (
+        "film/cuda_bwd.cuh",
+        "shared[threadIdx.x / gpu::WARP] = x;\n  __syncthreads();",
+        "shared[threadIdx.x / gpu::WARP] = x;",
+        ("thread", FILM, "ThreadSanitizer: data race"),
+    ),
+    "barrier-after-an-early-return": (
+        "film/cuda_bwd.cuh",
+        "  T sum_dz_x = T(0), sum_dz = T(0);\n",
+        "  T sum_dz_x = T(0), sum_dz = T(0);\n  if (task.thread > 200) return;\n",
+        ("plain", FILM, "a barrier that not all threads reach"),
+    ),
+    "elements-left-unwritten": (
+        "film/cuda_problem.cuh",
+        "scalars = task.length - packs * W;",
+        "scalars = head;",
+        ("plain", FILM, "y: NaN at other positions than the reference"),
+    ),
+    "wrong-mask": (
+        "additive_attention/cuda_problem.cuh",
+        "(p.is_causal && j > i)",
+        "(p.is_causal && j >= i)",
+        ("plain", ATTENTION, "other positions than the reference"),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_reported(emulated, bug):
+    file, right, wrong, (variant, tests, expected) = PLANTED[bug]
+    folder = build.ROOT / "build" / "cuda_emulator" / "planted" / bug
+    shutil.copytree(build.ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    target = folder / "csrc" / file
+    text = target.read_text()
+    assert text.count(right) == 1, f"{file} has no single {right!r}"
+    target.write_text(text.replace(right, wrong))
+    status, report = run_tests(variant, *tests, variables={build.CSRC_VARIABLE: str(folder / "csrc")})
+    assert status != 0, "the planted bug was not reported"
+    assert expected in report, report
+    assert os.path.basename(file) in report or variant == "plain", report  # where it is

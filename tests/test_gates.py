@@ -1,0 +1,439 @@
+"""The gates read machine code and resources rightly, and a kernel that is not as it should be fails them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import roofline
+from benchmarks.cases import AttentionCase
+from benchmarks.gates import amdgcn, cuda_kernels, sass, table, thresholds, tools, triton_kernels
+from benchmarks.gates.kernel import Kernel
+from benchmarks.gates.occupancy import MAX_SHARED, MAX_WARPS, occupancy
+
+needs_nvcc = pytest.mark.skipif(cuda_kernels.missing() is not None, reason=str(cuda_kernels.missing()))
+
+# As nvdisasm prints a kernel: an outer loop around a score loop of 4 tanh, a shorter remainder loop, a loop that
+# copies, and the branch to itself that pads the end.
+SCORES = """
+\t.section\t.text.scores,"ax",@progbits
+.text.scores:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDS.128 R4, [UR6] ;
+.L_x_1:
+        /*0020*/                   FFMA R13, R5, R28.reuse, 1 ;
+        /*0030*/                   FFMA R14, R6, R28.reuse, 1 ;
+        /*0040*/                   FFMA2 R16, R8.F32x2.HI_LO, R28.F32x2.HI_LO, 1, 1 ;
+        /*0050*/                   FMUL R37, R13, R14 ;
+        /*0060*/                   MUFU.RCP R37, R37 ;
+        /*0070*/                   MUFU.RCP R38, R38 ;
+        /*0080*/                   FFMA R35, R16.reuse, R44.reuse, R35 ;
+        /*0090*/              @!P0 FFMA R35, R35, -2, 1 ;
+        /*00a0*/                   NOP ;
+        /*00b0*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*00c0*/                   FFMA R13, R5, R28, 1 ;
+        /*00d0*/                   MUFU.RCP R13, R13 ;
+        /*00e0*/               @P1 BRA `(.L_x_2) ;
+        /*00f0*/              @!P2 BRA `(.L_x_0) ;
+.L_x_3:
+        /*0100*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0110*/               @P0 STG.E.64 desc[UR4][R6.64+0x8], R4 ;
+        /*0120*/                   STG.E.U8 desc[UR4][R6.64], R4 ;
+        /*0130*/             @!UP0 BRA.U `(.L_x_3) ;
+        /*0140*/                   LDL R4, [R1+0x8] ;
+        /*0150*/                   EXIT ;
+.L_x_4:
+        /*0160*/                   BRA `(.L_x_4);
+\t.section\t.text.other,"ax",@progbits
+.text.other:
+        /*0000*/                   STL.64 [R1], R4 ;
+        /*0010*/                   EXIT ;
+"""
+
+# One kernel of every kind that a gate must refuse: registers that cannot fit, a missing launch bound.
+SPILLS = """
+extern "C" __global__ void __launch_bounds__(1024, 2) spills(const float* in, float* out) {
+  float x[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i] = in[threadIdx.x + 1024 * i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) out[threadIdx.x + 1024 * i] = x[i] * x[63 - i];
+}
+"""
+TIDY = """
+extern "C" __global__ void __launch_bounds__(256) film_tidy(const float4* in, float4* out, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += 256) out[i] = in[i];
+}
+"""
+NARROW = TIDY.replace("film_tidy(const float4* in, float4* out", "film_narrow(const float2* in, float2* out")
+UNBOUNDED = SPILLS.replace("__launch_bounds__(1024, 2) spills", "unbounded")
+
+
+def kernel(**changes) -> Kernel:
+    """One that passes."""
+    values = dict(backend="CUDA C++", op="additive_attention", name="additive_attention_fwd_kernel<float>")
+    values |= dict(arch="sm_90", threads=128, registers=64, shared=0, occupancy=0.5, stack=0, local=0)
+    return Kernel(**values | dict(slots=3.7, mufu=0.5, fp32=3.0) | changes)
+
+
+def compiled(source: str, op: str, folder, arch: int = 90) -> Kernel:
+    path = folder / "kernel.cu"
+    path.write_text(source)
+    return cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})[0]
+
+
+# Machine code
+
+
+def test_score_loop_of_a_listing():
+    functions = sass.parse(SCORES)
+    assert list(functions) == ["scores", "other"]
+    loop = functions["scores"].score_loop()
+    assert (loop.tanh, loop.mufu, loop.slots) == (4, 2, 9)  # NOP takes no slot, a predicated instruction does
+    assert loop.fp32 == 2 + 2 + 1 + 1 + 1  # FFMA2 counts twice
+
+
+def test_loops_are_innermost_and_not_padding():
+    function = sass.parse(SCORES)["scores"]
+    assert len(function.loops) == 4
+    assert [len(body.instructions) for body in function.innermost] == [10, 3, 4]
+
+
+def test_memory_loop_of_a_listing():
+    function = sass.parse(SCORES)["scores"]
+    assert function.memory_loop().global_widths == [16, 8, 1]
+    assert function.body.local == 1 and sass.parse(SCORES)["other"].body.local == 1
+
+
+@pytest.mark.parametrize(
+    "opcode, size",
+    [("LDG.E", 4), ("LDG.E.U16.CONSTANT", 2), ("STG.E.S8", 1), ("LDG.E.64", 8), ("LDG.E.ENL2.256", 32)],
+)
+def test_width_of_an_access(opcode, size):
+    assert sass.Instruction(opcode, "").bytes == size
+
+
+def test_names_are_short():
+    bf16 = "void fusedattn::film_bwd_kernel_rows<__nv_bfloat16, 8>(fusedattn::FilmProblem<__nv_bfloat16>, int*)"
+    assert cuda_kernels.short_name(bf16) == "film_bwd_kernel_rows<bfloat16, 8>"
+    assert cuda_kernels.short_name("(anonymous namespace)::kernel(int)") == "kernel"
+    assert cuda_kernels.short_name("void a::kernel<(a::Activation)3, (int)4>(int)") == "kernel<3, 4>"
+
+
+# Occupancy
+
+
+@pytest.mark.parametrize(
+    "arch, threads, registers, shared, blocks",
+    [
+        (80, 256, 32, 0, 8),  # threads
+        (80, 1024, 64, 0, 1),  # registers
+        (80, 128, 162, 0, 3),  # registers in units of 256 a warp, a quarter of them to each scheduler
+        (80, 128, 32, 48 << 10, 3),  # 49 KiB each, with what the system keeps, of 164
+        (90, 128, 32, 100 << 10, 2),
+        (90, 32, 16, 0, 32),  # blocks
+        (120, 256, 40, 0, 6),  # 48 warps
+        (120, 128, 32, 99 << 10, 1),
+        (90, 1024, 65, 0, 0),
+    ],
+)
+def test_occupancy_against_the_calculator(arch, threads, registers, shared, blocks):
+    found = occupancy(arch, threads, registers, shared)
+    assert found.blocks == blocks
+    assert found.fraction == blocks * threads / 32 / MAX_WARPS[arch]
+
+
+CALCULATOR = """
+#include <cstdio>
+#include <cuda_occupancy.h>
+int main() {
+  int arch, threads, registers, shared, all_shared, max_threads;
+  while (scanf("%d %d %d %d %d %d", &arch, &max_threads, &all_shared, &threads, &registers, &shared) == 6) {
+    cudaOccDeviceProp device;
+    device.computeMajor = arch / 10, device.computeMinor = arch % 10;
+    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = max_threads;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+    device.warpSize = 32, device.numSms = 1;
+    device.sharedMemPerBlock = 48 << 10, device.sharedMemPerMultiprocessor = all_shared;
+    device.sharedMemPerBlockOptin = all_shared - 1024, device.reservedSharedMemPerBlock = 1024;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = 0;
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF, kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = all_shared - 1024;
+    cudaOccDeviceState state;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared)) return 1;
+    printf("%d\\n", result.activeBlocksPerMultiprocessor);
+  }
+}
+"""
+
+
+@needs_nvcc
+def test_occupancy_against_the_toolkits_own(tmp_path):
+    """On a grid of block sizes, registers and shared memory, by the header that the CUDA toolkit brings."""
+    source, program = tmp_path / "calculator.cpp", tmp_path / "calculator"
+    source.write_text(CALCULATOR)
+    subprocess.run([tools.nvcc(), str(source), "-o", str(program)], check=True)
+    points = [
+        (arch, threads, registers, shared)
+        for arch in MAX_WARPS
+        for threads in (32, 96, 128, 256, 512, 1024)
+        for registers in (1, 24, 32, 33, 40, 57, 64, 80, 96, 128, 162, 168, 255)
+        for shared in (0, 1, 4096, 16 << 10, 33000, 49 << 10, 99 << 10)
+    ]
+    lines = (f"{arch} {32 * MAX_WARPS[arch]} {MAX_SHARED[arch]} {a} {b} {c}" for arch, a, b, c in points)
+    output = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+    expected = list(map(int, output.split()))
+    assert [occupancy(*point).blocks for point in points] == expected
+
+
+def test_occupancy_names_the_architectures_it_knows():
+    with pytest.raises(ValueError, match="arch: expected one of .*, got 70"):
+        occupancy(70, 128, 32, 0)
+
+
+# Thresholds
+
+
+def test_a_good_kernel_passes():
+    assert thresholds.failures(kernel()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(local=2), "2 local-memory instructions"),
+        (dict(arch="gfx942", local=2), "2 spilled vector registers"),
+        (dict(arch="gfx942", lane_moves=2), "2 moves of spilled scalar registers"),
+        (dict(backend="Triton", name="fwd_few-32x64-bf16", slots=20.1), "expected at most 20.0"),
+        (dict(backend="Triton", name="fwd_few-32x64-bf16", slots=15.0, mufu=1.6), "expected at most 1.55"),
+        (dict(stack=8), "8 bytes of stack"),
+        (dict(mufu=0.56), "0.56 MUFU per tanh, expected at most 0.55"),
+        (dict(slots=4.01), "4.01 issue slots per tanh, expected at most 4.0"),
+        (dict(backend="Triton", name="fwd-64x64-fp32", slots=4.51), "expected at most 4.5"),
+        (dict(name="additive_attention_bwd_kernel_inputs<float>", slots=8.01), "expected at most 8.0"),
+        (dict(name="additive_attention_bwd_kernel_scores<float>", slots=4.01), "expected at most 4.0"),
+        (dict(occupancy=0.0), "does not fit"),
+        (dict(op="film", name="film_fwd_kernel_runs<float>", widths=(4, 16)), "accesses of 4, 16 bytes"),
+        (dict(op="film", name="film_fwd_kernel_rows<float, 4>", widths=(8,)), "accesses of 8 bytes"),
+    ],
+)
+def test_a_broken_threshold_is_named(changes, reason):
+    (found,) = thresholds.failures(kernel(**changes))
+    assert reason in found
+
+
+def test_slots_are_bounded_on_one_architecture():
+    assert thresholds.failures(kernel(arch="sm_100", slots=9.0)) == []
+
+
+@pytest.mark.parametrize("name", ["film_fwd_kernel_rows<float, 1>", "film_bwd_kernel_sums<float>"])
+def test_narrow_forms_may_be_narrow(name):
+    assert thresholds.failures(kernel(op="film", name=name, widths=(4,))) == []
+
+
+# Real compilers
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_kernel_that_spills_is_caught(tmp_path, arch):
+    found = compiled(SPILLS, "film", tmp_path, arch)
+    assert (found.name, found.threads, found.registers) == ("spills", 1024, 32)
+    assert found.local > 0 and found.stack > 0
+    assert any("local-memory" in reason for reason in thresholds.failures(found))
+
+
+@needs_nvcc
+def test_widths_of_compiled_loops(tmp_path):
+    assert compiled(TIDY, "film", tmp_path).widths == (16,)
+    narrow = compiled(NARROW, "film", tmp_path)
+    assert narrow.widths == (8,)
+    assert thresholds.failures(narrow) == ["global accesses of 8 bytes in the main loop, expected 16 alone"]
+
+
+@needs_nvcc
+def test_a_kernel_without_launch_bounds_is_refused(tmp_path):
+    with pytest.raises(tools.ToolError, match="unbounded: no __launch_bounds__"):
+        compiled(UNBOUNDED, "film", tmp_path)
+
+
+@needs_nvcc
+def test_a_kernel_that_does_not_compile_is_named(tmp_path):
+    with pytest.raises(tools.ToolError, match="missing_name"):
+        compiled("int x = missing_name;", "film", tmp_path)
+
+
+AMDGCN = """
+; Occupancy: 4
+amdhsa.kernels:
+  - .args: []
+    .group_segment_fixed_size: 8192
+    .private_segment_fixed_size: 0
+    .sgpr_count:     38
+    .sgpr_spill_count: 7
+    .vgpr_count:     120
+    .vgpr_spill_count: 3
+"""
+
+
+AMD_LOOP = """
+.LBB0_1:
+    s_mov_b32 s0, 0
+.LBB0_2:
+    global_load_dword v9, v[2:3], off
+    v_fma_f32 v1, v2, v3, 1.0
+    v_pk_fma_f32 v[4:5], v[6:7], v[8:9], 1.0 op_sel_hi:[1,1,0]
+    v_rcp_f32_e32 v1, v1
+    v_readlane_b32 s4, v60, 3
+    v_fma_f32 v1, v1, 1.0, v2
+    v_fma_f32 v1, v1, -2.0, 1.0
+    s_cbranch_scc1 .LBB0_2
+    v_writelane_b32 v60, s4, 3
+    s_cbranch_scc1 .LBB0_1
+"""
+
+
+def test_score_loop_of_an_amd_listing():
+    loop = amdgcn.score_loop(AMD_LOOP)
+    assert len(amdgcn.innermost_loops(AMD_LOOP)) == 1
+    assert (loop.tanh, loop.transcendental, loop.slots, loop.lane_moves) == (3, 1, 7, 1)
+
+
+def test_amd_metadata():
+    found = triton_kernels.read_amdgcn("film", "fwd", "gfx942", 256, AMDGCN)
+    assert (found.registers, found.scalar_registers, found.shared) == (120, 38, 8192)
+    assert (found.local, found.scalar_spills) == (3, 7)
+    assert found.occupancy == 0.5
+    assert thresholds.failures(found) == ["3 spilled vector registers, expected none"]
+    with pytest.raises(tools.ToolError, match="no .vgpr_count"):
+        triton_kernels.read_amdgcn("film", "fwd", "gfx942", 256, AMDGCN.replace(".vgpr_count", ".other"))
+
+
+# The table
+
+
+def test_table_joins_architectures_and_marks_failures():
+    rows = [kernel(), kernel(arch="sm_100", registers=72, mufu=0.6)]
+    text = table.markdown(rows, {"CUDA C++": "nvcc"})
+    assert (
+        "| additive_attention_fwd_kernel<float> ✗ | 128 | 64 · 72 | 0 | 50% | 0 / 0 | 3.70 | 0.50 · 0.60 |" in text
+    )
+    assert "- ✗ additive_attention_fwd_kernel<float>, sm_100: 0.60 MUFU per tanh" in text
+
+
+def test_kernels_survive_json():
+    assert Kernel.from_json(json.loads(json.dumps(kernel(widths=(16,)).to_json()))) == kernel(widths=(16,))
+
+
+def test_the_stored_table_is_that_of_the_stored_counts():
+    stored = json.loads(roofline.COUNTS.read_text())
+    kernels = [Kernel.from_json(k) for k in stored["kernels"]]
+    assert roofline.COUNTS.with_name("table.md").read_text() == table.markdown(kernels, stored["tools"])
+
+
+# Paper
+
+
+H100 = next(device for device in roofline.DEVICES if device.name == "H100")
+FORWARD, BACKWARD = kernel(), kernel(name="additive_attention_bwd_kernel_inputs<float>", slots=7.5, fp32=6.5)
+COUNTS = roofline.Counts("CUDA C++", (FORWARD, BACKWARD))
+
+
+def test_data_sheet_rates():
+    """The peak float32 rates of the data sheets, in Tflop/s, follow from lanes and clock."""
+    peaks = {d.name: 2 * d.multiprocessors * d.fp32_lanes * d.clock / 1e12 for d in roofline.DEVICES}
+    assert peaks == pytest.approx({"A100": 19.5, "H100": 67, "H200": 67, "B200": 75}, rel=0.01)
+
+
+def test_the_slowest_unit_decides():
+    clocks = 1e12 / (132 * 1.98e9)
+    assert H100.seconds(1e12, roofline.Cost(3.84, 0.5, 3)) == pytest.approx(clocks / 32)  # MUFU: the plan's 32
+    assert H100.seconds(1e12, roofline.Cost(3.42, 1, 2)) == pytest.approx(clocks / 16)  # tanh.approx
+    assert H100.seconds(1e12, roofline.Cost(8, 0.5, 6)) == pytest.approx(clocks / 16)  # slots
+    a100 = roofline.DEVICES[0]
+    assert a100.seconds(1e12, roofline.Cost(4, 0.5, 4)) == pytest.approx(1e12 / (108 * 1.41e9) / 16)  # lanes
+
+
+TILES, SPLIT = roofline.Tiles(64, 64, 32, False), roofline.Tiles(64, 64, 32, True)
+
+
+def test_whole_tiles():
+    assert TILES.tanh(AttentionCase(2, 64, 128, 8)) == 2 * 64 * 128 * 8
+    assert TILES.tanh(AttentionCase(2, 65, 65, 8)) == 2 * 128 * 128 * 8
+    assert TILES.tanh(AttentionCase(1, 1, 100, 8)) == 64 * 128 * 8
+    assert SPLIT.tanh(AttentionCase(1, 1, 100, 8)) == 100 * 8
+
+
+@pytest.mark.parametrize(
+    "tiles, case, direction, rounds",
+    [
+        (TILES, AttentionCase(132, 64, 128, 64), "forward", 1),
+        (TILES, AttentionCase(133, 64, 128, 64), "forward", 264 / 133),
+        (TILES, AttentionCase(66, 64, 128, 64), "forward", 2),
+        (TILES, AttentionCase(66, 64, 128, 64), "backward", 1),  # two blocks of 32 channels
+        (SPLIT, AttentionCase(66, 64, 128, 64), "forward", 1),  # two blocks of 64 keys
+        (TILES, AttentionCase(1, 1, 9999, 64), "forward", 132),
+        (SPLIT, AttentionCase(1, 1, 9999, 64), "forward", 1),
+    ],
+)
+def test_whole_rounds_of_blocks(tiles, case, direction, rounds):
+    assert tiles.rounds(case, direction, 132) == pytest.approx(rounds)
+
+
+def test_attention_on_paper():
+    case = AttentionCase(132, 256, 256, 128)  # whole tiles and rounds
+    forward = roofline.attention(case, "forward", H100, COUNTS)
+    clocks = case.work("forward") / (132 * 1.98e9)
+    assert forward.limit == "arithmetic"
+    assert forward.seconds == pytest.approx(
+        clocks * 4.7 / 128
+    )  # 3.7 slots, and one of the product with the values
+    training = roofline.attention(case, "training", H100, COUNTS)
+    assert not case.recomputes_scores
+    assert training.seconds == pytest.approx(clocks * (4.7 + 7.5 + 2) / 128)
+    tensor = 4 * case.work("forward") / 3.35e12
+    assert (forward.eager, training.eager) == pytest.approx((4 * tensor, 11 * tensor))
+    assert forward.compiled == pytest.approx(clocks * 19.4 / 128)
+
+
+def test_long_sequences_recompute_scores():
+    case = AttentionCase(132, 512, 512, 128)
+    training = roofline.attention(case, "training", H100, COUNTS)
+    clocks = case.work("forward") / (132 * 1.98e9)
+    assert case.recomputes_scores
+    assert training.seconds == pytest.approx(clocks * (4.7 + 7.5 + 2 + 3.7) / 128)
+
+
+def test_film_on_paper():
+    p = roofline.film(roofline.FILM, "forward", H100)
+    assert p.seconds == pytest.approx(2 * (256 << 20) / 3.35e12)
+    assert p.eager == pytest.approx(2 * p.seconds)
+
+
+def test_uncounted_kernels_are_named():
+    with pytest.raises(roofline.CountsError, match="no backward score loop of CUDA C.. for sm_90"):
+        roofline.Counts("CUDA C++", (FORWARD,)).cost("sm_90", "backward")
+
+
+def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
+    case = AttentionCase(4, 512, 512, 256)
+    p = roofline.attention(case, "forward", H100, COUNTS)
+    row = {"case": case.name, "mode": "forward", "contender": "cuda", "milliseconds": 2e3 * p.seconds}
+    rows = [row, row | {"contender": "eager @", "milliseconds": 1}, row | {"dtype": "bfloat16", "milliseconds": 1}]
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "rows": rows}))
+    monkeypatch.setattr(roofline.Counts, "load", classmethod(lambda cls, backend: COUNTS))
+    monkeypatch.setattr(sys, "argv", ["roofline", "--result", str(result)])
+    assert roofline.main() == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "(4, 512, 512, 256)" in x and "forward" in x]
+    assert " 50%" in line
+    result.write_text(json.dumps({"machine": {}, "rows": []}))
+    with pytest.raises(SystemExit):
+        roofline.main()

@@ -1,0 +1,104 @@
+"""Every Triton kernel as compiled: the public functions run on tensors of the CPU, their kernels as PTX.
+
+This sees what the interpreter cannot: inline assembly, libdevice, layouts in registers and shared memory,
+barriers, tensor cores, masks as predicates. Memory ends where a tensor ends, so a wrong mask is an error.
+"""
+
+import functools
+import os
+import re
+
+import ptx
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
+
+import test_film
+import triton
+from ptx.launcher import on_ptx
+
+from fusedattn import film
+from fusedattn.ops.film import ACTIVATIONS
+from fusedattn.triton import film as film_kernels
+
+on_triton = functools.partial(functools.partial, backend="triton")
+ARCHS = [80, 90]
+
+RUNS, ROWS = ((2, 5, 7, 9), 1), ((2, 19, 37), 2)
+
+
+def names_of_kernels(module) -> set[str]:
+    return {name for name, f in vars(module).items() if isinstance(f, triton.JITFunction) and "_kernel" in name}
+
+
+def check_film(shape, channel_dim, dtype=torch.float32, shared=(), absent=(), **options):
+    inputs = test_film.make_inputs(shape, channel_dim, dtype, shared)
+    inputs |= dict.fromkeys(absent)
+    test_film.check(inputs, on_triton(film), channel_dim=channel_dim, **options)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_film_activations(activation):
+    with on_ptx(80):
+        for shape, channel_dim in (RUNS, ROWS):
+            check_film(shape, channel_dim, activation=activation, gamma_offset=1.0)
+
+
+@pytest.mark.parametrize(
+    "dtype, activation",
+    [
+        (torch.float16, "silu"),
+        (torch.bfloat16, "tanh"),
+        (torch.float64, None),
+        (torch.float64, "gelu"),
+        (torch.float64, "tanh"),
+    ],
+)
+def test_film_dtypes(dtype, activation):
+    with on_ptx(90):
+        for shape, channel_dim in (RUNS, ROWS):
+            check_film(shape, channel_dim, dtype, activation=activation)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_film_kernel(arch):
+    with on_ptx(arch) as launches:
+        check_film((2, 3, 32, 16), 1, torch.bfloat16)  # 16 bytes a thread
+        check_film((1, 3, 2500), 1, shared=("gamma",))  # several pieces of a run
+        check_film((2, 700, 17), 2, shared=("gamma", "beta"), activation="relu")  # several pieces of rows
+        check_film((2, 3, 9), 1, absent=("gamma", "residual"))
+        check_film((2, 3, 9), 1, absent=("beta",))
+    assert set(launches.executed) == names_of_kernels(film_kernels)
+
+
+# What the executor must find in these kernels
+
+
+def unmasked(access: str):
+    """Takes the predicates off all accesses of this kind."""
+
+    def edit(text: str) -> str:
+        edited, count = re.subn(rf"@!?%p\d+ ({access})", r"\1", text)
+        assert count, f"no masked {access}"
+        return edited
+
+    return edit
+
+
+# A store beyond a row may hit the next one, where another thread stores something else.
+@pytest.mark.parametrize(
+    "access, found, message",
+    [
+        ("ld.global", ptx.OutOfBounds, "^load of"),
+        ("st.global", (ptx.OutOfBounds, ptx.Race), "^store of|to one address"),
+    ],
+    ids=["loads", "stores"],
+)
+@pytest.mark.parametrize("shape, channel_dim", [RUNS, ROWS])
+def test_unmasked_film_is_found(shape, channel_dim, access, found, message):
+    x = torch.randn(shape)
+    with on_ptx(80, edit=unmasked(access)), pytest.raises(found, match=message):
+        film(x, torch.randn(x.shape[channel_dim]), channel_dim=channel_dim, backend="triton")
