@@ -26,6 +26,8 @@ BUILT := $(VENV)/.built
 
 test: $(BUILT)
 	$(BIN)/python -m pytest tests
+	@echo "== Triton kernels in Triton's interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/test_triton_*.py)
 	@for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \
 	  echo "== kernel tests at CPU level $$level"; \
 	  FUSEDATTN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest tests -m levels; \

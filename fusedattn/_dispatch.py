@@ -35,8 +35,8 @@ def choose(op: str, requested: str, backends: Mapping[str, Reasons], describe: C
         for name, reasons in backends.items():
             if not reasons():
                 return name
-        if "cpu" in backends and backends["cpu"]() == _extension_reasons():
-            return "reference"
+        if _library.EXTENSION_ERROR is not None and "cpu" in backends and len(backends["cpu"]()) == 1:
+            return "reference"  # the extension is all that is missing
     elif requested in backends:
         if not backends[requested]():
             return requested

@@ -33,7 +33,8 @@ def _load_triton() -> str | None:
         return f"Triton is not installed: {error}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
         return f"Triton {'.'.join(map(str, LEAST_TRITON))} or later is needed, found {triton.__version__}"
-    importlib.import_module("fusedattn.triton.film")
+    for op in ("additive_attention", "film"):
+        importlib.import_module(f"fusedattn.triton.{op}")
     return None
 
 

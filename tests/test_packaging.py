@@ -3,9 +3,11 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,14 @@ import torch
 
 import fusedattn
 from fusedattn import _library, info
-from fusedattn._dispatch import UnsupportedError, choose, cuda_reasons
+from fusedattn._dispatch import UnsupportedError, choose, cuda_reasons, triton_reasons
 
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(*arguments, **variables):
+def run_python(*arguments, cwd=None, **variables):
     environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_public_names_exist_and_have_a_docstring():
@@ -118,6 +120,77 @@ def test_unknown_cpu_level_is_a_clear_error():
     report = run_python("-m", "fusedattn.info", FUSEDATTN_CPU_CAPABILITY="avx3")
     assert report.returncode == 0, report.stderr
     assert "got 'avx3'" in report.stdout
+
+
+@pytest.mark.parametrize("variables", [{"FUSEDATTN_SKIP_BUILD": "1"}, {"CXX": "no-such-compiler"}], ids=str)
+def test_pure_python_installation(variables, tmp_path):
+    """No extension is built; the CPU then runs the reference, and one warning says so."""
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    shutil.copytree(ROOT / "fusedattn", tree / "fusedattn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    built = run_python("setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path), cwd=tree, **variables)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"fusedattn-{fusedattn.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(outside)
+    assert "fusedattn/triton/film.py" in names and not any(name.endswith(".so") for name in names)
+    code = """
+import torch, fusedattn
+leaves = [torch.randn(2, n, 4, requires_grad=True) for n in (3, 5, 5)] + [torch.randn(4, requires_grad=True)]
+for function, inputs in ((fusedattn.additive_attention, leaves), (fusedattn.film, [leaves[0]])):
+    for f in (function, torch.compile(function, fullgraph=True, backend="eager")):
+        torch.autograd.grad(f(*inputs).sum(), inputs)
+        torch.testing.assert_close(f(*inputs), function(*inputs, backend="reference"))
+try:
+    fusedattn.film(leaves[0], backend="cpu")
+except fusedattn.UnsupportedError as error:
+    print(error)
+"""
+    result = run_python("-c", code, cwd=outside, PYTHONPATH=str(outside))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("UserWarning: fusedattn: the compiled extension did not load") == 1
+    assert "cpu: the compiled extension did not load" in result.stdout
+    report = run_python("-m", "fusedattn.info", cwd=outside, PYTHONPATH=str(outside))
+    assert report.returncode == 0, report.stderr
+    assert "what runs on the CPU" in report.stdout
+
+
+def test_a_broken_choice_of_build_is_an_error(tmp_path):
+    result = run_python(str(ROOT / "setup.py"), "--version", FUSEDATTN_SKIP_BUILD="yes")
+    assert "FUSEDATTN_SKIP_BUILD: expected 0 or 1, got 'yes'" in result.stderr
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    for device, error, words in (
+        ("cpu", None, "inputs are on the CPU"),
+        ("meta", None, "inputs are on meta"),
+        ("cuda", "Triton is not installed", "Triton is not installed"),
+    ):
+        monkeypatch.setattr(_library, "TRITON_ERROR", error)
+        reasons = triton_reasons(torch.device(device), torch.float32)
+        assert any(words in reason for reason in reasons), reasons
+    assert any("int32" in reason for reason in triton_reasons(torch.device("cpu"), torch.int32))
+
+
+def test_triton_schemas_are_those_of_the_library():
+    """Read from the sources: what csrc/library.cpp says of an op holds for Triton's."""
+    pattern = re.compile(r'"((?:film|additive_attention)_(?:fwd|bwd)[^;]*)"\)', re.DOTALL)
+    library = (ROOT / "csrc/library.cpp").read_text()
+    expected = {joined(found) for found in pattern.findall(library)}
+    assert len(expected) == 4
+    defined = set()
+    for path in (ROOT / "fusedattn/triton").glob("[!_]*.py"):
+        for found in re.findall(r'register\(\s*"(.*?)",\s*\w+,?\s*\)', path.read_text(), re.DOTALL):
+            defined.add(joined(found).replace("_triton(", "("))
+    assert defined <= expected and len([schema for schema in defined if schema.startswith("film")]) == 2
+
+
+def joined(literal):
+    """The text of adjacent string literals."""
+    return re.sub(r'"\s*"', "", literal)
 
 
 def backends(**reasons):

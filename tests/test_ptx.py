@@ -106,6 +106,8 @@ CASES = [
     ("min.f32 %d, %a, %b", [f32(math.nan, 2), f32(1, 3)], f32(1, 2)),
     ("max.NaN.f32 %d, %a, %b; mov.b32 %d, %d", [f32(3, 2), f32(1, 3)], f32(3, 3)),
     ("fma.rn.f32 %d, %a, %b, %c", [f32(1 + 2**-12), f32(1 + 2**-12), f32(-1)], f32(2**-11 + 2**-24)),
+    ("fma.rm.f32 %d, %a, %b, %c", [f32(3, -3), f32(1), f32(2**-30)], f32(3, -3)),
+    ("fma.rm.f32 %d, %a, %b, %c", [f32(3, -3), f32(1), f32(-(2**-30))], f32(3 - 2**-22, -3 - 2**-22)),
     ("mul.rn.sat.f32 %d, %a, 0f40000000", [f32(0.25, 1, -1)], f32(0.5, 1, 0)),
     (
         "div.rn.f32 %d, %a, %b",
@@ -241,6 +243,17 @@ def test_barrier_orders_shared_memory():
     out = np.zeros(128, np.uint32)
     ptx.launch(kernel(REVERSE.format(barrier="bar.sync 0;"), 1, BUFFER), (1,), 128, [out])
     np.testing.assert_array_equal(out, np.arange(128)[::-1])
+
+
+def test_barrier_with_a_reduction():
+    out = np.zeros((2, 64), np.uint32)
+    body = """
+        mov.u32 %r2, %ctaid.x; mad.lo.u32 %r3, %r2, 64, %r1;
+        setp.eq.u32 %p1, %r3, 40; bar.red.or.pred %p2, 0, %p1; selp.b32 %r4, 1, 0, %p2;
+        mul.wide.u32 %rd2, %r3, 4; add.u64 %rd2, %rd100, %rd2; st.global.u32 [%rd2], %r4;
+    """
+    ptx.launch(kernel(body, 1), (2,), 64, [out])
+    assert (out[0] == 1).all() and (out[1] == 0).all()
 
 
 def test_missing_barrier_is_found():
@@ -463,6 +476,7 @@ def test_atomics_see_each_other():
         ("add.u32 %r2, %r3, 1;", "%r3 is read before it is written"),
         ("mov.b32 %r2, %nonsense;", "cannot parse the operand"),
         ("add.u32 %r2, %r1;", "expected 2 sources"),
+        ("ld.global.u32 %r2, [12];", "in no buffer"),
         ("LOOP: bra LOOP;", "does the kernel end"),
     ],
 )

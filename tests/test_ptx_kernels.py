@@ -16,12 +16,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
+import test_additive_attention
 import test_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import film
+from fusedattn import additive_attention, film
 from fusedattn.ops.film import ACTIVATIONS
+from fusedattn.triton import additive_attention as attention_kernels
 from fusedattn.triton import film as film_kernels
 
 on_triton = functools.partial(functools.partial, backend="triton")
@@ -74,6 +76,49 @@ def test_every_film_kernel(arch):
     assert set(launches.executed) == names_of_kernels(film_kernels)
 
 
+SIZES = {
+    "tiles": test_additive_attention.shape(2, 19, 77, 21, 33),
+    "tall_tiles": test_additive_attention.shape(1, 33, 70, 18, 17),
+    "few_queries": test_additive_attention.shape(2, 2, 70, 21, 16),
+    "split_keys": test_additive_attention.shape(1, 5, 600, 10, 17),
+    "heads": test_additive_attention.shape(1, 5, 17, 12, 8, H=2),
+}
+
+
+def check_attention(sizes, dtype=torch.float32, spread=1.0, **options):
+    inputs = test_additive_attention.make_inputs(SIZES[sizes], dtype, spread=spread)
+    test_additive_attention.check(inputs, on_triton(additive_attention), **options)
+
+
+@pytest.mark.parametrize("arch, dtype", [(80, torch.float32), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
+def test_every_attention_kernel(arch, dtype):
+    with on_ptx(arch) as launches:
+        for sizes in SIZES:
+            check_attention(sizes, dtype)
+    assert set(launches.executed) == names_of_kernels(attention_kernels)
+
+
+@pytest.mark.parametrize("sizes", ["tiles", "few_queries"])
+def test_attention_with_everything_masked_that_can_be(sizes):
+    B, _, Tq, Tk, *_ = SIZES[sizes].values()
+    mask = torch.rand(B, Tq, Tk, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[:, 1] = False
+    options = {"mask": mask, "key_lengths": torch.tensor([Tk - 9, 3]), "is_causal": True}
+    with on_ptx(90):
+        check_attention(sizes, scale=0.7, softcap=2.0, **options)
+
+
+def test_attention_of_half_precision():
+    with on_ptx(80):
+        check_attention("tiles", torch.float16)
+
+
+@pytest.mark.parametrize("spread", [9.0, 50.0])
+def test_attention_beyond_the_range_of_exponentials(spread):
+    with on_ptx(80):
+        check_attention("tall_tiles", spread=spread)
+
+
 # What the executor must find in these kernels
 
 
@@ -102,3 +147,17 @@ def test_unmasked_film_is_found(shape, channel_dim, access, found, message):
     x = torch.randn(shape)
     with on_ptx(80, edit=unmasked(access)), pytest.raises(found, match=message):
         film(x, torch.randn(x.shape[channel_dim]), channel_dim=channel_dim, backend="triton")
+
+
+@pytest.mark.parametrize("sizes", ["tiles", "few_queries"])
+def test_unmasked_attention_is_found(sizes):
+    inputs = test_additive_attention.make_inputs(SIZES[sizes])
+    with on_ptx(80, edit=unmasked("ld.global")), pytest.raises(ptx.OutOfBounds, match="^load of"):
+        additive_attention(*inputs, backend="triton")
+
+
+def test_attention_without_barriers_is_found():
+    inputs = test_additive_attention.make_inputs(SIZES["tiles"])
+    edit = functools.partial(re.sub, r"bar\.sync\s+0;", "")
+    with on_ptx(80, edit=edit), pytest.raises(ptx.Race, match="no barrier"):
+        additive_attention(*inputs, backend="triton")

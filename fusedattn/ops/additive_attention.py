@@ -18,7 +18,8 @@ so no transcendental function is evaluated per pair and channel. Backward, with 
     dw_d  = sum_ij g_ij - 2 sum_ij g_ij r              dx_j = sum_i p_ij dc_i
 
 Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width. Kernels:
-``csrc/additive_attention/`` (C++, CUDA). Tests: ``tests/test_additive_attention.py``. Benchmark: ``benchmarks/``.
+``csrc/additive_attention/`` (C++, CUDA), ``fusedattn/triton/additive_attention.py``. Tests:
+``tests/test_additive_attention.py``, ``tests/test_triton_additive_attention.py``. Benchmark: ``benchmarks/``.
 """
 
 from typing import NoReturn
@@ -38,6 +39,7 @@ from fusedattn._dispatch import (
     needs_function,
     signature_kept,
     traced,
+    triton_reasons,
 )
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -121,56 +123,68 @@ def additive_attention_ref(
     )
 
 
-# Fakes: shapes and dtypes of the raw ops, for torch.compile and torch.export
+# Raw ops and their fakes: shapes and dtypes, for torch.compile and torch.export
 
-if _library.EXTENSION_ERROR is None:
 
-    @torch.library.register_fake("fusedattn::additive_attention_fwd")
-    def _fwd_fake(
-        query,
-        key,
-        value,
-        weight,
-        mask,
-        key_lengths,
-        key_exp,
-        key_bound,
-        is_causal,
-        scale,
-        softcap,
-        return_weights,
-        keep_scores,
-    ):
-        rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
-        acc = accumulation_dtype(query.dtype)
-        return (
-            query.new_empty((*rows, Dv)),
-            query.new_empty(rows, dtype=acc),
-            query.new_empty((*rows, Tk) if return_weights else (0,)),
-            query.new_empty((*rows, Tk) if keep_scores else (0,), dtype=acc),
-        )
+def _raw_ops(backend):
+    """(fwd, bwd) of a backend. Triton's have names of their own: a dispatch key holds one kernel."""
+    ops = torch.ops.fusedattn
+    if backend == "triton":
+        return ops.additive_attention_fwd_triton, ops.additive_attention_bwd_triton
+    return ops.additive_attention_fwd, ops.additive_attention_bwd
 
-    @torch.library.register_fake("fusedattn::additive_attention_bwd")
-    def _bwd_fake(
-        grad_context,
-        grad_lse,
-        grad_weights,
-        query,
-        key,
-        value,
-        weight,
-        mask,
-        key_lengths,
-        key_exp,
-        key_bound,
-        is_causal,
-        scale,
-        softcap,
-        context,
-        lse,
-        scores,
-    ):
-        return tuple(t.new_empty(t.shape) for t in (query, key, value, weight))
+
+def _fwd_fake(
+    query,
+    key,
+    value,
+    weight,
+    mask,
+    key_lengths,
+    key_exp,
+    key_bound,
+    is_causal,
+    scale,
+    softcap,
+    return_weights,
+    keep_scores,
+):
+    rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
+    acc = accumulation_dtype(query.dtype)
+    return (
+        query.new_empty((*rows, Dv)),
+        query.new_empty(rows, dtype=acc),
+        query.new_empty((*rows, Tk) if return_weights else (0,)),
+        query.new_empty((*rows, Tk) if keep_scores else (0,), dtype=acc),
+    )
+
+
+def _bwd_fake(
+    grad_context,
+    grad_lse,
+    grad_weights,
+    query,
+    key,
+    value,
+    weight,
+    mask,
+    key_lengths,
+    key_exp,
+    key_bound,
+    is_causal,
+    scale,
+    softcap,
+    context,
+    lse,
+    scores,
+):
+    return tuple(t.new_empty(t.shape) for t in (query, key, value, weight))
+
+
+for _missing, _suffix in ((_library.EXTENSION_ERROR, ""), (_library.TRITON_ERROR, "_triton")):
+    if _missing is None:
+        torch.library.register_fake(f"fusedattn::additive_attention_fwd{_suffix}", _fwd_fake)
+        torch.library.register_fake(f"fusedattn::additive_attention_bwd{_suffix}", _bwd_fake)
 
 
 # Functions. Optional tensors come before the options; the order is that of the raw ops.
@@ -193,8 +207,10 @@ class _AdditiveAttention(Function):
         softcap,
         return_weights,
         keep_scores,
+        backend,
     ):
-        return torch.ops.fusedattn.additive_attention_fwd(
+        fwd, _ = _raw_ops(backend)
+        return fwd(
             query,
             key,
             value,
@@ -212,7 +228,7 @@ class _AdditiveAttention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, key_bound, is_causal, scale, softcap, return_weights, _ = inputs
+        *tensors, key_bound, is_causal, scale, softcap, return_weights, _, ctx.backend = inputs
         context, lse, weights, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
         ctx.options = (key_bound, is_causal, scale, softcap)
@@ -229,12 +245,16 @@ class _AdditiveAttention(Function):
         if not ctx.return_weights:  # torch.compile materialises zeros of the placeholder
             grad_weights = None
         if grad_context is None and grad_lse is None and grad_weights is None:
-            return (None,) * 13
+            return (None,) * 14
         given = [grad for grad in (grad_context, grad_lse, grad_weights) if grad is not None]
         twice = needs_function((*given, *tensors[:4]))
-        bwd = _AdditiveAttentionBackward.apply if twice else torch.ops.fusedattn.additive_attention_bwd
-        grads = bwd(grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores)
-        return (*grads, *(None,) * 9)
+        arguments = (grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores)
+        if twice:
+            grads = _AdditiveAttentionBackward.apply(*arguments, ctx.backend)
+        else:
+            _, bwd = _raw_ops(ctx.backend)
+            grads = bwd(*arguments)
+        return (*grads, *(None,) * 10)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -268,8 +288,10 @@ class _AdditiveAttentionBackward(Function):
         context,
         lse,
         scores,
+        backend,
     ):
-        return torch.ops.fusedattn.additive_attention_bwd(
+        _, bwd = _raw_ops(backend)
+        return bwd(
             grad_context,
             grad_lse,
             grad_weights,
@@ -320,7 +342,7 @@ class _AdditiveAttentionBackward(Function):
         first = [None, None, None]
         for n, grad in zip(given, second[4:], strict=True):
             first[n] = grad
-        return (*first, *second[:4], *(None,) * 10)
+        return (*first, *second[:4], *(None,) * 11)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -335,6 +357,7 @@ class _AdditiveAttentionBackward(Function):
             0.0,
             *args[11:14],
             *(fold(n).contiguous() for n in range(14, 17)),
+            args[17],
         )
         return fold.unfolded(outputs)
 
@@ -447,6 +470,13 @@ def _check_lengths(key_lengths, B, Tk, device):
             _fail("key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
 
 
+def _triton_reasons(device, dtype) -> list[str]:
+    reasons = triton_reasons(device, dtype)
+    if dtype == torch.float64:
+        reasons.append("GPUs have no fast float64 reciprocal, on which these kernels rest")
+    return reasons
+
+
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -505,7 +535,7 @@ def additive_attention(
         activation, normalizer, dropout_p: only ``"tanh"``, ``"softmax"`` and 0.0 for now.
         return_weights: also return the weights, differentiable.
         return_lse: also return the log-sum-exp of the scores, differentiable.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"`` (plain PyTorch, never chosen by ``"auto"``).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch).
 
     Returns:
         context (B, [H,] Tq, Dv), or a tuple (context[, weights][, lse]): weights (B, [H,] Tq, Tk) in the dtype
@@ -585,7 +615,11 @@ def attend(
     backend = choose(
         "additive_attention",
         backend,
-        {"cpu": lambda: cpu_reasons(device, dtype), "cuda": lambda: cuda_reasons(device, dtype)},
+        {
+            "cpu": lambda: cpu_reasons(device, dtype),
+            "cuda": lambda: cuda_reasons(device, dtype),
+            "triton": lambda: _triton_reasons(device, dtype),
+        },
         lambda: (
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {dtype}, {device}"
         ),
@@ -604,11 +638,12 @@ def attend(
         context, lse, weights = _reference(*inputs, mask, key_lengths, is_causal, scale, softcap)
     elif needs_function(inputs):
         keep = _keeps_scores(*inputs)
-        context, lse, weights, _ = _AdditiveAttention.apply(*traced(inputs), *options, return_weights, keep)
-    else:  # a Function costs more than a small problem
-        context, lse, weights, _ = torch.ops.fusedattn.additive_attention_fwd(
-            *inputs, *options, return_weights, False
+        context, lse, weights, _ = _AdditiveAttention.apply(
+            *traced(inputs), *options, return_weights, keep, backend
         )
+    else:  # a Function costs more than a small problem
+        fwd, _ = _raw_ops(backend)
+        context, lse, weights, _ = fwd(*inputs, *options, return_weights, False)
     return _requested(context, lse, weights, return_weights, return_lse)
 
 

@@ -25,7 +25,6 @@ Two passes cost 10 issue slots a tanh, one joint pass 7, but a joint pass needs 
 from run to run. Everything here gives the same bits every time.
 """
 
-import contextlib
 import functools
 import itertools
 
@@ -33,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedattn.triton._common import NVIDIA, Kernel, fast_reciprocal, register
+from fusedattn.triton._common import NVIDIA, Kernel, fast_reciprocal, launch, on_device_of, recorded, register
 
 # Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
 # reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
@@ -44,9 +43,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Integers that change from call to call, and would else be compiled anew for 1 and for multiples of 16.
 UNSPECIALISED = [
-    *(f"stride_{t}{dim}" for t in "qkvcl" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
+    *(f"stride_{t}{dim}" for t in "qkvclhp" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
-    "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "H", "T", "Tq", "Tk", "rows", "tiles", "first_query",
+    "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
+    "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
     "split_keys", "splits",
 ]  # fmt: skip
 
@@ -341,24 +341,201 @@ def additive_attention_fwd_kernel_combine(
     tl.store(lse, tl.where(empty, float("-inf"), top + tl.log(total)))
 
 
+# Backward
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_bwd_kernel_gradient(
+    scores, lse, value, context, grad_context, grad_weights, shift, g, g_transposed,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, H, Tq, Tk, scale, softcap,
+    Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAD: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """g_ij, the gradient of the score before cap and scale, of one tile; rows are padded with 0 to PAD.
+
+    shift is sum_j p_ij dp_ij - dL_i, or None. Grid: (query tiles * key tiles * B * H,).
+    """
+    q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
+    q_tile = tl.program_id(0) % q_tiles
+    k_tile = (tl.program_id(0) // q_tiles) % k_tiles
+    bh = (tl.program_id(0) // q_tiles // k_tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    i, j = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q), k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    i64, j64 = i.to(tl.int64), j.to(tl.int64)
+    in_q, in_k = i < Tq, j < Tk
+    at = (bh * Tq + i64)[:, None] * Tk + j64[None, :]
+    inside = in_q[:, None] & in_k[None, :]
+
+    s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
+    row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
+    p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[:, None]) * LOG2E)
+    a = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    mean = tl.zeros((BLOCK_Q,), tl.float32)
+    if grad_context is not None:
+        base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
+        values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
+        for start in tl.range(0, Dv, BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            rows = in_q[:, None] & (v < Dv)[None, :]
+            dc = tl.load(grad_context + base + v[None, :], mask=rows, other=0.0)
+            c = tl.load(context + base + v[None, :], mask=rows, other=0.0)
+            x_at = values + v.to(tl.int64)[:, None] * stride_vd
+            x = tl.load(x_at, mask=in_k[None, :] & (v < Dv)[:, None], other=0.0)  # [BLOCK_V, BLOCK_K]
+            a = tl.dot(dc, x, a, input_precision="tf32x3" if NVIDIA else "ieee")
+            mean += tl.sum(dc.to(tl.float32) * c.to(tl.float32), 1)
+    if grad_weights is not None:
+        a += tl.load(grad_weights + at, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        mean += tl.load(shift + bh * Tq + i64, mask=in_q, other=0.0)
+    gradient = p * (a - mean[:, None]) * scale
+    if softcap is not None:
+        gradient *= 1.0 - (s / softcap) * (s / softcap)
+    gradient = tl.where(s == float("-inf"), 0.0, gradient)
+    q_padded, k_padded = tl.cdiv(Tq, PAD) * PAD, tl.cdiv(Tk, PAD) * PAD
+    out = g + (bh * Tq + i64)[:, None] * k_padded + j64[None, :]
+    tl.store(out, gradient, mask=in_q[:, None] & (j < k_padded)[None, :])
+    out_transposed = g_transposed + (bh * Tk + j64)[:, None] * q_padded + i64[None, :]
+    tl.store(out_transposed, tl.trans(gradient), mask=in_k[:, None] & (i < q_padded)[None, :])
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_bwd_kernel_value(
+    scores, lse, grad_context, key_lengths, grad_value, stride_cb, stride_ch, H, Tq, Tk, first_query,
+    IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """dx_j = sum_i p_ij dc_i, float32 (B, H, Tk, Dv). Grid: (key tiles * B * H, value tiles)."""
+    k_tiles = tl.cdiv(Tk, BLOCK_K)
+    k_tile = tl.program_id(0) % k_tiles
+    bh = (tl.program_id(0) // k_tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    j64 = j.to(tl.int64)
+    in_k, in_v = j < Tk, v < Dv
+    first, last = 0, Tq
+    if IS_CAUSAL:  # earlier queries do not see these keys
+        first = tl.maximum(k_tile * BLOCK_K - first_query, 0) // BLOCK_Q * BLOCK_Q
+    if key_lengths is not None:
+        last = tl.where(tl.load(key_lengths + b) <= k_tile * BLOCK_K, first, last)
+
+    acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    for start in tl.range(first, last, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
+        i64 = i.to(tl.int64)
+        in_q = i < Tq
+        at = scores + (bh * Tq + i64)[None, :] * Tk + j64[:, None]
+        s = tl.load(at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
+        row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
+        p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[None, :]) * LOG2E)
+        dc_at = grad_context + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
+        dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
+        acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision="tf32x3" if NVIDIA else "ieee")
+    out = grad_value + (bh * Tk + j64)[:, None] * Dv + v[None, :]
+    tl.store(out, acc, mask=in_k[:, None] & in_v[None, :])
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_bwd_kernel_inputs(
+    held, passing, held_exp, passing_exp, held_bound, passing_bound, weight, g, key_lengths, grad, grad_weight,
+    stride_hb, stride_hh, stride_ht, stride_hd, stride_pb, stride_ph, stride_pt, stride_pd,
+    held_tiles_b, held_tiles_h, passing_tiles_b, passing_tiles_h, stride_wh, H, BH, T, passing_T, first_query,
+    split_rows,
+    IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAD: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_T held rows (queries or keys), BLOCK_D channels, from a range of the passing rows.
+
+    With held queries, also grad_weight (splits, B, H, tiles, D). Two passing rows share a reciprocal,
+    r1 = t2 / (t1 t2), and g is one number for all channels: nothing is summed across threads. One warp holds the
+    tile: every thread has all BLOCK_T rows of 4 channels. Grid: (held tiles * B * H, channel tiles, splits).
+    """
+    tiles = tl.cdiv(T, BLOCK_T)
+    tile = tl.program_id(0) % tiles
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    split = tl.program_id(2).to(tl.int64)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t64 = t.to(tl.int64)
+    in_d, in_pack = d < D, d < CHANNELS
+
+    first = split * split_rows
+    last = tl.minimum(first + split_rows, passing_T)
+    if grad_weight is not None:  # held queries, passing keys
+        if key_lengths is not None:
+            last = tl.minimum(last, tl.load(key_lengths + b))
+        if IS_CAUSAL:
+            last = tl.minimum(last, first_query + (tile + 1) * BLOCK_T)
+    else:
+        if key_lengths is not None:
+            last = tl.where(tl.load(key_lengths + b) <= tile * BLOCK_T, first, last)
+        if IS_CAUSAL:
+            first = tl.maximum(first, tl.maximum(tile * BLOCK_T - first_query, 0) // 2 * 2)
+
+    padded = tl.cdiv(T, PAD) * PAD
+    g += bh * passing_T * padded + t64
+    held_tile = b * held_tiles_b + h * held_tiles_h
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # of g r
+    total = tl.zeros((BLOCK_T,), tl.float32)  # of g
+    if tl.load(held_bound + held_tile + tile * BLOCK_T // PAD) + tl.load(passing_bound + bh) <= PAIR_RANGE:
+        e_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
+        e = tl.load(e_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
+        rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
+        for n in tl.range(first, last, 2):
+            t1 = tl.fma(e, tl.load(rows + n * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
+            t2 = tl.fma(e, tl.load(rows + (n + 1) * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
+            g1 = tl.load(g + n * padded)
+            # no second row after the last one
+            g2 = tl.load(g + (n + 1) * padded, mask=t < tl.minimum(last - n - 1, 1) * padded, other=0.0)
+            r = fast_reciprocal(t1 * t2, NVIDIA)
+            r1, r2 = t2 * r, t1 * r
+            if grad_weight is not None:
+                gr1, gr2 = g1[:, None] * r1, g2[:, None] * r2
+                sums += gr1 + gr2
+                acc = tl.fma(gr1, r1, tl.fma(gr2, r2, acc))
+                total += g1 + g2
+            else:
+                acc = tl.fma(g1[:, None], tl.fma(-r1, r1, r1), acc)
+                acc = tl.fma(g2[:, None], tl.fma(-r2, r2, r2), acc)
+    else:
+        x_at = (
+            held + b * stride_hb + h * stride_hh + t64[:, None] * stride_ht + d.to(tl.int64)[None, :] * stride_hd
+        )
+        x = tl.load(x_at, mask=(t < T)[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+        y_at = passing + b * stride_pb + h * stride_ph + d.to(tl.int64) * stride_pd
+        for n in tl.range(first, last):
+            y = tl.load(y_at + n * stride_pt, mask=in_d, other=0.0).to(tl.float32)
+            g1 = tl.load(g + n * padded)
+            r1 = _reciprocal_of_sum(x + y[None, :], NVIDIA)
+            if grad_weight is not None:
+                gr1 = g1[:, None] * r1
+                sums += gr1
+                acc = tl.fma(gr1, r1, acc)
+                total += g1
+            else:
+                acc = tl.fma(g1[:, None], tl.fma(-r1, r1, r1), acc)
+
+    part = split * BH + bh
+    if grad_weight is not None:
+        w_at = grad_weight + (part * tiles + tile) * D + d
+        tl.store(w_at, tl.sum(total, 0) - 2.0 * tl.sum(sums, 0), mask=in_d)
+        acc = sums - acc
+    w = tl.load(weight + h * stride_wh + d, mask=in_d, other=0.0)
+    out = grad + (part * T + t64)[:, None] * D + d[None, :]
+    tl.store(out, 4.0 * acc * w[None, :], mask=(t < T)[:, None] & in_d[None, :])
+
+
 # Launchers
 
-NUM_STAGES = 2
 UNROLL = 1  # 2 saves 0.2 slots a tanh, and spills
-_record: list[Kernel] | None = None
-
-
-def _launch(function, grid, *arguments, num_warps, **constexprs):
-    if _record is not None:
-        _record.append(_described(function, grid, arguments, constexprs, num_warps))
-    else:
-        function[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=NUM_STAGES)
-
-
 # Scores held between two kernels: 32 MiB stay in the second-level cache of a large GPU.
 CHUNK = 1 << 23
 # Up to here reading the keys once per query costs less than packing them.
 FEW_QUERIES = 4
+# Rows of scratch for backward are padded to this many numbers, so that wide loads are aligned.
+PAD = 32
 
 
 @functools.cache
@@ -386,7 +563,7 @@ def _pack(t, channels, block, by_row=False):
     (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
     packed = torch.empty(B, H, tiles, channels * block, dtype=torch.float32, device=t.device)
     bounds = torch.empty(B, H, tiles, dtype=torch.float32, device=t.device)
-    _launch(
+    launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, *t.stride(), H, T, tiles,
         D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=32, BY_ROW=by_row, num_warps=4,
@@ -407,8 +584,9 @@ class _Problem:
 
     def __init__(self, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
         if query.dim() == 3:
+            if mask is not None:
+                mask = mask.expand(*query.shape[:-1], key.shape[-2]).unsqueeze(1)
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-            mask = None if mask is None else mask.expand(query.shape[0], *mask.shape[-2:]).unsqueeze(1)
             weight = weight.expand(1, -1)
         (self.B, self.H, self.Tq, self.D), (self.Tk, self.Dv) = query.shape, value.shape[-2:]
         self.query, self.key, self.value = query, key, value
@@ -431,13 +609,15 @@ class _Problem:
 
     def scores(self, out, first, end):
         """Writes the scores of queries first to end to out (B, H, end - first, Tk)."""
-        query, mask = self.query[:, :, first:end], self.mask if self.mask is None else self.mask[:, :, first:end]
+        query, mask = self.query[:, :, first:end], self.mask
+        if mask is not None:
+            mask = mask[:, :, first:end]
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         n, (block_q, block_k, warps) = end - first, self.tile
         if self.few:
             # A row of 128 channels is read by a warp; the sums of BLOCK_K keys stay in registers.
             block_d, block_k = (64, 32) if self.D > 64 else (32, 64)
-            _launch(
+            launch(
                 additive_attention_fwd_kernel_few, (n * triton.cdiv(self.Tk, block_k) * self.BH,),
                 query, self.key, self.weight, mask, self.key_lengths, out,
                 *query.stride(), *self.key.stride(), *mask_strides, self.stride_wh, self.H, n, self.Tk, first,
@@ -446,15 +626,15 @@ class _Problem:
             )  # fmt: skip
             return
         if self.key_exp is None:
-            self.key_exp, self.key_bound = _pack(self.key, self.channels, block_k)
+            self.key_exp, self.key_exp_bound = _pack(self.key, self.channels, block_k)
         query_exp, query_bound = _pack(query, self.channels, block_q)
-        _launch(
+        launch(
             additive_attention_fwd_kernel_scores,
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             query, self.key, self.weight, mask, self.key_lengths,
-            query_exp, self.key_exp, query_bound, self.key_bound, out,
+            query_exp, self.key_exp, query_bound, self.key_exp_bound, out,
             *query.stride(), *self.key.stride(), *mask_strides,
-            *_strides(query_bound), *_strides(self.key_bound), self.stride_wh,
+            *_strides(query_bound), *_strides(self.key_exp_bound), self.stride_wh,
             self.H, n, self.Tk, first, self.scale, self.softcap,
             IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
             BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
@@ -474,7 +654,7 @@ class _Problem:
             parts = torch.empty(splits, self.B, self.H, n, self.Dv, dtype=torch.float32, device=lse.device)
             lse_parts = torch.empty(parts.shape[:-1], dtype=torch.float32, device=lse.device)
             stride_s = (parts.stride(0), lse_parts.stride(0))
-        _launch(
+        launch(
             additive_attention_fwd_kernel_context, (q_tiles * self.BH, splits, v_tiles),
             scores, self.value, self.key_lengths, parts, lse_parts,
             *self.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
@@ -483,17 +663,82 @@ class _Problem:
             NVIDIA=NVIDIA, num_warps=4,
         )  # fmt: skip
         if splits > 1:
-            _launch(
+            launch(
                 additive_attention_fwd_kernel_combine, (self.BH * n,),
                 parts, lse_parts, context, lse, *context.stride()[:2], *lse.stride()[:2],
                 self.H, n, self.BH * n, splits,
                 Dv=self.Dv, BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=block_v, num_warps=4,
             )  # fmt: skip
 
+    def pack_rows(self):
+        """Exponentials and bounds of queries and keys, row by row, for the passes over inputs."""
+        channels, tensors = self.channels, (self.query, self.key)
+        (self.query_rows, self.query_bound), (self.key_rows, self.key_bound) = (
+            _pack(t, channels, PAD, by_row=True) for t in tensors
+        )
 
-def _on(device):
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    def gradient(self, scores, lse, context, grad_context, grad_weights, shift):
+        """g (B, H, n, Tk) and its transpose, rows padded to PAD; context and its gradient are (B, H, n, Dv)."""
+        n, block_q, block_k = lse.shape[2], 32, 32
+        q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, self.Tk))
+        g = torch.empty(self.BH, n, k_padded, dtype=torch.float32, device=lse.device)
+        g_transposed = torch.empty(self.BH, self.Tk, q_padded, dtype=torch.float32, device=lse.device)
+        launch(
+            additive_attention_bwd_kernel_gradient,
+            (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
+            scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
+            *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
+            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=32, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
+        )  # fmt: skip
+        return g, g_transposed
+
+    def value_gradient(self, scores, lse, grad_context, first):
+        """float32 (B, H, Tk, Dv): what the queries from first on give."""
+        out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
+        block_q, block_k, block_v = 32, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
+        launch(
+            additive_attention_bwd_kernel_value,
+            (triton.cdiv(self.Tk, block_k) * self.BH, triton.cdiv(self.Dv, block_v), 1),
+            scores, lse, grad_context, self.key_lengths, out, *grad_context.stride()[:2],
+            self.H, lse.shape[2], self.Tk, first,
+            IS_CAUSAL=self.is_causal, Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+            NVIDIA=NVIDIA, num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def input_gradient(self, g, first, end, of_query):
+        """float32 gradient (B, H, T, D) of queries first to end and of the weight (H, D); or of the keys."""
+        tiles = slice(first // PAD, triton.cdiv(end, PAD))
+        if of_query:
+            held, held_exp, held_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
+            passing, passing_exp, passing_bound = self.key, self.key_rows, self.key_bound
+            held_exp, held_bound = held_exp[:, :, tiles], held_bound[:, :, tiles]
+        else:
+            held, held_exp, held_bound = self.key, self.key_rows, self.key_bound
+            passing, passing_exp, passing_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
+            passing_exp, passing_bound = passing_exp[:, :, tiles], passing_bound[:, :, tiles]
+        T, passing_T = held.shape[2], passing.shape[2]
+        block_t, block_d = (8, 128) if self.D > 64 else (16, 64)
+        tiles, channel_tiles = triton.cdiv(T, block_t), triton.cdiv(self.D, block_d)
+        # A program is one warp: a multiprocessor wants many.
+        wanted = 8 * _programs_wanted(held.device) // (tiles * channel_tiles * self.BH)
+        split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, min(wanted, 64))), PAD) * PAD
+        splits = triton.cdiv(passing_T, split_rows)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=held.device)
+        grad = empty(splits, self.B, self.H, T, self.D)
+        grad_weight = empty(splits, self.B, self.H, tiles, self.D) if of_query else None
+        launch(
+            additive_attention_bwd_kernel_inputs, (tiles * self.BH, channel_tiles, splits),
+            held, passing, held_exp, passing_exp, held_bound,
+            passing_bound.amax(-1).expand(self.B, self.H).contiguous(),
+            self.weight, g, self.key_lengths, grad, grad_weight,
+            *held.stride(), *passing.stride(), *_strides(held_bound), *_strides(passing_bound), self.stride_wh,
+            self.H, self.BH, T, passing_T, first, split_rows,
+            IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_T=block_t, BLOCK_D=block_d, PAD=PAD,
+            NVIDIA=NVIDIA, num_warps=1,
+        )  # fmt: skip
+        grad = grad.sum(0) if splits > 1 else grad[0]
+        return (grad, grad_weight.sum((0, 1, 3))) if of_query else grad
 
 
 def _weights(scores, lse, dtype):
@@ -516,7 +761,7 @@ def additive_attention_fwd(
     if Tk == 0:
         lse.fill_(float("-inf"))
     elif lse.numel():
-        with _on(query.device):
+        with on_device_of(query):
             problem = _Problem(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap)
             heads = (problem.B, problem.H, problem.Tq)
             c, row_lse = context.view(*heads, Dv), lse.view(heads)
@@ -537,49 +782,65 @@ register(
 )
 
 
+def additive_attention_bwd(
+    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound,
+    is_causal, scale, softcap, context, lse, scores,
+):  # fmt: skip
+    """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
+    inputs = (query, key, value, weight)
+    if not (lse.numel() and key.shape[-2]):
+        return tuple(t.new_zeros(t.shape) for t in inputs)
+    with on_device_of(query):
+        problem = _Problem(*inputs, mask, key_lengths, is_causal, scale, softcap)
+        B, H, Tq, Tk, Dv = problem.B, problem.H, problem.Tq, problem.Tk, problem.Dv
+        problem.pack_rows()
+        kept = scores.numel() > 0
+        lse, context = lse.view(B, H, Tq), context.view(B, H, Tq, Dv)
+        if grad_context is not None:
+            grad_context = grad_context.contiguous().view(B, H, Tq, Dv)
+        if grad_weights is not None:
+            grad_weights = grad_weights.contiguous()
+        if grad_lse is not None:
+            grad_lse = grad_lse.reshape(B, H, Tq).float()
+        grad_query = torch.empty(B, H, Tq, problem.D, dtype=query.dtype, device=query.device)
+        totals = None
+        for first, end in problem.chunks(kept or grad_weights is not None):
+            part = slice(first, end)
+            s, row_lse = scores, lse[:, :, part].contiguous()
+            if not kept:
+                s = row_lse.new_empty(B, H, end - first, Tk)
+                problem.scores(s, first, end)
+            shift = None
+            if grad_weights is not None:
+                p = _weights(s.view(B, H, Tq, Tk), lse, torch.float32)
+                shift = (p * grad_weights.view(p.shape)).sum(-1)
+            if grad_lse is not None:
+                shift = -grad_lse[:, :, part] if shift is None else shift - grad_lse
+            shift = None if shift is None else shift.contiguous()
+            dc = None if grad_context is None else grad_context[:, :, part]
+            g, g_transposed = problem.gradient(s, row_lse, context[:, :, part], dc, grad_weights, shift)
+            dq, dw = problem.input_gradient(g_transposed, first, end, of_query=True)
+            grad_query[:, :, part] = dq
+            sums = [problem.input_gradient(g, first, end, of_query=False), dw]
+            if dc is not None:
+                sums.append(problem.value_gradient(s, row_lse, dc, first))
+            totals = sums if totals is None else [total.add_(x) for total, x in zip(totals, sums, strict=True)]
+    grad_key, grad_weight, *grad_value = totals
+    grads = (grad_query, grad_key, grad_value[0] if grad_value else value.new_zeros(value.shape), grad_weight)
+    return tuple(grad.to(t.dtype).view(t.shape) for grad, t in zip(grads, inputs, strict=True))
+
+
+register(
+    "additive_attention_bwd_triton(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, Tensor query, "
+    "Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
+    "float key_bound, bool is_causal, float scale, float? softcap, Tensor context, Tensor lse, "
+    "Tensor scores) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
+    additive_attention_bwd,
+)
+
+
 # For tools
-
-TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.uint8: "*u8", torch.int64: "*i64",
-}  # fmt: skip
-
-
-def _described(function, grid, arguments, constexprs, num_warps) -> Kernel:
-    """What Triton would compile for a launch: its rules of specialisation, written down."""
-    signature, values, divisible = {}, dict(constexprs), []
-    for name, x in zip(function.arg_names, arguments, strict=False):
-        if isinstance(x, torch.Tensor):
-            signature[name] = TYPES[x.dtype]
-            if x.storage_offset() * x.itemsize % 16 == 0:
-                divisible.append(name)
-        elif isinstance(x, float):
-            signature[name] = "fp32"
-        elif x is None or (x == 1 and name not in UNSPECIALISED):
-            values[name] = x
-        else:
-            signature[name] = "i32" if abs(x) < 1 << 31 else "i64"
-            if x % 16 == 0 and name not in UNSPECIALISED:
-                divisible.append(name)
-    signature |= {name: "constexpr" for name in values}
-    label = function.__name__.removeprefix("additive_attention_").replace("_kernel", "")
-    tile = "x".join(str(values[name]) for name in function.arg_names if name.startswith("BLOCK_"))
-    dtypes = {t for name, t in signature.items() if name in ("query", "source", "value", "held")}
-    return Kernel(
-        function, signature, values, tuple(grid), tuple(divisible), num_warps, NUM_STAGES,
-        "-".join([label, tile, *(t[1:] for t in sorted(dtypes))]),
-    )  # fmt: skip
-
-
-def recorded(call) -> list[Kernel]:
-    """The kernels that ``call()`` launches, in order; none of them runs, so tensors may be on the meta device."""
-    global _record
-    _record = []
-    try:
-        call()
-        return _record
-    finally:
-        _record = None
 
 
 def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
@@ -599,4 +860,6 @@ def _typical_call(B, Tq, Tk, D, dtype, masked):
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
     options = (mask, lengths, None, 0.0, masked, 1.0, 5.0 if masked else None)
-    additive_attention_fwd(*inputs, *options, masked, False)
+    context, lse, weights, scores = additive_attention_fwd(*inputs, *options, masked, False)
+    grads = (context, lse, weights if masked else None)
+    additive_attention_bwd(*grads, *inputs, *options, context, lse, scores)

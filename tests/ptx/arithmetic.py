@@ -85,6 +85,15 @@ def fma(a, b, c):
     return np.where(np.isfinite(exact), exact, product + c)
 
 
+def _fma_downwards(a, b, c):
+    """fma.rm.f32: rounded towards -inf; ``rest`` tells whether the sum in float64 is exact."""
+    product, c = a.astype(np.float64) * b, c.astype(np.float64)
+    total, rest = _two_sum(product, c)
+    nearest = total.astype(np.float32)
+    above = (nearest > total) | ((nearest == total) & (rest < 0))
+    return np.where(above, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
 def _noise(x: np.ndarray) -> np.ndarray:
     """In [-1, 1), from the bits of x."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -238,7 +247,9 @@ def _multiply(types, flags):
 def _multiply_add(types, flags):
     type_ = types[0]
     if is_float(type_):
-        return _float(type_, flags, fma, 3)
+        if "rm" in flags and type_ != "f32":
+            raise PtxError(f"fma.rm.{type_} is not implemented")
+        return _float(type_, flags, _fma_downwards if "rm" in flags else fma, 3)
     if "wide" in flags:
         wide = _NUMPY[_wide(type_)]
         return Elementwise(
@@ -533,7 +544,7 @@ RULES: dict[str, tuple[Callable, str]] = {
     "sub": (_arithmetic(np.subtract), "rn ftz sat"),
     "mul": (_multiply, "lo hi wide rn ftz sat"),
     "mad": (_multiply_add, "lo hi wide rn ftz sat"),
-    "fma": (_multiply_add, "rn ftz sat relu"),
+    "fma": (_multiply_add, "rn rm ftz sat relu"),
     "div": (_division, "approx full rn ftz"),
     "rem": (lambda types, flags: _integers(types, lambda a, b: _truncated_division(a, b)[1], 2), ""),
     "min": (_minimum(np.fmin, np.minimum, np.minimum), "ftz NaN relu"),

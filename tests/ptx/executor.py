@@ -16,7 +16,7 @@ from .memory import GlobalMemory, PrivateMemory
 from .operands import Operands
 from .parser import Immediate, Instruction, Kernel, PtxError
 
-_BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned", "barrier.cta.sync.aligned", "bar.cta.sync")
+_BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned", "bar.red.or.pred", "bar.red.and.pred")
 _EXITS = ("ret", "exit", "ret.uni")
 
 
@@ -35,6 +35,7 @@ class _Block:
     end: str = "next"  # or branch, exit, barrier
     guard: Callable | None = None
     target: int = 0  # number of the block that a branch goes to, number of the barrier
+    finish: Callable | None = None  # what a barrier with a reduction writes when all have come
 
 
 class Program:
@@ -81,10 +82,26 @@ class Program:
                         block.target = number[self.kernel.labels[instruction.operands[0].name]]
                     elif kind == "barrier":
                         block.target = _barrier_number(instruction)
+                        block.finish = self._reduction(instruction)
                 except PtxError as error:
                     raise PtxError(f"{error}\n    in: {instruction.text}") from error
             blocks.append(block)
         return blocks
+
+    def _reduction(self, instruction: Instruction) -> Callable | None:
+        """bar.red: whether the predicate holds for any thread, or for all threads, of the block."""
+        if "red" not in instruction.opcode.split("."):
+            return None
+        write = self.operands.writer(instruction.operands[0], "pred")
+        read = self.operands.reader(instruction.operands[2], "pred")
+        reduce = np.logical_or if "or" in instruction.opcode.split(".") else np.logical_and
+
+        def finish(machine, threads):
+            given = np.broadcast_to(read(machine), (machine.lanes,)).reshape(machine.blocks, -1)
+            result = np.repeat(reduce.reduce(given, axis=1), given.shape[1])
+            write(machine, result, threads)
+
+        return finish
 
     def _step(self, instruction: Instruction) -> Callable:
         rule = elementwise(instruction.opcode)
@@ -121,9 +138,10 @@ def _kind(instruction: Instruction) -> str | None:
 
 
 def _barrier_number(instruction: Instruction) -> int:
-    if len(instruction.operands) != 1 or not isinstance(instruction.operands[0], Immediate):
+    numbers = [o for o in instruction.operands if isinstance(o, Immediate)]
+    if len(numbers) != 1 or len(instruction.operands) != (3 if "red" in instruction.opcode else 1):
         raise PtxError("a barrier of part of a block is not implemented")
-    return instruction.operands[0].value
+    return numbers[0].value
 
 
 class Machine:
@@ -132,7 +150,7 @@ class Machine:
     def __init__(self, program: Program, memory: GlobalMemory, parameters: dict[str, bytes], grid, block, numbers):
         self.memory, self.parameters = memory, parameters
         threads = int(np.prod(block))
-        self.lanes = threads * len(numbers)
+        self.blocks, self.lanes = len(numbers), threads * len(numbers)
         self.registers: list[np.ndarray | None] = [None] * len(program.operands.slots)
         self.block = np.repeat(np.arange(len(numbers)), threads)  # which of the blocks here
         thread = np.tile(np.arange(threads), len(numbers))
@@ -170,7 +188,7 @@ class Machine:
         executed = 0
         while groups or waiting:
             if not groups:
-                groups = self._release(waiting, alive)
+                groups = self._release(program, waiting, alive)
                 waiting = {}
             number = min(groups)
             active, block = groups.pop(number), program.blocks[number]
@@ -209,7 +227,7 @@ class Machine:
         except PtxError as error:
             raise type(error)(f"{error}\n    in: {step.text}") from error
 
-    def _release(self, waiting, alive: np.ndarray) -> dict[int, np.ndarray]:
+    def _release(self, program: Program, waiting, alive: np.ndarray) -> dict[int, np.ndarray]:
         """Threads at barriers that go on; no other thread can run, so who is missing now will never come."""
         groups: dict[int, np.ndarray] = {}
         barriers = {barrier for barrier, _ in waiting}
@@ -223,6 +241,8 @@ class Machine:
                     f"({int((missing & ~alive).sum())} have left the kernel)"
                 )
             self.shared.barrier(np.unique(here))
+            if (finish := program.blocks[target - 1].finish) is not None:
+                finish(self, threads)
             groups[target] = groups.get(target, False) | threads
         return groups
 

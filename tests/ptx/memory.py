@@ -4,6 +4,8 @@ Threads run in lockstep, which would hide a missing barrier: the value is always
 which warp touched a byte since the last barrier, and an access that needs a barrier in between is an error.
 """
 
+import ctypes
+
 import numpy as np
 
 from .parser import PtxError
@@ -26,52 +28,68 @@ def _store(words: np.ndarray, index: np.ndarray, value: np.ndarray, where: str) 
 
 
 class GlobalMemory:
-    """Buffers far from each other: an address beyond one is an address in none.
+    """Buffers, each with its own bounds: an address outside all of them is an error.
 
-    Addresses need more than 32 bits. A buffer is a copy; ``write_back`` updates the array.
+    ``add`` copies an array to an address of its own, far from the others and beyond 32 bits; ``write_back``
+    updates the array. ``add_host`` takes memory of this process where it is, for code that knows its addresses.
     """
 
     SPACING = 1 << 40
 
     def __init__(self):
-        self.arrays: list[np.ndarray] = []
+        self.copies: list[tuple[np.ndarray, np.ndarray]] = []  # array, its copy
         self.names: list[str] = []
-        self.sizes = np.zeros(0, np.int64)
+        self.starts, self.sizes = np.zeros(0, np.uint64), np.zeros(0, np.int64)
         self.words: list[dict[int, np.ndarray]] = []
 
     def add(self, array: np.ndarray, name: str = "") -> int:
         """The address of a contiguous array's bytes."""
         data = array.reshape(-1).view(np.uint8)
-        padded = np.zeros(-(-data.size // 16) * 16, np.uint8)
-        padded[: data.size] = data
-        self.arrays.append(data)
-        self.names.append(name or f"buffer {len(self.arrays) - 1}")
-        self.sizes = np.append(self.sizes, data.size)
-        self.words.append({size: padded.view(word) for size, word in _WORDS.items()})
-        return len(self.arrays) * self.SPACING
+        copy = np.zeros(-(-data.size // 16) * 16, np.uint8)
+        copy[: data.size] = data
+        self.copies.append((data, copy))
+        address = len(self.copies) * self.SPACING
+        self._add(address, data.size, copy, name or f"buffer {len(self.names)}")
+        return address
+
+    def add_host(self, address: int, size: int, name: str) -> None:
+        """Memory of this process. Words are aligned, so that the pieces at its ends lie in the same page."""
+        first, last = address // 16 * 16, -(-(address + size) // 16) * 16
+        block = (ctypes.c_uint8 * (last - first)).from_address(first)
+        self._add(address, size, np.frombuffer(block, np.uint8), name)
+
+    def _add(self, address: int, size: int, block: np.ndarray, name: str) -> None:
+        at = int(np.searchsorted(self.starts, np.uint64(address)))
+        self.starts = np.insert(self.starts, at, np.uint64(address))
+        self.sizes = np.insert(self.sizes, at, size)
+        self.names.insert(at, name)
+        self.words.insert(at, {size: block.view(word) for size, word in _WORDS.items()})
 
     def write_back(self) -> None:
-        for array, words in zip(self.arrays, self.words, strict=True):
-            array[:] = words[1][: array.size]
+        for array, copy in self.copies:
+            array[:] = copy[: array.size]
 
     def _pieces(self, addresses: np.ndarray, size: int, span: int, action: str):
-        """(words of a buffer, which accesses are in it, index of the word), for each buffer that is touched."""
-        buffer = (addresses >> np.uint64(40)).astype(np.int64) - 1
-        offset = (addresses & np.uint64(self.SPACING - 1)).astype(np.int64)
-        known = (buffer >= 0) & (buffer < len(self.arrays))
-        wrong = ~known | (offset + size > self.sizes[np.where(known, buffer, 0)]) if self.arrays else ~known
+        """(words of a buffer, which accesses are in it, index of the word, name), for each buffer touched."""
+        buffer = np.searchsorted(self.starts, addresses, side="right") - 1
+        known = buffer >= 0
+        start = self.starts[buffer] if self.starts.size else np.zeros_like(addresses)
+        offset = np.where(known, (addresses - start).astype(np.int64), 0)
+        beyond = offset + size > self.sizes[buffer] if self.sizes.size else True
+        wrong = ~known | beyond
         if wrong.any():
             at = int(np.argmax(wrong))
-            inside = self.names[buffer[at]] if known[at] else None
-            place = f"byte {offset[at]} of {inside} ({self.sizes[buffer[at]]} bytes)" if inside else "in no buffer"
+            place = "in no buffer"
+            if known[at]:
+                place = f"byte {offset[at]} of {self.names[buffer[at]]} ({self.sizes[buffer[at]]} bytes)"
             raise OutOfBounds(f"{action} of {size} bytes at {int(addresses[at]):#x}: {place}")
-        if (offset % span).any():
-            raise OutOfBounds(
-                f"{action} of {span} bytes at {int(addresses[np.argmax(offset % span)]):#x}: misaligned"
-            )
+        if (addresses % np.uint64(span)).any():
+            at = int(addresses[np.argmax(addresses % np.uint64(span))])
+            raise OutOfBounds(f"{action} of {span} bytes at {at:#x}: misaligned")
+        word = (offset + (start % np.uint64(16)).astype(np.int64)) // size
         for b in np.unique(buffer):
             here = buffer == b
-            yield self.words[b][size], here, offset[here] // size, self.names[b]
+            yield self.words[b][size], here, word[here], self.names[b]
 
     def load(self, addresses: np.ndarray, size: int, span: int) -> np.ndarray:
         """Words of ``size`` bytes, parts of accesses of ``span`` bytes: span aligns the first word of each."""

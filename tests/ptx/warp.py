@@ -194,13 +194,13 @@ def _store_matrix(instruction: Instruction, parts: list[str], operands: Operands
     return step
 
 
-def _fragment_a(k: int, packed: int, registers: int):
+def _fragment_a(packed: int, registers: int):
     """Row and column of every element of A, [lane, register, element of it]."""
     lane, register, e = np.ix_(_LANE, np.arange(registers), np.arange(packed))
     return lane // 4 + 8 * (register % 2) + 0 * e, packed * (lane % 4) + e + 4 * packed * (register // 2)
 
 
-def _fragment_b(k: int, packed: int, registers: int):
+def _fragment_b(packed: int, registers: int):
     lane, register, e = np.ix_(_LANE, np.arange(registers), np.arange(packed))
     return packed * (lane % 4) + e + 4 * packed * register, lane // 4 + 0 * register + 0 * e
 
@@ -235,7 +235,7 @@ def _multiply(instruction: Instruction, parts: list[str], operands: Operands) ->
     reads_a, reads_b = ([operands.reader(r, register_type) for r in x] for x in (a, b))
     reads_c = [operands.reader(r, c_type) for r in c]
     writes = [operands.writer(r, d_type) for r in d]
-    at_a, at_b, at_c = _fragment_a(k, packed, len(a)), _fragment_b(k, packed, len(b)), _fragment_c(len(c))
+    at_a, at_b, at_c = _fragment_a(packed, len(a)), _fragment_b(packed, len(b)), _fragment_c(len(c))
 
     def gather(machine, reads, at, shape):
         matrix = np.zeros((machine.lanes // WARP, *shape))

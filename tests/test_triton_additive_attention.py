@@ -1,0 +1,218 @@
+"""The Triton kernels of additive attention in Triton's interpreter: values and all gradients, as for the C++ ones.
+
+What runs on a GPU is the compiled kernel; ``tests/test_triton_compile.py`` compiles each, ``tests/ptx`` runs the
+compiled code. A step of the interpreter takes a millisecond whatever its tile: few channels, any number of rows.
+"""
+
+import triton_interpreter  # noqa: F401, I001, before anything that imports triton
+
+import functools
+import math
+
+import pytest
+import torch
+from test_additive_attention import INPUTS, MAGNITUDES, MASKS, check, make_inputs, run, shape, shape_id
+
+from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
+from fusedattn.triton import additive_attention as kernels
+from fusedattn.triton._common import recorded
+
+attention = functools.partial(additive_attention, backend="triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [
+    shape(1, 1, 1, 1),
+    shape(2, 3, 63, 31, 17),  # few queries
+    shape(2, 2, 17, 6, 33, H=2),
+    shape(1, 16, 129, 5, 16),
+    shape(2, 63, 65, 4, 5),
+    shape(1, 40, 33, 7, 130),  # scores are recomputed, several tiles of values
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SHAPES, ids=shape_id)
+def test_matches_the_reference(sizes, dtype):
+    check(make_inputs(sizes, dtype), attention)
+
+
+def test_many_channels():
+    check(make_inputs(shape(1, 17, 5, 130, 3)), attention)
+
+
+@pytest.mark.parametrize("Tq", [2, 19])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [False, True], ids=["no_lengths", "lengths"])
+@pytest.mark.parametrize("kind", ["none", "keys", "queries", "full", "heads", "empty_rows"])
+def test_masks_and_their_combinations(Tq, kind, lengths, is_causal):
+    sizes = shape(2, Tq, 37, 4, 5, H=2)
+    mask = MASKS[kind](2, 2, Tq, 37)
+    key_lengths = torch.tensor([20, 0]) if lengths else None
+    actual = check(make_inputs(sizes), attention, mask=mask, key_lengths=key_lengths, is_causal=is_causal)
+    if lengths:
+        assert (actual["context"][1] == 0).all() and (actual["lse"][1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 0.3])
+@pytest.mark.parametrize("scale", [0.25, -1.5])
+def test_scale_and_softcap(scale, softcap):
+    inputs = make_inputs(shape(2, 9, 35, 6, 9))
+    check(inputs, attention, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
+
+
+@pytest.mark.parametrize("Tq", [1, 5])
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_magnitudes(magnitude, Tq):
+    query, key, value, weight = make_inputs(shape(1, Tq, 21, 3, 3))
+    q, k = MAGNITUDES[magnitude]
+    query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
+    key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
+    check([query, key, value, weight], attention)
+
+
+def test_magnitudes_differ_between_tiles():
+    query, key, value, weight = make_inputs(shape(1, 40, 150, 4, 5))
+    query[0, 3] *= 30
+    key[0, 140] *= 100
+    check([query, key, value, weight], attention)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e15, 1e30])
+@pytest.mark.parametrize("Tq", [2, 5])
+def test_magnitudes_of_the_weight(size, Tq):
+    query, key, value, weight = make_inputs(shape(2, Tq, 21, 6, 3))
+    check([query, key, value, weight * size], attention)
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", INPUTS[:3])
+@pytest.mark.parametrize("Tq", [3, 20])
+def test_nan_and_infinity_behave_as_in_the_reference(Tq, name, special):
+    inputs = make_inputs(shape(2, Tq, 9, 4, 4))
+    inputs[INPUTS.index(name)].view(-1)[1] = special
+    actual = attention(*inputs, return_weights=True, return_lse=True)
+    expected = additive_attention_ref(*inputs, return_weights=True, return_lse=True)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_layouts():
+    def views(leaves):
+        query, key, value, weight = leaves
+        return query.expand(3, -1, -1), key[:, ::2].expand(3, -1, -1), value.transpose(1, 2), weight[::2]
+
+    inputs = make_inputs(shape(1, 7, 70, 4, 6))
+    query, key, _, _ = inputs
+    value, weight = torch.randn(3, 6, 35), torch.randn(8)
+    check([query, key, value, weight], attention, views=views)
+
+
+def test_one_weight_and_keys_for_all_heads():
+    query, key, value, weight = make_inputs(shape(2, 18, 20, 4, 5, H=3))
+    inputs = [query, key[:, :1], value[:, :1], weight[0]]
+
+    def views(leaves):
+        query, key, value, weight = leaves
+        return query, key.expand(-1, 3, -1, -1), value.expand(-1, 3, -1, -1), weight
+
+    check(inputs, attention, views=views)
+
+
+@pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])
+def test_zero_sizes(empty):
+    check(make_inputs(shape(2, 5, 6, 4, 6, H=2) | {empty: 0}), attention)
+
+
+def test_several_chunks_of_queries(monkeypatch):
+    """Scratch is bounded: the scores of 32 queries at a time, none of them kept."""
+    monkeypatch.setattr(kernels, "CHUNK", 1)
+    check(make_inputs(shape(1, 70, 40, 2, 3)), attention, is_causal=True, key_lengths=torch.tensor([37]))
+    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 70, 40, 2, 3))]
+    monkeypatch.setattr("fusedattn.ops.additive_attention._keeps_scores", lambda *_: False)
+    for is_causal in (False, True):
+        gradients = [
+            torch.autograd.grad(function(*inputs, is_causal=is_causal).sin().sum(), inputs)
+            for function in (attention, additive_attention_ref)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("Tq", [1, 17])
+def test_keys_split_over_programs(Tq):
+    check(make_inputs(shape(1, Tq, 1000, 2, 3)), attention, key_lengths=torch.tensor([700]))
+
+
+@pytest.mark.parametrize("outputs", [("weights",), ("lse",)], ids="-".join)
+def test_gradients_of_each_output_alone(outputs):
+    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 5, 40, 3, 6))]
+
+    def gradients(function):
+        results = dict(
+            zip(("weights", "lse"), function(*inputs, return_weights=True, return_lse=True)[1:], strict=True)
+        )
+        return torch.autograd.grad(
+            sum(results[name].sin().sum() for name in outputs), inputs, materialize_grads=True
+        )
+
+    torch.testing.assert_close(gradients(attention), gradients(additive_attention_ref))
+
+
+def test_the_same_bits_every_time():
+    inputs = make_inputs(shape(2, 18, 300, 4, 5))
+    first, second = (run(attention, inputs) for _ in range(2))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_compiles_without_graph_breaks():
+    linear = torch.nn.Linear(3, 4)
+    query, key, value, weight = make_inputs(shape(2, 5, 7, 4, 6))
+    inputs = [torch.randn(2, 5, 3), key.requires_grad_(), value, weight]
+
+    def model(x, key, value, weight):
+        return attention(linear(x), key, value, weight, return_lse=True)[0].sin().sum()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for Tk in (7, 6):
+        arguments = [inputs[0], key[:, :Tk], value[:, :Tk], weight]
+        gradients = [torch.autograd.grad(f(*arguments), (key, linear.weight)) for f in (compiled, model)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_operators_are_well_formed():
+    query, key, value, weight = (t.unsqueeze(1) for t in make_inputs(shape(2, 5, 7, 4, 6)))
+    options = (None, torch.tensor([7, 3]), None, 0.0, True, 0.5, 2.0)
+    arguments = (query, key, value, weight.view(1, 4), *options)
+    fwd, bwd = torch.ops.fusedattn.additive_attention_fwd_triton, torch.ops.fusedattn.additive_attention_bwd_triton
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(fwd, (*arguments, True, True), test_utils=tests)
+    context, lse, weights, scores = fwd(*arguments, True, True)
+    torch.library.opcheck(bwd, (context, lse, weights, *arguments, context, lse, scores), test_utils=tests)
+
+
+def test_lengths_share_compiled_kernels():
+    """50 random lengths compile what two of them do: one short, one long."""
+    generator = torch.Generator().manual_seed(0)
+
+    def kernels_of(lengths):
+        found = set()
+        for Tq, Tk in lengths:
+            query, key, value = (torch.empty(3, T, 33, device="meta") for T in (Tq, Tk, Tk))
+            weight, lengths = torch.empty(33, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+            options = (None, lengths, None, 0.0, False, 1.0, None)
+
+            def call(inputs=(query, key, value, weight), options=options):
+                context, lse, _, scores = kernels.additive_attention_fwd(*inputs, *options, False, False)
+                kernels.additive_attention_bwd(context, None, None, *inputs, *options, context, lse, scores)
+
+            found |= {kernel.specialisation for kernel in recorded(call)}
+        return found
+
+    lengths = torch.randint(17, 2000, (50, 2), generator=generator).tolist()
+    found = kernels_of(lengths)
+    assert len(found) <= MOST_COMPILATIONS, sorted(name for name, *_ in found)
+
+
+MOST_COMPILATIONS = 14
+
+
+def test_unsupported_inputs():
+    with pytest.raises(UnsupportedError, match="float64"):
+        attention(*make_inputs(shape(1, 2, 3, 4), torch.float64))
