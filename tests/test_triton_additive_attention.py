@@ -15,7 +15,6 @@ from test_additive_attention import INPUTS, MAGNITUDES, MASKS, check, make_input
 
 from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
 from fusedattn.triton import additive_attention as kernels
-from fusedattn.triton._common import recorded
 
 attention = functools.partial(additive_attention, backend="triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -185,32 +184,6 @@ def test_operators_are_well_formed():
     torch.library.opcheck(fwd, (*arguments, True, True), test_utils=tests)
     context, lse, weights, scores = fwd(*arguments, True, True)
     torch.library.opcheck(bwd, (context, lse, weights, *arguments, context, lse, scores), test_utils=tests)
-
-
-def test_lengths_share_compiled_kernels():
-    """50 random lengths compile what two of them do: one short, one long."""
-    generator = torch.Generator().manual_seed(0)
-
-    def kernels_of(lengths):
-        found = set()
-        for Tq, Tk in lengths:
-            query, key, value = (torch.empty(3, T, 33, device="meta") for T in (Tq, Tk, Tk))
-            weight, lengths = torch.empty(33, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-            options = (None, lengths, None, 0.0, False, 1.0, None)
-
-            def call(inputs=(query, key, value, weight), options=options):
-                context, lse, _, scores = kernels.additive_attention_fwd(*inputs, *options, False, False)
-                kernels.additive_attention_bwd(context, None, None, *inputs, *options, context, lse, scores)
-
-            found |= {kernel.specialisation for kernel in recorded(call)}
-        return found
-
-    lengths = torch.randint(17, 2000, (50, 2), generator=generator).tolist()
-    found = kernels_of(lengths)
-    assert len(found) <= MOST_COMPILATIONS, sorted(name for name, *_ in found)
-
-
-MOST_COMPILATIONS = 14
 
 
 def test_unsupported_inputs():

@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from fusedattn.triton import film
+from fusedattn.triton import additive_attention, film
 from fusedattn.triton._common import recorded
 
 TARGETS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("cuda", 120), ("hip", "gfx942"), ("hip", "gfx950")]
@@ -70,3 +70,20 @@ def test_what_is_recorded_is_what_triton_specialises():
     assert "N" in forward.divisible and "R" not in forward.divisible
     assert forward.constexprs["gamma_c"] == 1 and forward.signature["BETA"] == "constexpr"
     assert forward.signature["C"] == "i32"
+
+
+def test_random_lengths_compile_few_kernels_of_additive_attention():
+    """Each kernel once; packing has three tiles, the pass over inputs two sides and one sum over splits."""
+    generator = torch.Generator().manual_seed(0)
+    D, found = 33, set()
+    weight, lengths = torch.empty(D, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    options = (None, lengths, None, 0.0, False, 1.0, None)
+    for Tq, Tk in torch.randint(17, 2000, (50, 2), generator=generator).tolist():
+        inputs = [torch.empty(3, T, D, device="meta") for T in (Tq, Tk, Tk)] + [weight]
+
+        def call(inputs=inputs):
+            context, lse, _, scores = additive_attention.additive_attention_fwd(*inputs, *options, False, False)
+            additive_attention.additive_attention_bwd(context, None, None, *inputs, *options, context, lse, scores)
+
+        found.update(kernel.specialisation for kernel in recorded(call))
+    assert len(found) <= 11
