@@ -13,9 +13,15 @@
 
 namespace fusedattn {
 
-// Blocks on a multiprocessor: at most 168 registers a thread in float. (4 blocks, 128 registers, spill on sm_100.)
+// Blocks on a multiprocessor that registers must leave room for: 3 leaves 168 a thread, which from sm_100 on
+// spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 template <typename S>
-constexpr int FORWARD_OCCUPANCY = sizeof(S) == 4 ? 3 : 2;
+constexpr int FORWARD_OCCUPANCY = sizeof(S) < 8 ? 3 : 2;
+#else
+template <typename S>
+constexpr int FORWARD_OCCUPANCY = 2;
+#endif
 
 // All contiguous. Weights and scores may be null; weights need scores.
 template <typename S>
