@@ -124,6 +124,8 @@ SHAPES = [
     shape(1, 130, 129, 34, 70),
     shape(2, 17, 33, 1, 1),
     shape(2, 5, 17, 33, 8, H=3),
+    shape(1, 1, 1000, 33, 5),  # few queries: keys split over blocks
+    shape(1, 16, 200, 130, 140),
 ]
 
 
@@ -132,6 +134,13 @@ SHAPES = [
 @pytest.mark.parametrize("sizes", SHAPES, ids=shape_id)
 def test_matches_the_reference(module, sizes, dtype):
     check(module, make_inputs(sizes, dtype))
+
+
+@pytest.mark.parametrize("Tq", [1, 2])
+def test_several_tiles_in_a_split(module, Tq):
+    inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))
+    inputs[1][0, 0, 140] *= 30
+    check(module, inputs, keep_scores=False, chunk=1 << 20, key_lengths=torch.tensor([145]))
 
 
 @pytest.mark.parametrize("keep_scores", [True, False])
@@ -178,10 +187,10 @@ def test_zero_sizes(module, empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("D", [1, 70])
+@pytest.mark.parametrize("Tq", [5, 17])
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_magnitudes(module, magnitude, D, dtype):
-    query, key, value, weight = make_inputs(shape(1, 5, 21, D, 3), dtype)
+def test_magnitudes(module, magnitude, Tq, dtype):
+    query, key, value, weight = make_inputs(shape(1, Tq, 21, 37, 3), dtype)
     q, k = MAGNITUDES[magnitude]
     query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
     key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
@@ -254,8 +263,9 @@ def test_gradients_of_each_output_alone(module, outputs, keep_scores):
     torch.testing.assert_close(gradients(kernel), gradients(cases.additive_attention_ref))
 
 
-def test_the_order_of_threads_changes_no_bit(module, thread_order):
-    inputs = make_inputs(shape(2, 70, 130, 35, 9))
+@pytest.mark.parametrize("Tq", [3, 70])
+def test_the_order_of_threads_changes_no_bit(module, Tq, thread_order):
+    inputs = make_inputs(shape(2, Tq, 130, 35, 9))
     kernel = functools.partial(emulated_attention, module, chunk=1)
     expected = cases.run(kernel, inputs)
     module.set_order(thread_order)

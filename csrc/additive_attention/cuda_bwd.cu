@@ -28,16 +28,16 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
   using T = gpu::Arithmetic<S>;
   const ScalarType type = in.query.scalar_type(), acc = gpu::arithmetic_type<S>();
   const AttentionProblem<S> p = in.problem<S>();
-  const auto dc = checked(in, grad_context, "grad_context", in.shape({p.Tq, p.Dv}), type, true);
-  const auto dl = checked(in, grad_lse, "grad_lse", in.shape({p.Tq}), acc);
-  const auto dp = checked(in, grad_weights, "grad_weights", in.shape({p.Tq, p.Tk}), type);
-  const auto c = checked(in, context, "context", in.shape({p.Tq, p.Dv}), type, true);
-  const auto l = checked(in, lse, "lse", in.shape({p.Tq}), acc);
+  const auto dc = checked(in, grad_context, "grad_context", in.shape(p.Tq, p.Dv), type, true);
+  const auto dl = checked(in, grad_lse, "grad_lse", in.shape(p.Tq), acc);
+  const auto dp = checked(in, grad_weights, "grad_weights", in.shape(p.Tq, p.Tk), type);
+  const auto c = checked(in, context, "context", in.shape(p.Tq, p.Dv), type, true);
+  const auto l = checked(in, lse, "lse", in.shape(p.Tq), acc);
   OptionalTensor s;
-  if (scores.numel() > 0) s = checked(in, scores, "scores", in.shape({p.Tq, p.Tk}), acc);
+  if (scores.numel() > 0) s = checked(in, scores, "scores", in.shape(p.Tq, p.Tk), acc);
 
-  Tensor dq = in.empty(in.shape({p.Tq, p.D}), type), dk = in.empty(in.shape({p.Tk, p.D}), type);
-  Tensor dx = in.empty(in.shape({p.Tk, p.Dv}), type);
+  Tensor dq = in.empty(in.shape(p.Tq, p.D), type), dk = in.empty(in.shape(p.Tk, p.D), type);
+  Tensor dx = in.empty(in.shape(p.Tk, p.Dv), type);
   Tensor dw = in.empty(in.flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D}, type);
   AttentionGradients<S> grads;
   grads.grad_context = dc ? in.view<S>(*dc) : RowsOf<S>(nullptr, 0, 0, 0);
@@ -45,7 +45,7 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
   grads.context = in.view<S>(*c), grads.lse = gpu::data<T>(l), grads.scores = gpu::data<T>(s);
   grads.grad_query = gpu::mutable_data<S>(dq), grads.grad_key = gpu::mutable_data<S>(dk);
   grads.grad_value = gpu::mutable_data<S>(dx), grads.grad_weight = gpu::mutable_data<S>(dw);
-  const Tensor memory = in.empty({BackwardPlan<S>(p).size}, acc);
+  const Tensor memory = in.empty(BackwardPlan<S>(p).size, acc);
   launch_additive_attention_bwd<S>(p, grads, gpu::mutable_data<T>(memory), in.device.stream());
   return {dq, dk, dx, dw};
 }

@@ -16,12 +16,12 @@ Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores
   using T = gpu::Arithmetic<S>;
   const ScalarType type = in.query.scalar_type(), acc = gpu::arithmetic_type<S>();
   const AttentionProblem<S> p = in.problem<S>();
-  Tensor context = in.empty(in.shape({p.Tq, p.Dv}), type), lse = in.empty(in.shape({p.Tq}), acc);
-  Tensor weights = return_weights ? in.empty(in.shape({p.Tq, p.Tk}), type) : in.empty({0}, type);
-  Tensor scores = keep_scores ? in.empty(in.shape({p.Tq, p.Tk}), acc) : in.empty({0}, acc);
+  Tensor context = in.empty(in.shape(p.Tq, p.Dv), type), lse = in.empty(in.shape(p.Tq), acc);
+  Tensor weights = return_weights ? in.empty(in.shape(p.Tq, p.Tk), type) : in.empty(0, type);
+  Tensor scores = keep_scores ? in.empty(in.shape(p.Tq, p.Tk), acc) : in.empty(0, acc);
   Tensor unkept = scores;  // weights are made of scores, in their own memory where that is of the same type
-  if (return_weights && !keep_scores) unkept = type == acc ? weights : in.empty(in.shape({p.Tq, p.Tk}), acc);
-  const Tensor memory = in.empty({additive_attention_fwd_workspace(p)}, acc);
+  if (return_weights && !keep_scores) unkept = type == acc ? weights : in.empty(in.shape(p.Tq, p.Tk), acc);
+  const Tensor memory = in.empty(additive_attention_fwd_workspace(p), acc);
   launch_additive_attention_fwd<S>(p, gpu::mutable_data<S>(context), gpu::mutable_data<T>(lse),
                                    return_weights || keep_scores ? gpu::mutable_data<T>(unkept) : nullptr,
                                    return_weights ? gpu::mutable_data<S>(weights) : nullptr,

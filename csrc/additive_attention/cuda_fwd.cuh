@@ -9,14 +9,19 @@
 #pragma once
 
 #include "cuda_problem.cuh"
+#include "cuda_split.cuh"
 
 namespace fusedattn {
 
-// Blocks on a multiprocessor: at most 128 (float), 168 (half precision) or 255 registers a thread, without spills.
+// Blocks on a multiprocessor that registers must leave room for: 3 leaves 168 a thread, which from sm_100 on
+// spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 template <typename S>
-constexpr int FORWARD_OCCUPANCY = sizeof(S) == 4   ? 4
-                                  : sizeof(S) == 2 ? 3
-                                                   : 2;
+constexpr int FORWARD_OCCUPANCY = sizeof(S) < 8 ? 3 : 2;
+#else
+template <typename S>
+constexpr int FORWARD_OCCUPANCY = 2;
+#endif
 
 // All contiguous. Weights and scores may be null; weights need scores.
 template <typename S>
@@ -137,13 +142,6 @@ FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
   return x;
 }
 
-// What the row's sums are multiplied with in the end.
-template <typename T>
-FUSEDATTN_DEVICE T normaliser(T row_max, T row_sum) {
-  if (row_max == -INFINITE<T> && row_sum == 0) return T(0);
-  return row_max == VISIBLE_MINUS_INF<T> ? NOT_A_NUMBER<T> : 1 / row_sum;
-}
-
 // One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
 // sums must be multiplied with.
 template <typename S, typename T>
@@ -250,9 +248,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
   __syncthreads();
   const int64_t rows = lower(BLOCK_Q, p.Tq - i0), first_row = at.n * p.Tq + i0;
   if (threadIdx.x < rows) {
-    const T top = memory.row_max[threadIdx.x], sum = memory.row_sum[threadIdx.x];
-    const bool none = (top == -INFINITE<T> && sum == 0) || top == VISIBLE_MINUS_INF<T>;
-    out.lse[first_row + threadIdx.x] = none ? -INFINITE<T> : top + gpu::log(sum);
+    out.lse[first_row + threadIdx.x] = log_sum_exp(memory.row_max[threadIdx.x], memory.row_sum[threadIdx.x]);
   }
   if (keys_end == 0)
     for (int64_t n = threadIdx.x; n < rows * p.Dv; n += ATTENTION_BLOCK)
@@ -290,9 +286,11 @@ void launch_additive_attention_weights(const AttentionProblem<S>& p, const gpu::
                    elements, p.Tk, weights);
 }
 
-// Elements of working memory: the sums of the context in half precision.
+// Elements of working memory: the sums of the context in half precision, or the parts of few queries.
 template <typename S>
 int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
+  const SplitPlan<S> plan(p);
+  if (plan.splits > 0) return plan.size(p);
   return sizeof(S) < sizeof(gpu::Arithmetic<S>) ? p.heads() * p.Tq * p.Dv : 0;
 }
 
@@ -305,11 +303,16 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu
   using T = gpu::Arithmetic<S>;
   const int64_t tiles = p.query_tiles(), blocks = p.heads() * tiles;
   if (blocks == 0) return;
-  T* sums = workspace;
-  if constexpr (sizeof(S) == sizeof(T)) sums = context;
-  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel<S>, static_cast<unsigned>(blocks), ATTENTION_BLOCK,
-                   ForwardMemory<S>::SIZE * sizeof(T), stream, p, AttentionOutputs<S>{context, lse, scores, sums},
-                   tiles);
+  const SplitPlan<S> plan(p);
+  if (plan.splits > 0) {
+    launch_additive_attention_split(p, plan, context, lse, scores, workspace, stream);
+  } else {
+    T* sums = workspace;
+    if constexpr (sizeof(S) == sizeof(T)) sums = context;
+    FUSEDATTN_LAUNCH(additive_attention_fwd_kernel<S>, static_cast<unsigned>(blocks), ATTENTION_BLOCK,
+                     ForwardMemory<S>::SIZE * sizeof(T), stream, p,
+                     AttentionOutputs<S>{context, lse, scores, sums}, tiles);
+  }
   if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);
 }
 

@@ -43,12 +43,12 @@ struct AttentionInputs {
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
     Tk = key.size(-2), Dv = value.size(-1);
-    check_shape(key, "key", shape({Tk, D}));
-    check_shape(value, "value", shape({Tk, Dv}));
+    check_shape(key, "key", shape(Tk, D));
+    check_shape(value, "value", shape(Tk, Dv));
     check_shape(weight, "weight", flat ? std::vector<int64_t>{D} : std::vector<int64_t>{H, D});
     if (mask) {
       device.require(mask, "additive_attention", "mask");
-      check_shape(*mask, "mask", shape({Tq, Tk}));
+      check_shape(*mask, "mask", shape(Tq, Tk));
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
     }
     if (key_lengths) {
@@ -60,11 +60,12 @@ struct AttentionInputs {
     }
   }
 
-  // (B, H, ...), or (B, ...) without heads.
-  std::vector<int64_t> shape(std::initializer_list<int64_t> rest) const {
+  // (B, H, ...), or (B, ...) without heads. Not a list in braces: nvcc spoils those in templates.
+  template <typename... Sizes>
+  std::vector<int64_t> shape(Sizes... rest) const {
     std::vector<int64_t> sizes{B};
     if (!flat) sizes.push_back(H);
-    sizes.insert(sizes.end(), rest);
+    (sizes.push_back(rest), ...);
     return sizes;
   }
 
@@ -111,6 +112,7 @@ struct AttentionInputs {
   Tensor empty(const std::vector<int64_t>& shape, ScalarType type) const {
     return torch::stable::new_empty(query, shape, type);
   }
+  Tensor empty(int64_t size, ScalarType type) const { return empty(std::vector<int64_t>(1, size), type); }
 };
 
 }  // namespace fusedattn

@@ -391,4 +391,31 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
   finish_scores(p, at, weight, i0, j0, keys_end, score);
 }
 
+// What the row's sums are multiplied with in the end.
+template <typename T>
+FUSEDATTN_DEVICE T normaliser(T row_max, T row_sum) {
+  if (row_max == -INFINITE<T> && row_sum == 0) return T(0);
+  return row_max == VISIBLE_MINUS_INF<T> ? NOT_A_NUMBER<T> : 1 / row_sum;
+}
+
+template <typename T>
+FUSEDATTN_DEVICE T log_sum_exp(T row_max, T row_sum) {
+  const bool none = (row_max == -INFINITE<T> && row_sum == 0) || row_max == VISIBLE_MINUS_INF<T>;
+  return none ? -INFINITE<T> : row_max + gpu::log(row_sum);
+}
+
+// finish_scores of one visible-by-length pair.
+template <typename S, typename T>
+FUSEDATTN_DEVICE T finished_score(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
+                                  int64_t i, int64_t j, T sum) {
+  if (p.is_causal && j > i) return -INFINITE<T>;
+  if (p.mask != nullptr &&
+      !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
+    return -INFINITE<T>;
+  const T factor = T(p.scale) * weight.top;
+  T score = weight.finite ? gpu::fma(-2 * factor, sum, factor * weight.sum) : factor * sum;
+  if (p.softcap != 0) score = T(p.softcap) * gpu::tanh(score * (1 / T(p.softcap)));
+  return score == -INFINITE<T> ? VISIBLE_MINUS_INF<T> : score;
+}
+
 }  // namespace fusedattn
