@@ -137,6 +137,8 @@ def test_pure_python_installation(variables, tmp_path):
         names = archive.namelist()
         archive.extractall(outside)
     assert "fusedattn/triton/film.py" in names and not any(name.endswith(".so") for name in names)
+    # An editable installation beside it would lend the wheel its extension.
+    isolated = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
     code = """
 import torch, fusedattn
 leaves = [torch.randn(2, n, 4, requires_grad=True) for n in (3, 5, 5)] + [torch.randn(4, requires_grad=True)]
@@ -149,11 +151,12 @@ try:
 except fusedattn.UnsupportedError as error:
     print(error)
 """
-    result = run_python("-c", code, cwd=outside, PYTHONPATH=str(outside))
+    result = run_python("-c", isolated + code, cwd=outside, PYTHONPATH=str(outside))
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("UserWarning: fusedattn: the compiled extension did not load") == 1
     assert "cpu: the compiled extension did not load" in result.stdout
-    report = run_python("-m", "fusedattn.info", cwd=outside, PYTHONPATH=str(outside))
+    shown = isolated + "import runpy; runpy.run_module('fusedattn.info', run_name='__main__')"
+    report = run_python("-c", shown, cwd=outside, PYTHONPATH=str(outside))
     assert report.returncode == 0, report.stderr
     assert "what runs on the CPU" in report.stdout
 
