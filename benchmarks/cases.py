@@ -57,6 +57,9 @@ class AttentionCase:
         inputs, output = self._elements()
         return 4 * (output if mode == "forward" else output + inputs)
 
+    def bytes_moved(self, mode: str) -> int:
+        return self.bytes_read(mode) + self.bytes_written(mode)
+
     def _elements(self) -> tuple[int, int]:
         return self.B * (self.Tq + 2 * self.Tk) * self.D + self.D, self.B * self.Tq * self.D
 
@@ -132,6 +135,9 @@ class FilmCase:
         return 4 * self.B * self.C * (self.N if self.layout == "BTC" else self.N * self.N)
 
     def work(self, mode: str) -> float:
+        return self.bytes_moved(mode)
+
+    def bytes_moved(self, mode: str) -> int:
         return self.bytes_read(mode) + self.bytes_written(mode)
 
     def bytes_read(self, mode: str) -> int:

@@ -213,9 +213,9 @@ def ceiling_seconds(case: Case, mode: str, ceiling: dict[str, float], cache_byte
     Within the cache outputs go to memory that exists; beyond it they are fresh.
     """
     read, written = case.bytes_read(mode), case.bytes_written(mode)
-    if read + written <= cache_bytes:
+    if case.bytes_moved(mode) <= cache_bytes:
         fastest = max(ceiling["copy cache"], ceiling["clone cache"], ceiling["read cache"])
-        seconds = (read + written) / fastest
+        seconds = case.bytes_moved(mode) / fastest
     else:
         fastest = max(ceiling["copy memory"], ceiling["read memory"])
         seconds = read / fastest + written / max(ceiling["fresh memory"], ceiling["clone memory"])
