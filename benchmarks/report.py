@@ -102,8 +102,8 @@ ATTENTION_COLUMNS = [
 ]
 FILM_COLUMNS = ["x", "mode", *_TIMES, "GB/s", "vs eager", "vs compile", "vs clone", *_PEAKS, "of ceiling"]
 LEGEND = (
-    "float32, median ms. eager and compile are the faster of tanh(q + k) @ w and (tanh(q + k) * w).sum(-1); --quick "
-    "compiles the first form alone. "
+    "float32, median ms. eager and compile are the faster of tanh(q + k) @ w and (tanh(q + k) * w).sum(-1); "
+    "--quick compiles the first form alone. "
     "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the longer of the bytes that must be read "
     "and written afresh and the kernel's arithmetic, at rates measured in the same run; "
     "vs clone: GB/s against x.clone()."
