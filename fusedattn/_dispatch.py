@@ -69,11 +69,8 @@ def cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(f"inputs are on {device}, not on a CUDA device")
     elif not torch.cuda.is_available():
         reasons.append("torch finds no CUDA device")
-    elif (properties := torch.cuda.get_device_properties(device)).major < LEAST_CUDA_CAPABILITY:
-        reasons.append(
-            f"{properties.name} has compute capability {properties.major}.{properties.minor}, below "
-            f"{LEAST_CUDA_CAPABILITY}.0"
-        )
+    else:
+        reasons += _capability_reasons(device)
     return reasons + _dtype_reasons(dtype)
 
 
@@ -90,12 +87,7 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     elif not torch.cuda.is_available():
         reasons.append("torch finds no GPU")
     elif torch.version.hip is None:
-        properties = torch.cuda.get_device_properties(device)
-        if properties.major < LEAST_CUDA_CAPABILITY:
-            reasons.append(
-                f"{properties.name} has compute capability {properties.major}.{properties.minor}, below "
-                f"{LEAST_CUDA_CAPABILITY}.0"
-            )
+        reasons += _capability_reasons(device)
     return reasons + _dtype_reasons(dtype)
 
 
@@ -103,6 +95,13 @@ def _extension_reasons() -> list[str]:
     if _library.EXTENSION_ERROR is None:
         return []
     return [f"the compiled extension did not load: {_library.EXTENSION_ERROR}"]
+
+
+def _capability_reasons(device: torch.device) -> list[str]:
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major >= LEAST_CUDA_CAPABILITY:
+        return []
+    return [f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, below {LEAST_CUDA_CAPABILITY}.0"]
 
 
 def _dtype_reasons(dtype: torch.dtype) -> list[str]:
