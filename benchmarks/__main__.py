@@ -28,7 +28,7 @@ class Plan:
     def __init__(self, full: bool):
         self.rounds = 11 if full else 5
         self.min_seconds = 0.1
-        self.budget = inf if full else 1.0  # seconds of a case and mode from the third round on
+        self.budget = inf if full else 1.0  # seconds of a case and mode; past it three samples do
         # one compiled form is enough for a quick look: wherever both were measured it was the faster or within 5 %
         self.left_out = () if full else ("compile sum",)
         self.memory_modes = cases.MODES if full else ("training",)

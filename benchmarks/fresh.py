@@ -2,7 +2,7 @@
 
 What ran before decides what memory costs: a process that has freed much of its heap serves even large tensors
 from there, without the page faults that a fresh block brings. So every case starts from the same state: a fork
-of a server that has imported PyTorch and done nothing else.
+of a server that has imported PyTorch and done nothing else (preload.py).
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo"])
+_context.set_forkserver_preload(["torch", "torch._dynamo", "benchmarks.preload"])
 
 
 def call(function: Callable, *arguments, environment: dict[str, str] | None = None) -> Any:

@@ -14,6 +14,7 @@ from .cases import MODES, AttentionCase, Case
 
 EPSILON = torch.finfo(torch.float32).eps
 FAR_BEHIND = 1.25  # times the faster rival's first call
+ENOUGH = 3  # samples of which the median survives one that the machine spoiled
 LONG = 0.25  # seconds of a step whose memory is worth touching instead of running it twice
 
 
@@ -34,9 +35,8 @@ def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Te
 
     def errors(name: str, mode: str) -> dict[str, float]:
         results = contenders.step(case, mode, name, functions[name], inputs, grad)()
-        # max of a difference that holds a NaN is NaN, and a NaN is below no bound
         return {
-            what: (result.double() - reference).abs().max().item()
+            what: _largest_difference(result, reference)
             for (what, reference), result in zip(expected.items(), results, strict=False)
         }
 
@@ -60,6 +60,14 @@ def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Te
                 )
 
 
+def _largest_difference(result: Tensor, reference: Tensor) -> float:
+    """max |result - reference|, element by element of the batch so that the difference stays in cache.
+
+    NaN where the difference holds one, and a NaN is below no bound.
+    """
+    return torch.stack([(a - b).abs().max() for a, b in zip(result, reference, strict=True)]).max().item()
+
+
 def alternate(
     steps: dict[str, Callable],
     rounds: int,
@@ -76,9 +84,9 @@ def alternate(
     free for seconds a virtual machine hands back to its host, and whoever touches it next would pay ten times
     a page fault; so one call that is not timed goes before every sample, or, before a long step, working_set
     bytes are written. ``warm`` says that every step has run before. Of each group of rivals, which compute
-    the same thing, only the fastest goes on after two rounds, and one far behind never starts. After two
-    rounds no new one begins once `budget` seconds have gone. The call that finds out how long a step takes
-    counts as a sample where none needs repeating.
+    the same thing, only the fastest goes on after two rounds, and one far behind never starts. The call that
+    finds out how long a step takes counts as a sample where none needs repeating. Once `budget` seconds have
+    gone, only steps with fewer than ENOUGH samples go on.
     """
     first = {}
     for name, run in steps.items():
@@ -91,7 +99,7 @@ def alternate(
     start = time.perf_counter()
     for n in range(rounds):
         if n >= 2 and time.perf_counter() - start > budget:
-            break
+            order = [name for name in order if len(samples[name]) < ENOUGH]
         for name in order if n % 2 == 0 else reversed(order):
             if first[name] > LONG and working_set:
                 _write_fresh(working_set)
