@@ -143,22 +143,22 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
 template <typename T>
 Tensor reduced(const Tensor& like, const Layout& in, const std::vector<T>& parts, int64_t pieces, bool runs) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const int64_t rows = like.dim() == 2 ? in.B : 1, C = in.C;
+  const int64_t rows = like.dim() == 2 ? in.B : 1, C = in.C, added = in.B / rows;
   Tensor sums = torch::stable::empty(std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), type);
   T* out = sums.template mutable_data_ptr<T>();
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < C; ++c) {
-      double sum = 0;
-      for (int64_t b = rows == 1 ? 0 : row; b < (rows == 1 ? in.B : row + 1); ++b) {
-        if (runs) {
-          for (int64_t m = 0; m < in.M; ++m)
-            for (int64_t s = 0; s < pieces; ++s) sum += parts[((b * in.M + m) * C + c) * pieces + s];
-        } else {
-          for (int64_t s = 0; s < pieces; ++s) sum += parts[(b * pieces + s) * C + c];
-        }
-      }
-      out[row * C + c] = static_cast<T>(sum);
-    }
+  const T* part = parts.data();
+  const int64_t summands = runs ? in.M : pieces, each = runs ? pieces : 1;  // part is read in order
+  std::vector<double> sum(C);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::fill(sum.begin(), sum.end(), 0.0);
+    for (int64_t n = 0; n < added * summands; ++n)
+      if (each == 1)
+        for (int64_t c = 0; c < C; ++c) sum[c] += *part++;
+      else
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t s = 0; s < each; ++s) sum[c] += *part++;
+    for (int64_t c = 0; c < C; ++c) out[row * C + c] = static_cast<T>(sum[c]);
+  }
   return like.scalar_type() == type ? sums : torch::stable::to(sums, like.scalar_type());
 }
 

@@ -107,48 +107,62 @@ struct Run {
     }
   }
 
+  // A vector of dx, and what it adds to the two sums.
+  FUSEDATTN_INLINE Vec<T> gradient(Vec<T> dy, Vec<T> x, Vec<T> a, Vec<T> b, Vec<T>& dz_x, Vec<T>& dz_sum) {
+    const Vec<T> dz = dy * slope<activation, M>(x * a + b);
+    dz_x += dz * x;
+    dz_sum += dz;
+    return dz * a;
+  }
+
   static void backward(int64_t n, const S* dy, const S* x, const T* scale, const T* shift, S* dx, T* sum_dz_x,
                        T* sum_dz) {
+    constexpr int SUMS = 4;  // one sum alone would wait for each addition
     const Vec<T> a = splat(*scale), b = splat(*shift);
-    Vec<T> dz_x{}, dz_sum{};
+    Vec<T> dz_x[SUMS] = {}, dz_sum[SUMS] = {};
     int64_t i = 0;
-    for (; i + W <= n; i += W) {
-      const Vec<T> xi = load(x + i), dz = load(dy + i) * slope<activation, M>(xi * a + b);
-      store(dx + i, dz * a);
-      dz_x += dz * xi;
-      dz_sum += dz;
+    for (; i + SUMS * W <= n; i += SUMS * W)
+      for (int u = 0; u < SUMS; ++u) {
+        const int64_t k = i + u * W;
+        store(dx + k, gradient(load(dy + k), load(x + k), a, b, dz_x[u], dz_sum[u]));
+      }
+    for (; i + W <= n; i += W) store(dx + i, gradient(load(dy + i), load(x + i), a, b, dz_x[0], dz_sum[0]));
+    if (i < n) {  // dy is zero above the tail
+      const Vec<T> tail = gradient(load_tail(dy + i, n - i), load_tail(x + i, n - i), a, b, dz_x[0], dz_sum[0]);
+      store_tail(dx + i, tail, n - i);
     }
-    if (i < n) {
-      const Vec<T> xi = load_tail(x + i, n - i), dz = load_tail(dy + i, n - i) * slope<activation, M>(xi * a + b);
-      store_tail(dx + i, dz * a, n - i);
-      dz_x += dz * xi;  // dy is zero above the tail
-      dz_sum += dz;
-    }
-    *sum_dz_x = horizontal_sum<T>(dz_x);
-    *sum_dz = horizontal_sum<T>(dz_sum);
+    *sum_dz_x = horizontal_sum<T>((dz_x[0] + dz_x[1]) + (dz_x[2] + dz_x[3]));
+    *sum_dz = horizontal_sum<T>((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
   }
 
   static void backward_rows(int64_t rows, int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
                             S* dx, T* sum_dz_x, T* sum_dz) {
     for (int64_t c = 0; c < C; ++c) sum_dz_x[c] = sum_dz[c] = 0;
-    for (int64_t r = 0; r < rows; ++r, x += C, dy += C, dx += C) {
-      int64_t c = 0;
-      for (; c + W <= C; c += W) {
-        const Vec<T> xi = load(x + c), a = load(scale + c);
-        const Vec<T> dz = load(dy + c) * slope<activation, M>(xi * a + load(shift + c));
-        store(dx + c, dz * a);
-        store(sum_dz_x + c, load(sum_dz_x + c) + dz * xi);
-        store(sum_dz + c, load(sum_dz + c) + dz);
-      }
-      if (c < C) {
-        const int64_t n = C - c;
-        const Vec<T> xi = load_tail(x + c, n), a = load_tail(scale + c, n);
-        const Vec<T> dz = load_tail(dy + c, n) * slope<activation, M>(xi * a + load_tail(shift + c, n));
-        store_tail(dx + c, dz * a, n);
-        store_partial(sum_dz_x + c, load_partial(sum_dz_x + c, n) + dz * xi, n);
-        store_partial(sum_dz + c, load_partial(sum_dz + c, n) + dz, n);
-      }
+    constexpr int TOGETHER = 4;  // rows that share one load and store of the sums
+    int64_t r = 0;
+    for (; r + TOGETHER <= rows; r += TOGETHER, x += TOGETHER * C, dy += TOGETHER * C, dx += TOGETHER * C)
+      backward_few_rows<TOGETHER>(C, dy, x, scale, shift, dx, sum_dz_x, sum_dz);
+    for (; r < rows; ++r, x += C, dy += C, dx += C)
+      backward_few_rows<1>(C, dy, x, scale, shift, dx, sum_dz_x, sum_dz);
+  }
+
+  template <int ROWS>
+  FUSEDATTN_INLINE void backward_few_rows(int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
+                                          S* dx, T* sum_dz_x, T* sum_dz) {
+    int64_t c = 0;
+    for (; c + W <= C; c += W) {
+      const Vec<T> a = load(scale + c), b = load(shift + c);
+      Vec<T> dz_x = load(sum_dz_x + c), dz = load(sum_dz + c);
+      for (int64_t k = c; k < ROWS * C; k += C) store(dx + k, gradient(load(dy + k), load(x + k), a, b, dz_x, dz));
+      store(sum_dz_x + c, dz_x), store(sum_dz + c, dz);
     }
+    if (c == C) return;
+    const int64_t n = C - c;
+    const Vec<T> a = load_tail(scale + c, n), b = load_tail(shift + c, n);
+    Vec<T> dz_x = load_partial(sum_dz_x + c, n), dz = load_partial(sum_dz + c, n);
+    for (int64_t k = c; k < ROWS * C; k += C)
+      store_tail(dx + k, gradient(load_tail(dy + k, n), load_tail(x + k, n), a, b, dz_x, dz), n);
+    store_partial(sum_dz_x + c, dz_x, n), store_partial(sum_dz + c, dz, n);
   }
 };
 
