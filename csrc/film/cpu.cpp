@@ -194,8 +194,9 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
       }
     });
   } else {
-    // At least sixteen rows a piece, so that partial sums stay small beside x.
-    const int64_t rows = std::max<int64_t>(16, PIECE / std::max<int64_t>(in.C, 1));
+    // Few pieces, so that partial sums stay small beside x, but work for many cores; no sum longer than in a run.
+    const int64_t least = std::max<int64_t>(16, PIECE / std::max<int64_t>(in.C, 1));
+    const int64_t rows = std::max(least, std::min<int64_t>(1024, ceil_div(in.B * in.M, 256)));
     pieces = ceil_div(in.M, rows);
     dz_x.resize(in.B * pieces * in.C), dz.resize(in.B * pieces * in.C);
     torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {

@@ -138,31 +138,23 @@ struct Run {
   static void backward_rows(int64_t rows, int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
                             S* dx, T* sum_dz_x, T* sum_dz) {
     for (int64_t c = 0; c < C; ++c) sum_dz_x[c] = sum_dz[c] = 0;
-    constexpr int TOGETHER = 4;  // rows that share one load and store of the sums
-    int64_t r = 0;
-    for (; r + TOGETHER <= rows; r += TOGETHER, x += TOGETHER * C, dy += TOGETHER * C, dx += TOGETHER * C)
-      backward_few_rows<TOGETHER>(C, dy, x, scale, shift, dx, sum_dz_x, sum_dz);
-    for (; r < rows; ++r, x += C, dy += C, dx += C)
-      backward_few_rows<1>(C, dy, x, scale, shift, dx, sum_dz_x, sum_dz);
-  }
-
-  template <int ROWS>
-  FUSEDATTN_INLINE void backward_few_rows(int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
-                                          S* dx, T* sum_dz_x, T* sum_dz) {
-    int64_t c = 0;
-    for (; c + W <= C; c += W) {
-      const Vec<T> a = load(scale + c), b = load(shift + c);
-      Vec<T> dz_x = load(sum_dz_x + c), dz = load(sum_dz + c);
-      for (int64_t k = c; k < ROWS * C; k += C) store(dx + k, gradient(load(dy + k), load(x + k), a, b, dz_x, dz));
-      store(sum_dz_x + c, dz_x), store(sum_dz + c, dz);
+    for (int64_t r = 0; r < rows; ++r, x += C, dy += C, dx += C) {  // several at once: slower beyond the cache
+      int64_t c = 0;
+      for (; c + W <= C; c += W) {
+        Vec<T> dz_x = load(sum_dz_x + c), dz = load(sum_dz + c);
+        store(dx + c, gradient(load(dy + c), load(x + c), load(scale + c), load(shift + c), dz_x, dz));
+        store(sum_dz_x + c, dz_x);
+        store(sum_dz + c, dz);
+      }
+      if (c < C) {
+        const int64_t n = C - c;
+        const Vec<T> a = load_tail(scale + c, n), b = load_tail(shift + c, n);
+        Vec<T> dz_x = load_partial(sum_dz_x + c, n), dz = load_partial(sum_dz + c, n);
+        store_tail(dx + c, gradient(load_tail(dy + c, n), load_tail(x + c, n), a, b, dz_x, dz), n);
+        store_partial(sum_dz_x + c, dz_x, n);
+        store_partial(sum_dz + c, dz, n);
+      }
     }
-    if (c == C) return;
-    const int64_t n = C - c;
-    const Vec<T> a = load_tail(scale + c, n), b = load_tail(shift + c, n);
-    Vec<T> dz_x = load_partial(sum_dz_x + c, n), dz = load_partial(sum_dz + c, n);
-    for (int64_t k = c; k < ROWS * C; k += C)
-      store_tail(dx + k, gradient(load_tail(dy + k, n), load_tail(x + k, n), a, b, dz_x, dz), n);
-    store_partial(sum_dz_x + c, dz_x, n), store_partial(sum_dz + c, dz, n);
   }
 };
 
