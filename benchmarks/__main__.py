@@ -157,7 +157,7 @@ def _fastest(rows: list[dict], mode: str, kinds: tuple[str, ...]) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quick", action="store_true", help="about five minutes on two cores (default)")
+    amount.add_argument("--quick", action="store_true", help="under five minutes on two cores (default)")
     amount.add_argument("--full", action="store_true", help="11 rounds, every mode of the sweep, every CPU level")
     amount.add_argument(
         "--load", type=Path, metavar="RESULT", help="measure nothing; report an earlier result.json"

@@ -13,7 +13,7 @@ from . import contenders, memory
 from .cases import MODES, AttentionCase, Case
 
 EPSILON = torch.finfo(torch.float32).eps
-FAR_BEHIND = 1.25  # times the faster rival's first call
+FAR_BEHIND = 1.15  # times the faster rival's first call
 ENOUGH = 3  # samples of which the median survives one that the machine spoiled
 LONG = 0.25  # seconds of a step whose memory is worth touching instead of running it twice
 
