@@ -19,7 +19,6 @@ class Kernel:
     local: int  # instructions that touch them; on AMD spilled vector registers
     scalar_registers: int | None = None  # AMD
     scalar_spills: int = 0  # AMD: scalar registers kept in lanes of vector registers, not in memory
-    lane_moves: int = 0  # AMD: instructions of the score loop that move those
     slots: float | None = None  # instructions of the score loop per tanh; on AMD those of the vector unit
     mufu: float | None = None  # of those, for the special function unit (AMD: transcendental)
     fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice

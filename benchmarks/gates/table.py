@@ -11,6 +11,7 @@ HEAD = f"""# What the compiled kernels cost
 Written by `make gates`, which also fails where a kernel breaks a threshold: no stack and no local memory (so no
 spills), at most {MUFU} MUFU per tanh, on {SLOTS_ARCH} at most {SLOTS["CUDA C++", "forward"]} issue slots per tanh forward
 ({SLOTS["Triton", "forward"]} in Triton) and {SLOTS["CUDA C++", "backward"]} backward, and every global access of FiLM's main loops {WIDTH} bytes wide.
+Kernels for few queries may take what memory leaves them: benchmarks/gates/thresholds.py derives it.
 Nothing here was timed: it is read from the machine code.
 
 A cell with several values has one per architecture, in the order of the heading; with one, all are equal.
@@ -20,7 +21,7 @@ A cell with several values has one per architecture, in the order of the heading
 - occupancy: resident warps, of the most that a multiprocessor holds
 - local: stack bytes / instructions that touch local memory
 - slots, MUFU: instructions of the score loop, per tanh; on AMD vector instructions, reciprocals and exponentials
-- spilled: vector registers, to memory / scalar registers, to lanes of vector registers (outside the score loop)
+- spilled: vector registers, to memory / scalar registers, to lanes of vector registers
 - bytes: widths of the global accesses in FiLM's main loop; of the stores where a kernel has no loop
 
 A kernel marked ✗ breaks a threshold, listed below the tables.

@@ -65,11 +65,7 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
     score = amdgcn.score_loop(text) if op == "additive_attention" else None
     counts = {}
     if score is not None:
-        counts = {
-            "slots": score.slots / score.tanh,
-            "mufu": score.transcendental / score.tanh,
-            "lane_moves": score.lane_moves,
-        }
+        counts = {"slots": score.slots / score.tanh, "mufu": score.transcendental / score.tanh}
     waves = re.search(r"^; Occupancy: (\d+)", text, re.MULTILINE)
     return Kernel(
         backend=BACKEND,
