@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -85,7 +86,8 @@ def kernel(**changes) -> Kernel:
 def compiled(source: str, op: str, folder, arch: int = 90) -> Kernel:
     path = folder / "kernel.cu"
     path.write_text(source)
-    return cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})[0]
+    (found,) = cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})
+    return replace(found, shared=0)  # nothing launches it
 
 
 # Machine code
@@ -140,9 +142,30 @@ BRANCHES = """
 def test_the_way_with_most_tanh_is_counted():
     """Both queries in the paired form; from LDS to the last branch, with the branches passed on the way."""
     function = sass.parse(BRANCHES)["few"]
-    assert [last - first + 1 for first, last in function.loops] == [15]
+    assert [last - first + 1 for first, last in function.loops] == [13, 15]
+    assert function.innermost == function.loops[1:]
     loop = function.score_loop()
     assert (loop.tanh, loop.mufu, loop.slots) == (2, 2, 12)
+
+
+SWITCH = """
+\t.section\t.text.switch,"ax",@progbits
+.text.switch:
+.L_x_1:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   BRX R16 -0x860         (*"BRANCH_TARGETS .L_x_2,.L_x_3"*);
+.L_x_2:
+        /*0020*/                   BRA.DIV ~URZ, `(.L_x_9) ;
+.L_x_3:
+        /*0030*/               @P3 BRA `(.L_x_1) ;
+"""
+
+
+def test_a_switch_goes_on_at_its_targets():
+    function = sass.parse(SWITCH)["switch"]
+    assert function.loops == [(0, 3)]
+    assert function.memory_loop().global_widths == [16]
+    assert sass.parse(SWITCH.replace(".L_x_2,.L_x_3", ".L_x_9"))["switch"].loops == []
 
 
 def test_a_longer_way_to_the_same_tanh_is_not_counted():
@@ -268,6 +291,8 @@ def test_a_good_kernel_passes():
         (dict(name="additive_attention_bwd_kernel_inputs<float>", slots=8.01), "expected at most 8.0"),
         (dict(name="additive_attention_bwd_kernel_scores<float>", slots=4.01), "expected at most 4.0"),
         (dict(occupancy=0.0), "does not fit"),
+        (dict(shared=None, occupancy=None), "no launch of it"),
+        (dict(slots=None, mufu=None), "no score loop was found"),
         (dict(op="film", name="film_fwd_kernel_runs<float>", widths=(4, 16)), "accesses of 4, 16 bytes"),
         (dict(op="film", name="film_fwd_kernel_rows<float, 4>", widths=(8,)), "accesses of 8 bytes"),
     ],
@@ -296,6 +321,11 @@ def test_slots_are_bounded_on_one_architecture():
 )
 def test_few_queries_may_take_what_memory_leaves(name, backend, slots, mufu):
     assert thresholds.limits(kernel(name=name, backend=backend)) == pytest.approx((slots, mufu), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fwd_kernel<double>", "fwd_kernel_merge<float>", "bwd_kernel_keys<half>"])
+def test_not_every_kernel_scores(name):
+    assert thresholds.failures(kernel(name=f"additive_attention_{name}", slots=None, mufu=None)) == []
 
 
 @pytest.mark.parametrize("name", ["film_fwd_kernel_rows<float, 1>", "film_bwd_kernel_sums<float>"])

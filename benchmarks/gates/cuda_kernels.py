@@ -70,8 +70,8 @@ def dynamic_shared() -> dict[str, int]:
         lines = tools.run(program).splitlines()
     found: dict[str, int] = {}
     for line in lines:
-        dtype, pack_size, kernel, shared = line.split("|")
-        name = re.sub(r"\bS\b", dtype, re.sub(r"\bW\b", pack_size, kernel.strip("()")))
+        shared, kernel = re.match(r"(\d+) .* kernel = ([^;]*);", line).groups()
+        name = short_name(kernel)
         found[name] = max(found.get(name, 0), int(shared))
     return found
 

@@ -13,7 +13,7 @@ class Kernel:
     arch: str  # sm_90, gfx942
     threads: int  # of a block, at most
     registers: int  # of a thread; on AMD the vector registers
-    shared: int | None  # bytes of a block; not known of a kernel that no recorded launch uses
+    shared: int | None  # bytes of a block; not known of a CUDA C++ kernel that launches.cpp does not reach
     occupancy: float | None  # part of the warps a multiprocessor could hold
     stack: int  # bytes of a thread: spilled registers, and arrays the compiler could not keep in registers
     local: int  # instructions that touch them; on AMD spilled vector registers

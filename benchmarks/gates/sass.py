@@ -1,7 +1,7 @@
 """Reads NVIDIA machine code as `nvdisasm -c` prints it: instructions, loops, and what a loop costs.
 
 A warp scheduler issues at most one instruction per clock, so the instructions of a loop body are its issue slots.
-Predicated instructions take their slot too, and are counted. A loop is what lies between a label and the last
+Predicated instructions take their slot too, and are counted. A loop is what lies between a label and a later
 branch back to it; an innermost loop holds no other loop. Where a loop branches, one way through it is counted: the
 one that evaluates most tanh, and of those the shortest. The others are for large inputs, ragged ends and absent
 queries.
@@ -19,8 +19,8 @@ from functools import cached_property
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)(.*)")
 _LABEL = re.compile(r"^\s*(\.L[\w.$]*):")
 _FUNCTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+)")
-_TARGET = re.compile(r"`\((\.L[\w.$]*)\)")
-_PREDICATE_OPERAND = re.compile(r"^\s*!?U?P\d")
+_TARGET = re.compile(r"\.L[\w$]+")
+_BRANCHES = {"BRA", "BRX"}  # BRX, a switch, names its targets in a remark
 
 # Instructions of the FP32 lanes. The packed forms of sm_100 do two operations a lane in one slot.
 _FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"}
@@ -68,8 +68,11 @@ class Instruction:
     @property
     def ends_here(self) -> bool:
         """Whether the next instruction never follows."""
-        jumps = self.base in ("BRA", "EXIT", "RET", "BRX", "JMP")
-        return jumps and not self.predicated and not _PREDICATE_OPERAND.match(self.operands)
+        if self.predicated:
+            return False
+        if self.base == "BRA":  # whose condition may be an operand: BRA P0, `(.L_x_1)
+            return self.operands.lstrip().startswith("`")
+        return self.base in ("BRX", "EXIT", "RET")
 
 
 @dataclass(frozen=True)
@@ -119,24 +122,24 @@ class Body:
 class Function:
     name: str  # mangled
     body: Body
-    branches: Mapping[int, int]  # from instruction to instruction
+    branches: Mapping[int, tuple[int, ...]]  # from instruction to instructions
 
     @cached_property
     def loops(self) -> list[tuple[int, int]]:
         """First and last instruction of each, both included."""
-        ends: dict[int, int] = {}
-        for n, target in sorted(self.branches.items()):
-            if target < n:  # a branch to itself, which nvdisasm puts after the end as padding, is no loop
-                ends[target] = n
-        # A block that lies behind the end and joins again closes no loop.
-        return [loop for loop in sorted(ends.items()) if self._busiest(loop).instructions]
+        # A branch to itself, which nvdisasm puts after the end as padding, is no loop. Nor does a block close one
+        # that lies behind the end and joins again.
+        found = sorted((target, n) for n, targets in self.branches.items() for target in targets if target < n)
+        return [loop for loop in found if self._busiest(loop).instructions]
 
     @property
     def innermost(self) -> list[tuple[int, int]]:
-        def holds(outer, inner):
-            return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+        """Those that hold no other; of several branches to one label, which continue the same loop, the last."""
 
-        return [a for a in self.loops if not any(holds(a, b) for b in self.loops)]
+        def holds(outer, inner):
+            return outer[0] < inner[0] and inner[1] <= outer[1]
+
+        return list({a[0]: a for a in self.loops if not any(holds(a, b) for b in self.loops)}.values())
 
     def _whole(self, loop: tuple[int, int]) -> Body:
         return Body(self.body.instructions[loop[0] : loop[1] + 1])
@@ -147,11 +150,10 @@ class Function:
         # By instruction: tanh, minus the slots, and next instruction of the best way from there back to the first.
         best: dict[int, tuple[int, int, int]] = {}
         for n in range(last, first - 1, -1):
-            here, target = self.body.instructions[n], self.branches.get(n)
-            ways = [(0, 0, first)] if target == first else []
-            following = [target] if target is not None and target > n else []
-            following += [] if here.ends_here else [n + 1]
-            ways += [(*best[m][:2], m) for m in following if m in best]
+            here, targets = self.body.instructions[n], self.branches.get(n, ())
+            ways = [(0, 0, first)] if first in targets else []
+            following = targets if here.ends_here else (*targets, n + 1)
+            ways += [(*best[m][:2], m) for m in following if m > n and m in best]
             if ways:
                 tanh, slots, following = max(ways)
                 best[n] = tanh + here.tanh, slots - here.slots, following
@@ -183,9 +185,8 @@ def parse(text: str) -> dict[str, Function]:
             return
         branches = {}
         for n, instruction in enumerate(instructions):
-            target = _TARGET.search(instruction.operands) if instruction.base == "BRA" else None
-            if target and target[1] in labels:
-                branches[n] = labels[target[1]]
+            targets = _TARGET.findall(instruction.operands) if instruction.base in _BRANCHES else ()
+            branches[n] = tuple(labels[target] for target in targets if target in labels)
         functions[name] = Function(name, Body(tuple(instructions)), branches)
 
     for line in text.splitlines():

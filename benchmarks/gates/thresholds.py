@@ -85,8 +85,12 @@ def failures(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.scalar_spills} spilled scalar registers, expected none")
     if kernel.stack:
         found.append(f"{kernel.stack} bytes of stack, expected none")
+    if kernel.shared is None:
+        found.append("no launch of it in benchmarks/gates/launches.cpp")
     if kernel.occupancy == 0:
         found.append("a block does not fit on a multiprocessor")
+    if kernel.mufu is None and must_score(kernel):
+        found.append("no score loop was found in its machine code")
     if kernel.mufu is not None:
         most = limits(kernel)
         if kernel.mufu > most.mufu:
@@ -97,6 +101,12 @@ def failures(kernel: Kernel) -> list[str]:
         widths = ", ".join(map(str, kernel.widths))
         found.append(f"global accesses of {widths} bytes in the main loop, expected {WIDTH} alone")
     return found
+
+
+def must_score(kernel: Kernel) -> bool:
+    """The kernels with a score loop; in double it has neither MUFU nor float32 instructions."""
+    scores = re.search(r"_fwd_kernel(<|_split|_few)|_kernel_(scores|inputs)", kernel.name)
+    return kernel.op == "additive_attention" and scores is not None and "<double" not in kernel.name
 
 
 def must_be_wide(kernel: Kernel) -> bool:
