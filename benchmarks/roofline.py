@@ -108,7 +108,7 @@ class Counts:
     @classmethod
     def load(cls, backend: str, path: Path = COUNTS) -> "Counts":
         kernels = (Kernel.from_json(k) for k in json.loads(path.read_text())["kernels"])
-        return cls(backend, tuple(k for k in kernels if k.backend == backend))
+        return cls(backend, tuple(k for k in kernels if k.section == backend))
 
     def cost(self, arch: str, which: str) -> Cost:
         """Of the float32 score loop, forward or backward; the cheapest where several kernels have one."""

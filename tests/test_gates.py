@@ -1,6 +1,7 @@
 """The gates read machine code and resources rightly, and a kernel that is not as it should be fails them."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -433,6 +434,29 @@ def test_the_stored_table_is_that_of_the_stored_counts():
     stored = json.loads(roofline.COUNTS.read_text())
     kernels = [Kernel.from_json(k) for k in stored["kernels"]]
     assert roofline.COUNTS.with_name("table.md").read_text() == table.markdown(kernels, stored["tools"])
+
+
+def stored(section: str) -> list[Kernel]:
+    kernels = map(Kernel.from_json, json.loads(roofline.COUNTS.read_text())["kernels"])
+    return [k for k in kernels if k.section == section]
+
+
+def test_the_stored_table_has_the_cuda_kernels_of_the_sources():
+    """Names alone: which types a template is compiled for is for the compiler to say."""
+    texts = "".join(path.read_text() for path in (tools.ROOT / "csrc").glob("*/cuda_*.cuh"))
+    declared = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\([^()]*\))?\s+(\w+)\(", texts))
+    assert len(declared) == texts.count("__global__")
+    for arch in cuda_kernels.ARCHITECTURES:
+        assert {k.name.partition("<")[0] for k in stored("CUDA C++") if k.arch == f"sm_{arch}"} == declared
+
+
+@pytest.mark.skipif(triton_kernels.missing() is not None, reason=str(triton_kernels.missing()))
+@pytest.mark.parametrize("section", ["Triton", "Triton, oldest supported"])
+def test_the_stored_table_has_the_triton_kernels_of_the_sources(section):
+    declared = [name for op in triton_kernels.ops() for name, _ in triton_kernels.kernels(op)]
+    for _, arch in triton_kernels.TARGETS:
+        name = triton_kernels.arch_name(arch)
+        assert [k.name for k in stored(section) if k.arch == name] == declared
 
 
 # Paper

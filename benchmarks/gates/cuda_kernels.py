@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -105,9 +106,10 @@ def kernels_of(op: str, cubin: bytes, arch: int, dynamic: dict[str, int]) -> lis
     return found
 
 
-def measure(jobs: int) -> list[Kernel]:
-    """Every kernel on every architecture. Raises ToolError where a compilation fails."""
-    work = [(source, arch) for source in sources() for arch in ARCHITECTURES]
+def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
+    """Every kernel on every architecture, or on those named. Raises ToolError where a compilation fails."""
+    wanted = [arch for arch in ARCHITECTURES if archs is None or f"sm_{arch}" in archs]
+    work = [(source, arch) for source in sources() for arch in wanted]
     with ThreadPoolExecutor(jobs) as pool:
         cubins = list(pool.map(lambda item: compile_source(*item), work))
         dynamic = dynamic_shared()

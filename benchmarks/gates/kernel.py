@@ -25,6 +25,12 @@ class Kernel:
     # FiLM: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
     widths: tuple[int, ...] = ()
     aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
+    oldest: bool = False  # compiled by the oldest Triton supported
+
+    @property
+    def section(self) -> str:
+        """Of the table."""
+        return f"{self.backend}, oldest supported" if self.oldest else self.backend
 
     @classmethod
     def from_sass(cls, function: sass.Function, **known) -> "Kernel":

@@ -87,9 +87,9 @@ def natural(text: str) -> list:
 
 def markdown(kernels: list[Kernel], tools: dict[str, str]) -> str:
     lines = [HEAD]
-    for backend in dict.fromkeys(k.backend for k in kernels):
-        lines += [f"## {backend}", "", f"Compiled by {tools[backend]}.", ""]
-        mine = [k for k in kernels if k.backend == backend]
+    for section in dict.fromkeys(k.section for k in kernels):
+        lines += [f"## {section}", "", f"Compiled by {tools[section]}.", ""]
+        mine = [k for k in kernels if k.section == section]
         for op in dict.fromkeys(k.op for k in mine):
             for amd in (False, True):
                 group = [k for k in mine if k.op == op and k.arch.startswith("gfx") == amd]
