@@ -1,8 +1,12 @@
 """One compiled kernel, as the table shows it and as counts.json stores it."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 
 from . import sass
+
+DTYPES = {"float": "float32", "double": "float64", "half": "float16", "bfloat16": "bfloat16"}
+DTYPES |= {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,17 @@ class Kernel:
     widths: tuple[int, ...] = ()
     aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
     oldest: bool = False  # compiled by the oldest Triton supported
+
+    @property
+    def dtype(self) -> str:
+        """Of its inputs, by its name: kernel<float, 4>, kernel-32x64-fp32-i64."""
+        found = re.search(r"<(\w+)|-(fp\d+|bf\d+)", self.name)
+        return DTYPES[found[1] or found[2]]
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """Triton's blocks, by its name."""
+        return tuple(map(int, self.name.split("-")[1].split("x")))
 
     @property
     def section(self) -> str:

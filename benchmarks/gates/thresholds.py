@@ -67,7 +67,7 @@ def limits(kernel: Kernel) -> Limits:
     queries = few_queries(kernel)
     if queries is None:
         return Limits(SLOTS[which], MUFU)
-    itemsize = 4 if re.search(r"float\b|^[^-]*-[^-]*-fp32", kernel.name) else 2
+    itemsize = 4 if kernel.dtype == "float32" else 2
     fed = itemsize * ROWS[which] / queries * CARD.slots_per_byte
     return Limits(
         max(SLOTS[which] + EXPONENTIAL / queries, fed),
@@ -105,7 +105,7 @@ def failures(kernel: Kernel) -> list[str]:
 
 def must_score(kernel: Kernel) -> bool:
     """The kernels with a score loop; in double it has neither MUFU nor float32 instructions."""
-    scores = re.search(r"_fwd_kernel(<|_split|_few)|_kernel_(scores|inputs)", kernel.name)
+    scores = re.search(r"_fwd_kernel(<|_split|_few)|_(scores|inputs)\b", kernel.name)
     return kernel.op == "additive_attention" and scores is not None and "<double" not in kernel.name
 
 
