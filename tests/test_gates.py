@@ -423,7 +423,12 @@ def test_table_joins_architectures_and_marks_failures():
     assert (
         "| additive_attention_fwd_kernel<float> ✗ | 128 | 64 · 72 | 0 | 50% | 0 / 0 | 3.70 | 0.50 · 0.60 |" in text
     )
-    assert "- ✗ additive_attention_fwd_kernel<float>, sm_100: 0.60 MUFU per tanh" in text
+    assert "- ✗ additive_attention_fwd_kernel<float>: 0.60 MUFU per tanh, expected at most 0.55 (sm_100)" in text
+
+
+def test_architectures_that_break_the_same_threshold_share_a_line():
+    rows = [kernel(arch=arch, stack=8) for arch in ("sm_80", "sm_90")] + [kernel(arch="sm_100")]
+    assert thresholds.broken(rows) == [f"{rows[0].name}: 8 bytes of stack, expected none (sm_80, sm_90)"]
 
 
 def test_kernels_survive_json():

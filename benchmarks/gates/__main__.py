@@ -61,13 +61,13 @@ def main() -> int:
         section = found[0].section
         compilers[section] = part.compiler()
         kernels = [k for k in kernels if k.section != section] + found
-        failed = [(k, reason) for k in found for reason in thresholds.failures(k)]
-        for kernel, reason in failed:
-            print(f"{section}: {kernel.name}, {kernel.arch}: {reason}", file=sys.stderr)
+        failed = thresholds.broken(found)
+        for line in failed:
+            print(f"{section}: {line}", file=sys.stderr)
         broken += len(failed)
         archs = ", ".join(dict.fromkeys(k.arch for k in found))
         print(
-            f"{section}, {compilers[section]}: {len({k.name for k in found})} kernels on {archs}: "
+            f"{section} ({compilers[section]}): {len({k.name for k in found})} kernels on {archs}: "
             f"{len(failed)} thresholds broken"
         )
     if not (options.check or options.quick):

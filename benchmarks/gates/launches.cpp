@@ -51,9 +51,11 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   p.scale = 1;
   launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
                                    somewhere<T>(), nullptr);
-  const AttentionGradients<S> grads = {queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
-                                       nullptr, somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>()};
-  launch_additive_attention_bwd<S>(p, grads, somewhere<T>(), nullptr);
+  for (const T* scores : {static_cast<T*>(nullptr), somewhere<T>()}) {  // computed again, or kept
+    const AttentionGradients<S> grads = {queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
+                                         scores,  somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>()};
+    launch_additive_attention_bwd<S>(p, grads, somewhere<T>(), nullptr);
+  }
 }
 
 template <typename S>

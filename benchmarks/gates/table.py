@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from .kernel import Kernel
-from .thresholds import MUFU, SLOTS, SLOTS_ARCH, WIDTH, failures
+from .thresholds import MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures
 
 HEAD = f"""# What the compiled kernels cost
 
@@ -96,7 +96,6 @@ def markdown(kernels: list[Kernel], tools: dict[str, str]) -> str:
                 if group:
                     archs = " · ".join(dict.fromkeys(k.arch for k in group))
                     lines += [f"### {op}: {archs}", "", *_rows(group, AMD if amd else COLUMNS[op]), ""]
-        broken = [f"- ✗ {k.name}, {k.arch}: {reason}" for k in mine for reason in failures(k)]
-        if broken:
-            lines += [*broken, ""]
+        if failed := broken(mine):
+            lines += [*(f"- ✗ {line}" for line in failed), ""]
     return "\n".join(lines)

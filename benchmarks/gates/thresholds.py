@@ -7,6 +7,7 @@ Kernels for few queries differ: `limits` derives theirs.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..devices import DEVICES, ISSUE_LANES, MUFU_LANES
@@ -73,6 +74,15 @@ def limits(kernel: Kernel) -> Limits:
         max(SLOTS[which] + EXPONENTIAL / queries, fed),
         max(MUFU + 1 / queries, fed * MUFU_LANES / ISSUE_LANES),
     )
+
+
+def broken(kernels: Iterable[Kernel]) -> list[str]:
+    """Every kernel and threshold that it breaks, a line each: architectures that share it stand together."""
+    found: dict[str, list[str]] = {}
+    for kernel in kernels:
+        for reason in failures(kernel):
+            found.setdefault(f"{kernel.name}: {reason}", []).append(kernel.arch)
+    return [f"{what} ({', '.join(archs)})" for what, archs in found.items()]
 
 
 def failures(kernel: Kernel) -> list[str]:
