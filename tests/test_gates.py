@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import roofline
 from benchmarks.cases import AttentionCase
+from benchmarks.gates import __main__ as gates_main
 from benchmarks.gates import amdgcn, cuda_kernels, sass, table, thresholds, tools, triton_kernels
 from benchmarks.gates.kernel import Kernel
 from benchmarks.gates.occupancy import MAX_SHARED, MAX_WARPS, occupancy
@@ -364,6 +366,34 @@ def test_a_kernel_without_launch_bounds_is_refused(tmp_path):
 def test_a_kernel_that_does_not_compile_is_named(tmp_path):
     with pytest.raises(tools.ToolError, match="missing_name"):
         compiled("int x = missing_name;", "film", tmp_path)
+
+
+def test_a_triton_kernel_that_does_not_compile_is_named(monkeypatch):
+    def compile(backend, arch):
+        raise ValueError("no such precision")
+
+    described = SimpleNamespace(compile=compile)
+    monkeypatch.setattr(triton_kernels, "kernels", lambda op: [("fwd_kernel-32x64-fp32", described)])
+    with pytest.raises(
+        tools.ToolError, match="fwd_kernel-32x64-fp32, gfx942: does not compile: no such precision"
+    ):
+        triton_kernels.measure_one("film", 0, "hip", "gfx942")
+
+
+def test_what_does_not_compile_leaves_the_others_checked(monkeypatch, tmp_path, capsys):
+    def fails(jobs, archs):
+        raise tools.ToolError("fwd: does not compile")
+
+    good = SimpleNamespace(missing=lambda: None, measure=lambda jobs, archs: [kernel(backend="Triton")])
+    bad = SimpleNamespace(missing=lambda: None, measure=fails)
+    good.compiler = bad.compiler = lambda: "a compiler"
+    monkeypatch.setattr(gates_main, "PARTS", {"CUDA C++": bad, "Triton": good})
+    monkeypatch.setattr(sys, "argv", ["gates", "--output", str(tmp_path)])
+    assert gates_main.main() == 1
+    output = capsys.readouterr()
+    assert "CUDA C++: fwd: does not compile" in output.err
+    assert "Triton (a compiler): 1 kernels on sm_90: 0 thresholds broken" in output.out
+    assert "## Triton" in (tmp_path / "table.md").read_text()
 
 
 AMDGCN = """

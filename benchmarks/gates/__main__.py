@@ -57,7 +57,8 @@ def main() -> int:
             found = part.measure(options.jobs, QUICK if options.quick else None)
         except tools.ToolError as error:
             print(f"{backend}: {error}", file=sys.stderr)
-            return 1
+            broken += 1
+            continue
         section = found[0].section
         compilers[section] = part.compiler()
         kernels = [k for k in kernels if k.section != section] + found

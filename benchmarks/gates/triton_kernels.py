@@ -93,7 +93,10 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
 
 def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
     name, described = kernels(op)[index]
-    compiled = described.compile(backend, arch)
+    try:
+        compiled = described.compile(backend, arch)
+    except Exception as error:  # Triton's own do not all survive the way back from this process
+        raise tools.ToolError(f"{name}, {arch_name(arch)}: does not compile: {error}") from None
     if backend == "hip":
         return read_amdgcn(op, name, arch, described.num_warps * 64, compiled.asm["amdgcn"])
     code, usage, _ = tools.disassemble(compiled.asm["cubin"])
