@@ -67,6 +67,7 @@ void all() {
   attention<S>(4, 512, 512, 256);
   attention<S>(64, 1, 1024, 512);
   attention<S>(128, 10, 128, 1024);
+  attention<S>(64, 8, 1024, 512);
   attention<S>(4, 0, 512, 256);
 }
 
