@@ -98,7 +98,7 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
     except Exception as error:  # Triton's own do not all survive the way back from this process
         raise tools.ToolError(f"{name}, {arch_name(arch)}: does not compile: {error}") from None
     if backend == "hip":
-        return read_amdgcn(op, name, arch, described.num_warps * 64, compiled.asm["amdgcn"])
+        return read_amdgcn(op, name, arch, compiled.metadata.num_warps * 64, compiled.asm["amdgcn"])
     code, usage, _ = tools.disassemble(compiled.asm["cubin"])
     entry = compiled.metadata.name
     threads, registers, shared = compiled.metadata.num_warps * 32, usage[entry]["REG"], compiled.metadata.shared
