@@ -263,6 +263,28 @@ def test_gradients_of_each_output_alone(module, outputs, keep_scores):
     torch.testing.assert_close(gradients(kernel), gradients(cases.additive_attention_ref))
 
 
+# Few queries over two splits of keys; two tiles of queries and of keys, two steps over channels and columns.
+@pytest.mark.races
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "keep_scores", "chunk"),
+    [
+        (shape(1, 2, 70, 35, 9), torch.float32, True, CHUNK),
+        (shape(1, 66, 67, 33, 65), torch.float32, False, 1),
+        (shape(1, 66, 67, 33, 65), torch.bfloat16, True, CHUNK),
+    ],
+    ids=["few-float32", "tiles-float32", "tiles-bfloat16"],
+)
+def test_no_thread_relies_on_luck(module, sizes, dtype, keep_scores, chunk, thread_order):
+    """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""
+    inputs = make_inputs(sizes, dtype)
+    inputs[1][0, 65] *= 30  # its tile takes the exponential of the sum
+    module.set_order(thread_order)
+    try:
+        check(module, inputs, keep_scores, chunk)
+    finally:
+        module.set_order(0)
+
+
 @pytest.mark.parametrize("Tq", [3, 70])
 def test_the_order_of_threads_changes_no_bit(module, Tq, thread_order):
     inputs = make_inputs(shape(2, Tq, 130, 35, 9))
