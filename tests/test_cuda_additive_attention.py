@@ -12,6 +12,7 @@ import test_additive_attention as cases
 import torch
 from cuda_emulator.arrays import array, name, poisoned
 from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape, shape_id
+from tolerance import TF32_EPS
 from torch.autograd import Function
 
 from fusedattn.ops.additive_attention import accumulation_dtype
@@ -40,7 +41,7 @@ def rows(t):
 class EmulatedAttention(Function):
     @staticmethod
     def forward(
-        module, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk
+        module, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk, tf32
     ):
         lead, Tk, dtype = query.shape[:-1], key.shape[-2], query.dtype
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
@@ -48,12 +49,12 @@ class EmulatedAttention(Function):
         arrays = arguments(query, key, value, weight, mask, key_lengths)
         options = (is_causal, scale, softcap or 0.0)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
-        module.additive_attention_fwd(name(dtype), *arrays, *options, *outputs)
+        module.additive_attention_fwd(name(dtype), *arrays, *options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk = inputs
+        ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk, _ = inputs
         ctx.options = (is_causal, scale, softcap or 0.0)
         context, _, lse, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
@@ -75,7 +76,7 @@ class EmulatedAttention(Function):
             *(array(t) for t in outputs),
             ctx.chunk,
         )
-        return None, *outputs, *(None,) * 7
+        return None, *outputs, *(None,) * 8
 
 
 def arguments(query, key, value, weight, mask, key_lengths):
@@ -102,10 +103,11 @@ def emulated_attention(
     return_lse=True,
     keep_scores=True,
     chunk=CHUNK,
+    tf32=False,
 ):
     if query.dim() == 4 and weight.dim() == 1:
         weight = weight.expand(query.shape[1], -1)
-    options = (mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk)
+    options = (mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk, tf32)
     return EmulatedAttention.apply(module, query, key, value, weight, *options)[:3]
 
 
@@ -179,6 +181,24 @@ def test_lengths_out_of_range_are_clamped(module):
 def test_scale_and_softcap(module, scale, softcap, dtype):
     inputs = make_inputs(shape(2, 9, 35, 24, 9), dtype)
     check(module, inputs, keep_scores=False, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("sizes", [shape(2, 70, 83, 17, 70), shape(2, 17, 5, 9, 3)], ids=shape_id)
+def test_tf32_rounds_the_factors_of_the_context_alone(module, sizes):
+    inputs, lengths = make_inputs(sizes), torch.tensor([sizes["Tk"], 3])
+    kernel = functools.partial(emulated_attention, module, tf32=True)
+    actual = cases.check(inputs, kernel, factor_eps=TF32_EPS, key_lengths=lengths)
+    exact = cases.run(functools.partial(emulated_attention, module), inputs, key_lengths=lengths)
+    assert torch.equal(actual["weights"], exact["weights"]) and torch.equal(actual["lse"], exact["lse"])
+    assert (actual["context"] != exact["context"]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tf32_changes_nothing_but_float32(module, dtype):
+    inputs = make_inputs(shape(1, 20, 30, 9, 6), dtype)
+    results = [emulated_attention(module, *inputs, tf32=tf32) for tf32 in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])

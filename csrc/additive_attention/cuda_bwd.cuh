@@ -197,15 +197,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     gpu::store_pack(chunk.p + (head * chunk.rows() + row0 + i) * chunk.keys + column0, pack);
   }
   if (only_scores) return;
-#pragma unroll
-  for (int j = 0; j < TILE_K; ++j)
-#pragma unroll
-    for (int half = 0; half < TILE_Q; half += 4) {
-      gpu::Pack<T, 4> pack;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) pack.element[e] = grad[half + e][j];
-      gpu::store_pack(chunk.g + (head * chunk.keys + column0 + j) * chunk.rows() + row0 + half, pack);
-    }
+  store_transposed(grad, chunk.g + (head * chunk.keys + column0) * chunk.rows() + row0, chunk.rows());
 }
 
 // Shared memory of the joint pass.

@@ -181,6 +181,20 @@ FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t fir
   }
 }
 
+// to[j][i] (rows of `leading`) = x[i][j], of the thread's pairs.
+template <typename T>
+FUSEDATTN_DEVICE void store_transposed(const T (&x)[TILE_Q][TILE_K], T* to, int64_t leading) {
+#pragma unroll
+  for (int j = 0; j < TILE_K; ++j)
+#pragma unroll
+    for (int half = 0; half < TILE_Q; half += PACK) {
+      gpu::Pack<T, PACK> pack;
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) pack.element[e] = x[half + e][j];
+      gpu::store_pack(to + j * leading + half, pack);
+    }
+}
+
 // acc[i][j] += sum over `depth` rows of a[.][i] b[.][j] (both in shared memory, rows of LEADING).
 template <typename T>
 FUSEDATTN_DEVICE void multiply_tile(const T* a, const T* b, int depth, T (&acc)[TILE_Q][TILE_K]) {
