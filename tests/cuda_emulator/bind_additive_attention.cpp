@@ -76,7 +76,7 @@ BINDINGS(additive_attention, module) {
                      rows<S>(grad_context), data<T>(grad_lse),   data<S>(grad_weights), rows<S>(context),
                      data<T>(lse),          data<T>(scores),     data<S>(grad_query),   data<S>(grad_key),
                      data<S>(grad_value),   data<S>(grad_weight)};
-                 auto memory = working_memory<T>(fusedattn::BackwardPlan<S>(p, chunk_elements).size);
+                 auto memory = working_memory<T>(additive_attention_bwd_workspace(p, grads, chunk_elements));
                  fusedattn::launch_additive_attention_bwd<S>(p, grads, memory.data(), nullptr, chunk_elements);
                });
              });
