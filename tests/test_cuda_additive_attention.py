@@ -127,6 +127,7 @@ SHAPES = [
     shape(2, 17, 33, 1, 1),
     shape(2, 5, 17, 33, 8, H=3),
     shape(1, 1, 1000, 33, 5),  # few queries: keys split over blocks
+    shape(1, 8, 70, 12, 4),
     shape(1, 16, 200, 130, 140),
 ]
 
@@ -138,11 +139,12 @@ def test_matches_the_reference(module, sizes, dtype):
     check(module, make_inputs(sizes, dtype))
 
 
+@pytest.mark.parametrize("keep_scores", [True, False])
 @pytest.mark.parametrize("Tq", [1, 2])
-def test_several_tiles_in_a_split(module, Tq):
+def test_several_tiles_in_a_split(module, Tq, keep_scores):
     inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))
     inputs[1][0, 0, 140] *= 30
-    check(module, inputs, keep_scores=False, chunk=1 << 20, key_lengths=torch.tensor([145]))
+    check(module, inputs, keep_scores, chunk=1 << 20, key_lengths=torch.tensor([145]))
 
 
 @pytest.mark.parametrize("keep_scores", [True, False])
@@ -207,14 +209,14 @@ def test_zero_sizes(module, empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("Tq", [5, 17])
+@pytest.mark.parametrize(("Tq", "keep_scores"), [(5, True), (5, False), (17, False)])
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_magnitudes(module, magnitude, Tq, dtype):
+def test_magnitudes(module, magnitude, Tq, keep_scores, dtype):
     query, key, value, weight = make_inputs(shape(1, Tq, 21, 37, 3), dtype)
     q, k = MAGNITUDES[magnitude]
     query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
     key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
-    check(module, [query, key, value, weight], keep_scores=False)
+    check(module, [query, key, value, weight], keep_scores)
 
 
 @pytest.mark.sanitized

@@ -32,7 +32,7 @@ template <typename S>
 struct FewPlan {
   int64_t keys, splits, channels;  // keys of a split; D up to whole steps of a warp
   int64_t queries;                 // Tq up to what the kernels are compiled for
-  int64_t g, query, weight, row_terms, size;
+  int64_t g, g_sums, query, weight, row_terms, size;
 
   explicit FewPlan(const AttentionProblem<S>& p)
       : keys(p.heads() == 0 ? 0 : keys_of_split(p.heads(), p.Tk)),
@@ -40,7 +40,8 @@ struct FewPlan {
         channels(gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS),
         queries(p.Tq == 1 ? 1 : SPLIT_QUERIES) {
     g = 0;
-    query = g + gpu::ceil_div(p.heads() * p.Tk * queries, PACK) * PACK;
+    g_sums = g + gpu::ceil_div(p.heads() * p.Tk * queries, PACK) * PACK;
+    query = g_sums + p.heads() * splits;
     weight = query + p.heads() * splits * p.Tq * channels;
     row_terms = weight + p.heads() * splits * channels;
     size = row_terms + p.heads() * p.Tq;
@@ -51,8 +52,9 @@ struct FewPlan {
 template <typename T>
 struct FewParts {
   int64_t keys, splits, channels;
-  T *g, *query, *weight;  // (B H, Tk, queries), (B H, splits, Tq, channels), (B H, splits, channels)
-  T* row_terms;           // (B H, Tq)
+  T *g, *g_sums;      // (B H, Tk, queries), (B H, splits)
+  T *query, *weight;  // (B H, splits, Tq, channels), (B H, splits, channels)
+  T* row_terms;       // (B H, Tq)
 
   template <typename S>
   FewParts(const FewPlan<S>& plan, T* memory)
@@ -60,6 +62,7 @@ struct FewParts {
         splits(plan.splits),
         channels(plan.channels),
         g(memory + plan.g),
+        g_sums(memory + plan.g_sums),
         query(memory + plan.query),
         weight(memory + plan.weight),
         row_terms(memory + plan.row_terms) {}
@@ -74,13 +77,16 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP, PAIRS = FEW_KEYS * QUERIES;
   T* const pairs = shared + warp * PAIRS;  // [key][i]: dc . x, then p
+  T* const reduce = shared + WARPS * PAIRS;
   const Head at(p, blockIdx.x / parts.splits);
   const int64_t begin = blockIdx.x % parts.splits * parts.keys, end = lower(begin + parts.keys, p.Tk);
   const int64_t visible = p.keys_end(at.b, 0), columns = grads.grad_context.data == nullptr ? 0 : p.Dv;
+  const bool packed = RowsOf<S>(grads.grad_value, 0, 0, p.Dv).packed;
   const auto load_gradient = [&](int i, int64_t v) {
     return load_channels(grads.grad_context.row(at.b, at.h, i), grads.grad_context.packed, v, columns);
   };
 
+  T g_sum = 0;
   for (int64_t j0 = begin + warp * FEW_KEYS; j0 < end; j0 += WARPS * FEW_KEYS) {
     T sums[FEW_KEYS][QUERIES] = {};
     for (int64_t v = lane * PACK; v < columns; v += SPLIT_CHANNELS) {
@@ -122,6 +128,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
         pair = pair_gradient(p, score, grads.lse[row], a);
       }
       pairs[n] = pair.weight;
+      g_sum += pair.g;
       if (j < end) parts.g[(at.n * p.Tk + j) * QUERIES + i] = pair.g;
     }
     __syncwarp();
@@ -139,10 +146,14 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
       }
 #pragma unroll
       for (int key = 0; key < FEW_KEYS; ++key)
-        if (j0 + key < end) store_channels(grads.grad_value + (at.n * p.Tk + j0 + key) * p.Dv, v, p.Dv, dx[key]);
+        if (j0 + key < end)
+          store_channels(grads.grad_value + (at.n * p.Tk + j0 + key) * p.Dv, packed && v + PACK <= p.Dv, v, p.Dv,
+                         dx[key]);
     }
     __syncwarp();  // the next keys take the place of these
   }
+  g_sum = block_reduce(g_sum, reduce, [](T a, T b) { return a + b; });
+  if (threadIdx.x == 0) parts.g_sums[blockIdx.x] = g_sum;
 }
 
 // What a lane sums over the keys of its warp, of its channels.
@@ -170,8 +181,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
-  T *const q = shared, *const w_sums = q + QUERIES * SPLIT_CHANNELS;  // [i][channel], exp(2q), then dq; [channel]
-  T* const reduce = w_sums + SPLIT_CHANNELS;
+  T *const q = shared, *const w = q + QUERIES * SPLIT_CHANNELS;  // [i][channel], exp(2q); 4w; later dq and dw
+  T* const reduce = w + SPLIT_CHANNELS;
   const int64_t strips = parts.channels / SPLIT_CHANNELS, d0 = blockIdx.x % strips * SPLIT_CHANNELS;
   const int64_t split = blockIdx.x / strips % parts.splits;
   const Head at(p, blockIdx.x / (strips * parts.splits));
@@ -186,55 +197,68 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     q_bound = gpu::max(q_bound, gpu::abs(x));
     q[n] = exp_of_twice(x);
   }
-  q_bound = block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
+  const int64_t own = d0 + threadIdx.x;
+  w[threadIdx.x] = own < p.D ? 4 * gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + own]) : T(0);
+  const T k_limit = ScoreRange<T>::PAIR - block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
 
-  const auto weights = load_channels(p.weight + at.h * p.weight_stride_h, false, d, p.D);
   FewSums<T, QUERIES> sums = {};
-  T g_sum = 0;
-  for (int64_t j = begin + warp; j < end; j += WARPS) {
+  const int Tq = static_cast<int>(p.Tq);
+  const S* key = p.key.row(at.b, at.h, begin + warp) + d;
+  const auto g_of = [&](int64_t j) { return parts.g + (at.n * p.Tk + j) * QUERIES; };
+  const T* g_of_key = g_of(begin + warp);
+  S* grad_key = grads.grad_key + (at.n * p.Tk + begin + warp) * p.D + d;
+  const int channels = d < p.D ? static_cast<int>(lower(PACK, p.D - d)) : 0;  // of the lane's
+  const bool whole = channels == PACK && p.key.packed;
+  const bool whole_grad = channels == PACK && RowsOf<S>(grads.grad_key, 0, 0, p.D).packed;
+  constexpr T zeros[PACK] = {};
+  const T* const g_end = g_of(end);
+  const T* const g_seen = g_of(lower(end, visible));
+  for (; g_of_key < g_seen; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, grad_key += WARPS * p.D) {
     T dk[PACK] = {};
-    if (j < visible) {
-      const auto keys = load_channels(p.key.row(at.b, at.h, j), p.key.packed, d, p.D);
-      const auto g = gpu::load_pack<QUERIES>(parts.g + (at.n * p.Tk + j) * QUERIES);
-      T k[PACK], r[PACK], bound = 0;
+    const auto g = gpu::load_pack<QUERIES>(g_of_key);
+    T k[PACK], r[PACK];
+    const auto convert_keys = [&](const gpu::Pack<S, PACK>& keys) {
 #pragma unroll
-      for (int e = 0; e < PACK; ++e) {
-        k[e] = gpu::to_arithmetic(keys.element[e]);
-        bound = gpu::max(bound, gpu::abs(k[e]));
+      for (int e = 0; e < PACK; ++e) k[e] = gpu::to_arithmetic(keys.element[e]);
+    };
+    if (whole)
+      convert_keys(gpu::load_pack<PACK>(key));
+    else
+      convert_keys(load_channels(key, false, 0, channels));
+    T bound = gpu::abs(k[0]);
+#pragma unroll
+    for (int e = 1; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[e]));
+    if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) k[e] = exp_of_twice(k[e]);
+#pragma unroll
+      for (int i = 0; i < QUERIES; ++i) {
+        if ((i == 4 || i == 8) && i >= Tq) break;  // g is 0 from Tq on, so 4, 8 or 16 are summed
+        const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
+#pragma unroll
+        for (int e = 0; e < PACK; e += 2)
+          paired_reciprocal(gpu::fma(query.element[e], k[e], T(1)), gpu::fma(query.element[e + 1], k[e + 1], T(1)),
+                            r[e], r[e + 1]);
+        sums.add(i, g.element[i], r, dk);
       }
+    } else {
 #pragma unroll
-      for (int i = 0; i < QUERIES; ++i) g_sum += g.element[i];
-      if (!__any_sync(gpu::ALL_LANES, !(bound + q_bound <= ScoreRange<T>::PAIR))) {
+      for (int i = 0; i < QUERIES; ++i) {
+        if (i >= Tq) break;
+        const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
 #pragma unroll
-        for (int e = 0; e < PACK; ++e) k[e] = exp_of_twice(k[e]);
-#pragma unroll
-        for (int i = 0; i < QUERIES; ++i) {
-          if (i >= p.Tq) break;
-          const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
-#pragma unroll
-          for (int e = 0; e < PACK; e += 2)
-            paired_reciprocal(gpu::fma(query.element[e], k[e], T(1)),
-                              gpu::fma(query.element[e + 1], k[e + 1], T(1)), r[e], r[e + 1]);
-          sums.add(i, g.element[i], r, dk);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < QUERIES; ++i) {
-          if (i >= p.Tq) break;
-          const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
-#pragma unroll
-          for (int e = 0; e < PACK; ++e) r[e] = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
-          sums.add(i, g.element[i], r, dk);
-        }
+        for (int e = 0; e < PACK; ++e) r[e] = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
+        sums.add(i, g.element[i], r, dk);
       }
-#pragma unroll
-      for (int e = 0; e < PACK; ++e) dk[e] *= 4 * gpu::to_arithmetic(weights.element[e]);
     }
-    store_channels(grads.grad_key + (at.n * p.Tk + j) * p.D, d, p.D, dk);
-  }
-
+    const auto weights = gpu::load_pack<PACK>(w + lane * PACK);
 #pragma unroll
-  for (int e = 0; e < PACK; ++e) sums.weight[e] = g_sum - 2 * sums.weight[e];
+    for (int e = 0; e < PACK; ++e) dk[e] *= weights.element[e];
+    store_channels(grad_key, whole_grad, 0, channels, dk);
+  }
+  for (; g_of_key < g_end; g_of_key += WARPS * QUERIES, grad_key += WARPS * p.D)
+    store_channels(grad_key, whole_grad, 0, channels, zeros);
+
   // The warps add up in shared memory, one after the other.
   const auto add_to = [&](T* to, const T(&x)[PACK]) {
 #pragma unroll
@@ -245,16 +269,16 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     if (turn != warp) continue;
 #pragma unroll
     for (int i = 0; i < QUERIES; ++i) add_to(q + i * SPLIT_CHANNELS, sums.query[i]);
-    add_to(w_sums, sums.weight);
+    add_to(w, sums.weight);
   }
   __syncthreads();
   const int64_t part = at.n * parts.splits + split;
-  for (int i = 0; i < p.Tq; ++i)
-    parts.query[(part * p.Tq + i) * parts.channels + d0 + threadIdx.x] = q[i * SPLIT_CHANNELS + threadIdx.x];
-  parts.weight[part * parts.channels + d0 + threadIdx.x] = w_sums[threadIdx.x];
+  for (int i = 0; i < Tq; ++i)
+    parts.query[(part * p.Tq + i) * parts.channels + own] = q[i * SPLIT_CHANNELS + threadIdx.x];
+  parts.weight[part * parts.channels + own] = parts.g_sums[part] - 2 * w[threadIdx.x];
 }
 
-static_assert(ATTENTION_BLOCK == SPLIT_CHANNELS, "a thread writes the sums of a channel");
+static_assert(ATTENTION_BLOCK == SPLIT_CHANNELS, "a thread loads the weight of a channel and writes its sums");
 
 // dq of 32 channels of a row: the warps of a block share the splits, in a fixed order.
 template <typename S>
@@ -290,7 +314,7 @@ void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const Atten
   const unsigned input_blocks = static_cast<unsigned>(splits * (parts.channels / SPLIT_CHANNELS));
   const unsigned query_blocks = static_cast<unsigned>(p.heads() * p.Tq * (parts.channels / gpu::WARP));
   const auto value_memory = [](int queries) {
-    return sizeof(T) * ATTENTION_BLOCK / gpu::WARP * FEW_KEYS * queries;
+    return sizeof(T) * ATTENTION_BLOCK / gpu::WARP * (FEW_KEYS * queries + 1);
   };
   const auto input_memory = [](int queries) {
     return sizeof(T) * ((queries + 1) * SPLIT_CHANNELS + ATTENTION_BLOCK / gpu::WARP);

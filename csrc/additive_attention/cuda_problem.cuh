@@ -147,13 +147,13 @@ FUSEDATTN_DEVICE gpu::Pack<S, PACK> load_channels(const S* row, bool packed, int
   return pack;
 }
 
-// The same to memory; nothing from `width` on.
+// The same to memory; nothing from `width` on. whole: all four lie before it, at a multiple of their size.
 template <typename S, typename T>
-FUSEDATTN_DEVICE void store_channels(S* row, int64_t d, int64_t width, const T (&x)[PACK]) {
+FUSEDATTN_DEVICE void store_channels(S* row, bool whole, int64_t d, int64_t width, const T (&x)[PACK]) {
   gpu::Pack<S, PACK> pack;
 #pragma unroll
   for (int e = 0; e < PACK; ++e) pack.element[e] = gpu::to_storage<S>(x[e]);
-  if (d + PACK <= width && reinterpret_cast<uintptr_t>(row + d) % (PACK * sizeof(S)) == 0) {
+  if (whole) {
     gpu::store_pack(row + d, pack);
     return;
   }
