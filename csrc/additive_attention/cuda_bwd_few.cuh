@@ -1,4 +1,5 @@
-// Additive attention backward for few queries (Tq <= 16) whose scores were kept: decode steps, pooling.
+// Additive attention backward for few queries (Tq <= 16, in double 8) whose scores were kept: decode steps,
+// pooling.
 //
 // Bound by memory, so each of query, key, value and their gradients is touched once, in order. Keys are split over
 // blocks as in the forward pass (cuda_split.cuh); lanes own columns or channels in packs of 4, queries are a loop:
@@ -20,11 +21,14 @@
 namespace fusedattn {
 
 constexpr int FEW_KEYS = 4;  // of a warp at a time in few_values
+// Most queries: 4 sums for each are in registers, which in double would spill beyond 8.
+template <typename S>
+constexpr int FEW_QUERIES = sizeof(S) < 8 ? SPLIT_QUERIES : SPLIT_QUERIES / 2;
 
 // Whether backward takes this path.
 template <typename S>
 bool few_queries(const AttentionProblem<S>& p, const AttentionGradients<S>& grads) {
-  return p.Tq <= SPLIT_QUERIES && grads.scores != nullptr;
+  return p.Tq <= FEW_QUERIES<S> && grads.scores != nullptr;
 }
 
 // How keys are split, and where the working memory lies, by the shape alone.
@@ -38,7 +42,7 @@ struct FewPlan {
       : keys(p.heads() == 0 ? 0 : keys_of_split(p.heads(), p.Tk)),
         splits(keys == 0 ? 0 : gpu::ceil_div(p.Tk, keys)),
         channels(gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS),
-        queries(p.Tq == 1 ? 1 : SPLIT_QUERIES) {
+        queries(p.Tq == 1 ? 1 : FEW_QUERIES<S>) {
     g = 0;
     g_sums = g + gpu::ceil_div(p.heads() * p.Tk * queries, PACK) * PACK;
     query = g_sums + p.heads() * splits;
@@ -69,7 +73,7 @@ struct FewParts {
 };
 
 template <typename S, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
     additive_attention_bwd_kernel_few_values(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                              const FewParts<gpu::Arithmetic<S>> parts) {
   using T = gpu::Arithmetic<S>;
@@ -323,15 +327,15 @@ void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const Atten
     FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, 1>), value_blocks, ATTENTION_BLOCK,
                      value_memory(1), stream, p, grads, parts);
   else
-    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, SPLIT_QUERIES>), value_blocks, ATTENTION_BLOCK,
-                     value_memory(SPLIT_QUERIES), stream, p, grads, parts);
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, FEW_QUERIES<S>>), value_blocks, ATTENTION_BLOCK,
+                     value_memory(FEW_QUERIES<S>), stream, p, grads, parts);
   if (p.D == 0) return;
   if (p.Tq == 1)
     FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, 1>), input_blocks, ATTENTION_BLOCK,
                      input_memory(1), stream, p, grads, parts);
   else
-    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, SPLIT_QUERIES>), input_blocks, ATTENTION_BLOCK,
-                     input_memory(SPLIT_QUERIES), stream, p, grads, parts);
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, FEW_QUERIES<S>>), input_blocks, ATTENTION_BLOCK,
+                     input_memory(FEW_QUERIES<S>), stream, p, grads, parts);
   FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_few_query<S>, query_blocks, ATTENTION_BLOCK,
                    ATTENTION_BLOCK * sizeof(T), stream, p, parts, grads.grad_query);
 }
