@@ -54,6 +54,14 @@ def test_additive_attention_is_as_accurate_as_in_the_emulator(emulated, sizes, d
     test_additive_attention.check(inputs, eager=on_the_emulator(kernel))
 
 
+def test_tf32_is_as_accurate_as_in_the_emulator(emulated, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    module = emulated("additive_attention")
+    kernel = functools.partial(test_cuda_additive_attention.emulated_attention, module, tf32=True)
+    inputs = test_additive_attention.make_inputs(test_additive_attention.shape(2, 70, 83, 17, 70))
+    test_additive_attention.check(inputs, eager=on_the_emulator(kernel))
+
+
 @pytest.mark.parametrize("Tq", [1, 70])
 def test_results_repeat_to_the_bit(Tq):
     sizes = test_additive_attention.shape(3, Tq, 700, 33, 17)

@@ -254,12 +254,6 @@ FUSEDATTN_DEVICE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], con
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// Rounds to the 10 mantissa bits of TF32.
-FUSEDATTN_DEVICE uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
 
 #else
 
@@ -274,13 +268,29 @@ FUSEDATTN_DEVICE void mma_16x8x16<__nv_bfloat16>(float (&c)[4], const uint32_t (
 FUSEDATTN_DEVICE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   cuda_emulator::matrix_multiply(c, a, b, cuda_emulator::Multiplicand::TF32);
 }
-FUSEDATTN_DEVICE uint32_t to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return x == x ? (bits + 0x1000u) & 0xFFFFE000u : bits;  // to nearest, ties away from zero
-}
 
 #endif
+
+// Rounds to the 10 mantissa bits of TF32, to nearest, ties away from zero.
+FUSEDATTN_HOST_DEVICE uint32_t to_tf32(float x) {
+  uint32_t bits;
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x == x) bits = (bits + 0x1000u) & 0xFFFFE000u;
+#endif
+  return bits;
+}
+
+// float32 rounded for tensor cores, as it lies in shared memory; its arithmetic type is float.
+struct Tf32 {
+  uint32_t bits;
+};
+template <>
+FUSEDATTN_HOST_DEVICE Tf32 to_storage<Tf32>(float x) {
+  return {to_tf32(x)};
+}
 
 }  // namespace gpu
 }  // namespace fusedattn

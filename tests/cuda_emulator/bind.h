@@ -33,9 +33,17 @@ namespace py = pybind11;
 
 using Array = std::optional<py::array>;
 
+// Name of the Python module. pybind11 finds modules again by it, so what nvcc makes of the same file
+// (tests/ptx/nvcc.py) needs another one.
+#if defined(__CUDACC__)
+#define MODULE_NAME(name) name##_ptx
+#else
+#define MODULE_NAME(name) name
+#endif
+
 #define BINDINGS(name, module)                                           \
   static void bind(py::module_& module);                                 \
-  PYBIND11_MODULE(name, module) {                                        \
+  PYBIND11_MODULE(MODULE_NAME(name), module) {                           \
     module.def("set_order", &cuda_emulator::set_order, py::arg("seed")); \
     module.def("switch_count", &cuda_emulator::switch_count);            \
     bind(module);                                                        \

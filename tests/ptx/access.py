@@ -73,7 +73,7 @@ def _load(instruction: Instruction, parts: list[str], operands: Operands) -> Cal
     writes = [operands.writer(o, type_) for o in elements(instruction.operands[0])]
     if len(writes) != count:
         raise PtxError(f"expected {count} destinations")
-    if space == "param":
+    if space == "param" and isinstance(instruction.operands[1].base, Symbol):
         return _load_parameter(instruction.operands[1], type_, writes)
     address, words = operands.address(instruction.operands[1], _SPACES[space]), _Words(space, count, type_)
 
@@ -90,9 +90,8 @@ def _load(instruction: Instruction, parts: list[str], operands: Operands) -> Cal
 
 
 def _load_parameter(address: Address, type_: str, writes: list[Callable]) -> Callable:
+    """At an address that is not computed: one number for all threads."""
     size = TYPES[type_] // 8
-    if not isinstance(address.base, Symbol):
-        raise PtxError("a parameter is read at an address that is computed")
 
     def step(machine, active):
         data = machine.parameters[address.base.name]

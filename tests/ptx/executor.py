@@ -41,7 +41,7 @@ class _Block:
 class Program:
     """A kernel with every instruction turned into a function; ``launch`` runs it."""
 
-    def __init__(self, kernel: Kernel, memory: GlobalMemory, shared_bytes: int = 0):
+    def __init__(self, kernel: Kernel, memory: GlobalMemory, parameters: dict[str, bytes], shared_bytes: int = 0):
         self.kernel = kernel
         addresses, self.sizes = {}, {"shared": 0, "local": 0}
         for name, variable in kernel.variables.items():
@@ -51,6 +51,10 @@ class Program:
             else:
                 data = variable.values.ljust(variable.size, b"\0")
                 addresses[name] = memory.add(np.frombuffer(data, np.uint8).copy(), name)
+        # A space of their own, for addresses that are computed.
+        self.parameters = GlobalMemory()
+        for name, data in parameters.items():
+            addresses[name] = self.parameters.add(np.frombuffer(data, np.uint8), name)
         # Dynamic shared memory begins behind the static.
         for name, variable in kernel.variables.items():
             if variable.space == "shared" and variable.size == 0:
@@ -148,7 +152,7 @@ class Machine:
     """The state of some blocks of a grid."""
 
     def __init__(self, program: Program, memory: GlobalMemory, parameters: dict[str, bytes], grid, block, numbers):
-        self.memory, self.parameters = memory, parameters
+        self.memory, self.parameters, self.parameter_memory = memory, parameters, program.parameters
         threads = int(np.prod(block))
         self.blocks, self.lanes = len(numbers), threads * len(numbers)
         self.registers: list[np.ndarray | None] = [None] * len(program.operands.slots)
@@ -176,6 +180,8 @@ class Machine:
         """Memory, its owner for every active thread, and the warp that acts; empty where there is none."""
         if name in ("global", "const"):
             return self.memory, (), ()
+        if name == "param":
+            return self.parameter_memory, (), ()
         if name == "shared":
             return self.shared, (self.block[active],), (self.warp[active],)
         return self.local, (np.flatnonzero(active),), ()
@@ -294,7 +300,7 @@ def launch(
         raise PtxError(f"blocks of {size} threads, which is not a multiple of {warp.WARP}, are not implemented")
     memory = GlobalMemory() if memory is None else memory
     parameters = _parameters(kernel, memory, arguments)
-    program = Program(kernel, memory, shared_bytes)
+    program = Program(kernel, memory, parameters, shared_bytes)
     blocks, executed = int(np.prod(grid)), 0
     step = max(1, together // size)
     with np.errstate(all="ignore"):

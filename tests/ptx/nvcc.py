@@ -76,7 +76,7 @@ class Module:
     def __init__(self, name: str):
         file, ptx = _build(name)
         self.text = ptx.read_text()
-        spec = importlib.util.spec_from_file_location(name, file)
+        spec = importlib.util.spec_from_file_location(f"{name}_ptx", file)
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self.runtime = ctypes.CDLL(str(file))
