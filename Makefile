@@ -1,7 +1,7 @@
 # Every target sets up what it needs; the stamps make the second time quick.
 #   make test                       tests, at every CPU level that this machine has
 #   make bench                      results checked, then measured, in a few minutes
-#   make gates                      what every GPU kernel compiles to, checked; needs no GPU
+#   make gates                      what every GPU kernel compiles to, checked; needs no GPU; GATES=--quick: less of it
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
 #   make gpu                        on a machine with an NVIDIA GPU: builds, tests and measures, in ten minutes
 #   make lint | sanitize | wheel | clean
@@ -14,6 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+GATES ?=
 
 BIN := $(VENV)/bin
 CXX_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -37,7 +38,7 @@ bench: $(BUILT)
 	$(BIN)/python -m benchmarks --quick
 
 gates: $(BUILT)
-	$(BIN)/python -m benchmarks.gates
+	$(BIN)/python -m benchmarks.gates $(GATES)
 
 demo: $(BUILT)
 	$(BIN)/python -m benchmarks.g2p --demo

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.gpu``: eager PyTorch, torch.compile and the CUDA kernels on this machine's NVIDIA GPU.
+"""``python -m benchmarks.gpu``: eager PyTorch, torch.compile, CUDA and Triton kernels on this NVIDIA GPU.
 
 Results are compared with float64 first; status 1 where they disagree. Times are the median of CUDA events around
 single steps, contenders in alternation, so that a drifting clock meets all of them. Prints a table and writes
-result.json, stamped, to --output.
+result.json, stamped, to --output; ``python -m benchmarks.roofline --result`` sets it beside predictions.
 
 Rates stand beside two ceilings: the bandwidth of x.clone(), measured in the same run, and the instruction bound of
 the score loop, 32 tanh per clock and multiprocessor at the highest clock that the driver names.
@@ -14,12 +14,13 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
 import torch
 
-from fusedattn import info
+from fusedattn import _dispatch, info
 
 from . import contenders, machine
 from .cases import MODES, AttentionCase, Case, FilmCase
@@ -35,6 +36,7 @@ CASES: tuple[Case, ...] = (
     FilmCase("BTC", "memory", 64, 1024, 4096),
 )
 DTYPES = (torch.float32, torch.bfloat16)
+BACKENDS = {"cuda": _dispatch.cuda_reasons, "triton": _dispatch.triton_reasons}  # contenders of these names
 ROUNDS, LEAST_MILLISECONDS = 15, 2.0
 
 
@@ -57,6 +59,14 @@ def to_gpu(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return t.to("cuda", dtype)  # keeps the strides of a dense tensor
 
 
+def contenders_of(case: Case, compile: bool = True) -> dict[str, contenders.Function]:
+    """Every contender by name, with each backend that can run instead of the one that a call would take."""
+    found = contenders.of(case, compile)
+    fused = found.pop(contenders.FUSED)
+    usable = [name for name, reasons in BACKENDS.items() if not reasons(torch.device("cuda"), torch.float32)]
+    return found | {name: partial(fused, backend=name) for name in usable}
+
+
 def check_agreement(case: Case, dtype: torch.dtype, functions: dict) -> None:
     """Raises SystemExit unless the kernels' results are as near to float64 as eager's in the same dtype."""
     few = dataclasses.replace(case, B=min(case.B, 2))
@@ -65,21 +75,22 @@ def check_agreement(case: Case, dtype: torch.dtype, functions: dict) -> None:
     results = {
         name: contenders.step(few, "training", name, functions[name], inputs, grad)()
         for name in functions
-        if name == contenders.FUSED or name.startswith("eager")
+        if name in BACKENDS or name.startswith("eager")
     }
     errors = {
         name: [(got.double() - wanted).abs().max().item() for got, wanted in zip(outputs, expected, strict=True)]
         for name, outputs in results.items()
     }
     for n, (what, terms) in enumerate(few.summed_terms().items()):
-        eager = max(found[n] for name, found in errors.items() if name != contenders.FUSED)
+        eager = max(found[n] for name, found in errors.items() if name not in BACKENDS)
         size = expected[n].abs().max().item()
         floor = (torch.finfo(dtype).eps / 2 + torch.finfo(torch.float32).eps * sqrt(terms)) * size
-        if not errors[contenders.FUSED][n] <= 2 * eager + floor:
-            raise SystemExit(
-                f"{case.name}, {dtype}: {what} is {errors[contenders.FUSED][n]:.3g} from float64, eager "
-                f"{eager:.3g}"
-            )
+        for name in BACKENDS.keys() & errors.keys():
+            if not errors[name][n] <= 2 * eager + floor:
+                raise SystemExit(
+                    f"{case.name}, {dtype}: {what} of {name} is {errors[name][n]:.3g} from float64, "
+                    f"eager {eager:.3g}"
+                )
 
 
 def milliseconds(step, repeats: int) -> float:
@@ -95,7 +106,7 @@ def milliseconds(step, repeats: int) -> float:
 def measure(case: Case, dtype: torch.dtype, mode: str) -> list[dict]:
     inputs, grad = [to_gpu(t, dtype) for t in case.inputs()], to_gpu(case.grad_output(), dtype)
     steps, peaks, rows = {}, {}, []
-    for name, function in contenders.of(case).items():
+    for name, function in contenders_of(case).items():
         step = contenders.step(case, mode, name, function, inputs, grad)
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -141,9 +152,10 @@ def fastest(rows: list[dict], prefix: str) -> float | None:
     )
 
 
-def line(rows: list[dict], bound: float | None) -> str:
-    """One line of the table: fused, how many times faster than eager and compile, and of which ceiling."""
-    (fused,) = (r for r in rows if r["contender"] == contenders.FUSED)
+def line(fused: dict, rows: list[dict], bound: float | None) -> str:
+    """One line of the table: a backend, how many times faster than eager and compile, and of which ceiling."""
+    if fused["milliseconds"] is None:
+        return f"{fused['case']:36} {fused['dtype']:9} {fused['mode']:9} {fused['contender']:7} {fused['why']}"
     ratios = ""
     for prefix in ("eager", "compile"):
         other = fastest(rows, prefix)
@@ -152,8 +164,8 @@ def line(rows: list[dict], bound: float | None) -> str:
     ceiling = clone or bound
     part = f"{fused['rate'] / ceiling:6.0%} of {'clone' if clone else 'bound'}" if ceiling else ""
     return (
-        f"{fused['case']:36} {fused['dtype']:9} {fused['mode']:9} {fused['milliseconds']:10.4f} "
-        f"{fused['rate']:9.1f} {fused['unit']:9}{ratios} {part}"
+        f"{fused['case']:36} {fused['dtype']:9} {fused['mode']:9} {fused['contender']:7} "
+        f"{fused['milliseconds']:10.4f} {fused['rate']:9.1f} {fused['unit']:9}{ratios} {part}"
     )
 
 
@@ -171,15 +183,20 @@ def main() -> None:
     print(
         f"{result['machine']['gpu']}, driver {result['machine']['driver']}; {machine.describe(result['machine'])}"
     )
-    print(f"{'case':36} {'dtype':9} {'mode':9} {'ms':>10} {'rate':>9} {'':9}{'x eager':>9}{'x comp.':>9}")
+    print(
+        f"{'case':36} {'dtype':9} {'mode':9} {'backend':7} {'ms':>10} {'rate':>9} {'':9}"
+        f"{'x eager':>9}{'x comp.':>9}"
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         for dtype in DTYPES:
-            check_agreement(case, dtype, contenders.of(case, compile=False))
+            check_agreement(case, dtype, contenders_of(case, compile=False))
             for mode in MODES:
                 rows = measure(case, dtype, mode)
                 result["rows"] += rows
-                print(line(rows, bound), flush=True)
+                for row in rows:
+                    if row["contender"] in BACKENDS:
+                        print(line(row, rows, bound), flush=True)
                 (arguments.output / "result.json").write_text(json.dumps(result, indent=1))
 
 

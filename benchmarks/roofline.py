@@ -25,37 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .cases import ATTENTION, MODES, AttentionCase, FilmCase
+from .devices import DEVICES, ISSUE_LANES, MUFU_LANES, Device
 from .gates.kernel import Kernel
 from .gates.thresholds import direction
 from .machine import ROOT
 
 COUNTS = ROOT / "benchmarks" / "gates" / "counts.json"
-ISSUE_LANES = 128  # of a multiprocessor, per clock
-MUFU_LANES = 16
 FEW_QUERIES = 16  # a kernel that splits the keys takes up to as many
-
-
-@dataclass(frozen=True)
-class Device:
-    name: str
-    arch: str
-    multiprocessors: int
-    clock: float  # boost, Hz
-    fp32_lanes: int  # of a multiprocessor
-    bandwidth: float  # bytes/s
-
-    def seconds(self, tanh: float, cost: "Cost") -> float:
-        clocks = max(cost.slots / ISSUE_LANES, cost.mufu / MUFU_LANES, cost.fp32 / self.fp32_lanes)
-        return tanh * clocks / (self.multiprocessors * self.clock)
-
-
-# Data sheets of the SXM modules; the clock is the one that their peak float32 rate implies.
-DEVICES = (
-    Device("A100", "sm_80", 108, 1.41e9, 64, 2.039e12),
-    Device("H100", "sm_90", 132, 1.98e9, 128, 3.35e12),
-    Device("H200", "sm_90", 132, 1.98e9, 128, 4.8e12),
-    Device("B200", "sm_100", 148, 1.965e9, 128, 8.0e12),
-)
 
 
 @dataclass(frozen=True)
@@ -65,6 +41,10 @@ class Cost:
     slots: float
     mufu: float
     fp32: float
+
+    def seconds(self, tanh: float, device: Device) -> float:
+        clocks = max(self.slots / ISSUE_LANES, self.mufu / MUFU_LANES, self.fp32 / device.fp32_lanes)
+        return tanh * clocks / (device.multiprocessors * device.clock)
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.slots + other.slots, self.mufu + other.mufu, self.fp32 + other.fp32)
@@ -128,7 +108,7 @@ class Counts:
     @classmethod
     def load(cls, backend: str, path: Path = COUNTS) -> "Counts":
         kernels = (Kernel.from_json(k) for k in json.loads(path.read_text())["kernels"])
-        return cls(backend, tuple(k for k in kernels if k.backend == backend))
+        return cls(backend, tuple(k for k in kernels if k.section == backend))
 
     def cost(self, arch: str, which: str) -> Cost:
         """Of the float32 score loop, forward or backward; the cheapest where several kernels have one."""
@@ -159,7 +139,7 @@ def _slower(memory: float, arithmetic: float) -> tuple[float, str]:
 def attention(case: AttentionCase, mode: str, device: Device, counts: Counts) -> Prediction:
     def seconds_of(which: str, cost: Cost) -> float:
         idle = counts.tiles.rounds(case, which, device.multiprocessors)
-        return idle * device.seconds(counts.tiles.tanh(case), cost)
+        return idle * cost.seconds(counts.tiles.tanh(case), device)
 
     forward = counts.cost(device.arch, "forward")
     arithmetic = seconds_of("forward", forward + PRODUCT)
@@ -174,7 +154,7 @@ def attention(case: AttentionCase, mode: str, device: Device, counts: Counts) ->
     eager = tensor * (4 if mode == "forward" else 11)
     # Compiled: nothing of that size forward; backward the gradient of the sum is written once and read twice.
     passes = 1 if mode == "forward" else 2
-    evaluated = passes * device.seconds(case.work(mode), LIBDEVICE_TANH)
+    evaluated = passes * LIBDEVICE_TANH.seconds(case.work(mode), device)
     compiled = max(memory + (3 * tensor if mode == "training" else 0), evaluated)
     return Prediction(seconds, limit, max(eager, memory), compiled)
 

@@ -1,8 +1,10 @@
 """The gates read machine code and resources rightly, and a kernel that is not as it should be fails them."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +33,7 @@ SCORES = """
         /*0070*/                   MUFU.RCP R38, R38 ;
         /*0080*/                   FFMA R35, R16.reuse, R44.reuse, R35 ;
         /*0090*/              @!P0 FFMA R35, R35, -2, 1 ;
+        /*0098*/                   FFMA R36, -R35, R36, 1 ;
         /*00a0*/                   NOP ;
         /*00b0*/               @P0 BRA `(.L_x_1) ;
 .L_x_2:
@@ -84,7 +87,8 @@ def kernel(**changes) -> Kernel:
 def compiled(source: str, op: str, folder, arch: int = 90) -> Kernel:
     path = folder / "kernel.cu"
     path.write_text(source)
-    return cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})[0]
+    (found,) = cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})
+    return replace(found, shared=0)  # nothing launches it
 
 
 # Machine code
@@ -94,14 +98,81 @@ def test_score_loop_of_a_listing():
     functions = sass.parse(SCORES)
     assert list(functions) == ["scores", "other"]
     loop = functions["scores"].score_loop()
-    assert (loop.tanh, loop.mufu, loop.slots) == (4, 2, 9)  # NOP takes no slot, a predicated instruction does
-    assert loop.fp32 == 2 + 2 + 1 + 1 + 1  # FFMA2 counts twice
+    assert (loop.tanh, loop.mufu, loop.slots) == (4, 2, 10)  # NOP takes no slot, a predicated instruction does
+    assert loop.fp32 == 2 + 2 + 1 + 1 + 1 + 1  # FFMA2 counts twice
 
 
 def test_loops_are_innermost_and_not_padding():
     function = sass.parse(SCORES)["scores"]
     assert len(function.loops) == 4
-    assert [len(body.instructions) for body in function.innermost] == [10, 3, 4]
+    assert [last - first + 1 for first, last in function.innermost] == [11, 3, 4]
+
+
+# A loop over channels for 2 queries: large inputs take the lower half, a second query may be absent, and the loop
+# is continued from three places. What the compiler put behind the end is reached from within.
+BRANCHES = """
+\t.section\t.text.few,"ax",@progbits
+.text.few:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0010*/                   LDS.128 R4, [UR6] ;
+        /*0020*/               @P0 BRA `(.L_x_5) ;
+.L_x_6:
+        /*0030*/                   BRA P2, `(.L_x_2) ;
+        /*0040*/                   FFMA R13, R5, R28, 1 ;
+        /*0050*/                   MUFU.RCP R13, R13 ;
+        /*0060*/               @P1 BRA `(.L_x_3) ;
+        /*0070*/                   FFMA R14, R5, R28, 1 ;
+        /*0080*/                   MUFU.RCP R14, R14 ;
+        /*0090*/                   FMUL R14, R14, R13 ;
+        /*00a0*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*00b0*/                   MUFU.EX2 R14, R14 ;
+        /*00c0*/                   MUFU.RCP R14, R14 ;
+        /*00d0*/               @P5 BRA `(.L_x_1) ;
+.L_x_3:
+        /*00e0*/                   IADD3 R3, R3, 0x1, RZ ;
+        /*00f0*/               @P3 BRA `(.L_x_1) ;
+        /*0100*/                   EXIT ;
+.L_x_5:
+        /*0110*/                   LDS.128 R8, [UR6] ;
+        /*0120*/                   BRA `(.L_x_6) ;
+"""
+
+
+def test_the_way_with_most_tanh_is_counted():
+    """Both queries in the paired form; from LDS to the last branch, with the branches passed on the way."""
+    function = sass.parse(BRANCHES)["few"]
+    assert [last - first + 1 for first, last in function.loops] == [13, 15]
+    assert function.innermost == function.loops[1:]
+    loop = function.score_loop()
+    assert (loop.tanh, loop.mufu, loop.slots) == (2, 2, 12)
+
+
+SWITCH = """
+\t.section\t.text.switch,"ax",@progbits
+.text.switch:
+.L_x_1:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   BRX R16 -0x860         (*"BRANCH_TARGETS .L_x_2,.L_x_3"*);
+.L_x_2:
+        /*0020*/                   BRA.DIV ~URZ, `(.L_x_9) ;
+.L_x_3:
+        /*0030*/               @P3 BRA `(.L_x_1) ;
+"""
+
+
+def test_a_switch_goes_on_at_its_targets():
+    function = sass.parse(SWITCH)["switch"]
+    assert function.loops == [(0, 3)]
+    assert function.memory_loop().global_widths == [16]
+    assert sass.parse(SWITCH.replace(".L_x_2,.L_x_3", ".L_x_9"))["switch"].loops == []
+
+
+def test_a_longer_way_to_the_same_tanh_is_not_counted():
+    shorter = BRANCHES.replace("@P1 BRA `(.L_x_3)", "@P1 BRA `(.L_x_2)").replace("FFMA R14, R5, R28, 1", "NOP")
+    loop = sass.parse(shorter)["few"].score_loop()
+    assert (loop.tanh, loop.mufu, loop.slots) == (1, 3, 9)
 
 
 def test_memory_loop_of_a_listing():
@@ -210,9 +281,10 @@ def test_a_good_kernel_passes():
     [
         (dict(local=2), "2 local-memory instructions"),
         (dict(arch="gfx942", local=2), "2 spilled vector registers"),
-        (dict(arch="gfx942", lane_moves=2), "2 moves of spilled scalar registers"),
-        (dict(backend="Triton", name="fwd_few-32x64-bf16", slots=20.1), "expected at most 20.0"),
-        (dict(backend="Triton", name="fwd_few-32x64-bf16", slots=15.0, mufu=1.6), "expected at most 1.55"),
+        (dict(arch="gfx942", scalar_spills=2), "2 spilled scalar registers"),
+        (dict(name="fwd_kernel_split<half, 1>", slots=40.0), "expected at most 39.95"),
+        (dict(name="fwd_kernel_split<float, 16>", slots=5.1), "expected at most 4.99"),
+        (dict(name="fwd_kernel_split<float, 16>", mufu=0.63), "expected at most 0.62"),
         (dict(stack=8), "8 bytes of stack"),
         (dict(mufu=0.56), "0.56 MUFU per tanh, expected at most 0.55"),
         (dict(slots=4.01), "4.01 issue slots per tanh, expected at most 4.0"),
@@ -220,6 +292,8 @@ def test_a_good_kernel_passes():
         (dict(name="additive_attention_bwd_kernel_inputs<float>", slots=8.01), "expected at most 8.0"),
         (dict(name="additive_attention_bwd_kernel_scores<float>", slots=4.01), "expected at most 4.0"),
         (dict(occupancy=0.0), "does not fit"),
+        (dict(shared=None, occupancy=None), "no launch of it"),
+        (dict(slots=None, mufu=None), "no score loop was found"),
         (dict(op="film", name="film_fwd_kernel_runs<float>", widths=(4, 16)), "accesses of 4, 16 bytes"),
         (dict(op="film", name="film_fwd_kernel_rows<float, 4>", widths=(8,)), "accesses of 8 bytes"),
     ],
@@ -231,6 +305,28 @@ def test_a_broken_threshold_is_named(changes, reason):
 
 def test_slots_are_bounded_on_one_architecture():
     assert thresholds.failures(kernel(arch="sm_100", slots=9.0)) == []
+
+
+@pytest.mark.parametrize(
+    "name, backend, slots, mufu",
+    [
+        # Bytes of a tanh, with 9.98 slots each; where that is more than the score loop and an exponential.
+        ("additive_attention_fwd_kernel_split<float, 1>", "CUDA C++", 8 * 9.986, 9.986),
+        ("additive_attention_fwd_kernel_split<bfloat16, 1>", "CUDA C++", 4 * 9.986, 4.992),
+        ("additive_attention_fwd_kernel_split<half, 16>", "CUDA C++", 4 + 8 / 16, 0.55 + 1 / 16),
+        ("additive_attention_bwd_kernel_few_inputs<float, 16>", "CUDA C++", 8 + 8 / 16, 0.624),
+        ("additive_attention_fwd_kernel_few-32x64-fp32", "Triton", 4 * 9.986, 4.992),
+        ("additive_attention_fwd_kernel_few-32x64-bf16-fp32", "Triton", 2 * 9.986, 2.496),
+        ("additive_attention_fwd_kernel_scores-32x64x256-fp32", "Triton", 4.5, 0.55),
+    ],
+)
+def test_few_queries_may_take_what_memory_leaves(name, backend, slots, mufu):
+    assert thresholds.limits(kernel(name=name, backend=backend)) == pytest.approx((slots, mufu), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fwd_kernel<double>", "fwd_kernel_merge<float>", "bwd_kernel_keys<half>"])
+def test_not_every_kernel_scores(name):
+    assert thresholds.failures(kernel(name=f"additive_attention_{name}", slots=None, mufu=None)) == []
 
 
 @pytest.mark.parametrize("name", ["film_fwd_kernel_rows<float, 1>", "film_bwd_kernel_sums<float>"])
@@ -294,6 +390,7 @@ AMD_LOOP = """
     v_readlane_b32 s4, v60, 3
     v_fma_f32 v1, v1, 1.0, v2
     v_fma_f32 v1, v1, -2.0, 1.0
+    v_fma_f32 v1, -v1, v2, 1.0
     s_cbranch_scc1 .LBB0_2
     v_writelane_b32 v60, s4, 3
     s_cbranch_scc1 .LBB0_1
@@ -303,7 +400,7 @@ AMD_LOOP = """
 def test_score_loop_of_an_amd_listing():
     loop = amdgcn.score_loop(AMD_LOOP)
     assert len(amdgcn.innermost_loops(AMD_LOOP)) == 1
-    assert (loop.tanh, loop.transcendental, loop.slots, loop.lane_moves) == (3, 1, 7, 1)
+    assert (loop.tanh, loop.transcendental, loop.slots) == (3, 1, 8)
 
 
 def test_amd_metadata():
@@ -311,7 +408,8 @@ def test_amd_metadata():
     assert (found.registers, found.scalar_registers, found.shared) == (120, 38, 8192)
     assert (found.local, found.scalar_spills) == (3, 7)
     assert found.occupancy == 0.5
-    assert thresholds.failures(found) == ["3 spilled vector registers, expected none"]
+    spilled = ["3 spilled vector registers, expected none", "7 spilled scalar registers, expected none"]
+    assert thresholds.failures(found) == spilled
     with pytest.raises(tools.ToolError, match="no .vgpr_count"):
         triton_kernels.read_amdgcn("film", "fwd", "gfx942", 256, AMDGCN.replace(".vgpr_count", ".other"))
 
@@ -338,6 +436,29 @@ def test_the_stored_table_is_that_of_the_stored_counts():
     assert roofline.COUNTS.with_name("table.md").read_text() == table.markdown(kernels, stored["tools"])
 
 
+def stored(section: str) -> list[Kernel]:
+    kernels = map(Kernel.from_json, json.loads(roofline.COUNTS.read_text())["kernels"])
+    return [k for k in kernels if k.section == section]
+
+
+def test_the_stored_table_has_the_cuda_kernels_of_the_sources():
+    """Names alone: which types a template is compiled for is for the compiler to say."""
+    texts = "".join(path.read_text() for path in (tools.ROOT / "csrc").glob("*/cuda_*.cuh"))
+    declared = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\([^()]*\))?\s+(\w+)\(", texts))
+    assert len(declared) == texts.count("__global__")
+    for arch in cuda_kernels.ARCHITECTURES:
+        assert {k.name.partition("<")[0] for k in stored("CUDA C++") if k.arch == f"sm_{arch}"} == declared
+
+
+@pytest.mark.skipif(triton_kernels.missing() is not None, reason=str(triton_kernels.missing()))
+@pytest.mark.parametrize("section", ["Triton", "Triton, oldest supported"])
+def test_the_stored_table_has_the_triton_kernels_of_the_sources(section):
+    declared = [name for op in triton_kernels.ops() for name, _ in triton_kernels.kernels(op)]
+    for _, arch in triton_kernels.TARGETS:
+        name = triton_kernels.arch_name(arch)
+        assert [k.name for k in stored(section) if k.arch == name] == declared
+
+
 # Paper
 
 
@@ -354,11 +475,11 @@ def test_data_sheet_rates():
 
 def test_the_slowest_unit_decides():
     clocks = 1e12 / (132 * 1.98e9)
-    assert H100.seconds(1e12, roofline.Cost(3.84, 0.5, 3)) == pytest.approx(clocks / 32)  # MUFU: the plan's 32
-    assert H100.seconds(1e12, roofline.Cost(3.42, 1, 2)) == pytest.approx(clocks / 16)  # tanh.approx
-    assert H100.seconds(1e12, roofline.Cost(8, 0.5, 6)) == pytest.approx(clocks / 16)  # slots
+    assert roofline.Cost(3.84, 0.5, 3).seconds(1e12, H100) == pytest.approx(clocks / 32)  # MUFU: the plan's 32
+    assert roofline.Cost(3.42, 1, 2).seconds(1e12, H100) == pytest.approx(clocks / 16)  # tanh.approx
+    assert roofline.Cost(8, 0.5, 6).seconds(1e12, H100) == pytest.approx(clocks / 16)  # slots
     a100 = roofline.DEVICES[0]
-    assert a100.seconds(1e12, roofline.Cost(4, 0.5, 4)) == pytest.approx(1e12 / (108 * 1.41e9) / 16)  # lanes
+    assert roofline.Cost(4, 0.5, 4).seconds(1e12, a100) == pytest.approx(1e12 / (108 * 1.41e9) / 16)  # lanes
 
 
 TILES, SPLIT = roofline.Tiles(64, 64, 32, False), roofline.Tiles(64, 64, 32, True)

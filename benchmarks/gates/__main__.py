@@ -1,7 +1,10 @@
 """Compiles every GPU kernel, reads what it costs, writes table.md and counts.json, fails where a threshold breaks.
 
 Needs no GPU. What cannot be compiled here is left out with a word, and keeps its rows in the table: CUDA C++
-without nvcc, Triton where it is not installed.
+without nvcc, Triton where it is not installed. Machine code is kept under build/gates: only what changed is
+compiled again.
+
+The oldest Triton supported has rows of its own: `pip install --target DIR triton==3.6`, then `--triton DIR`.
 """
 
 import argparse
@@ -15,42 +18,62 @@ from .kernel import Kernel
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = {"CUDA C++": cuda_kernels, "Triton": triton_kernels}
+# What CI has time for: the architecture of the plan, the one that spills soonest, one of AMD.
+QUICK = ("sm_80", "sm_90", "gfx942")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gates", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--only", choices=PARTS, help="leave the others' rows as they are")
+    parser.add_argument(
+        "--triton", type=Path, metavar="DIR", help="folder of another Triton; only Triton's kernels"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; writes nothing")
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of table.md and counts.json")
     options = parser.parse_args()
+    if options.triton:
+        if not (options.triton / "triton").is_dir():
+            parser.error(f"--triton {options.triton}: no folder triton in it")
+        sys.path.insert(0, str(options.triton.resolve()))
+        options.only = "Triton"
 
     counts = options.output / "counts.json"
     stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "kernels": []}
-    compilers, kernels, broken = dict(stored["tools"]), [], 0
+    if options.quick:
+        print(
+            f"Quick: {', '.join(QUICK)} alone. Without --quick, as in make gates, all architectures are checked."
+        )
+    kernels, compilers, broken = [Kernel.from_json(k) for k in stored["kernels"]], dict(stored["tools"]), 0
     for backend, part in PARTS.items():
         missing = "not asked for" if options.only not in (None, backend) else part.missing()
         if missing:
             print(f"{backend}: not checked, {missing}")
-            kernels += [Kernel.from_json(k) for k in stored["kernels"] if k["backend"] == backend]
             continue
         try:
-            found = part.measure(options.jobs)
+            found = part.measure(options.jobs, QUICK if options.quick else None)
         except tools.ToolError as error:
             print(f"{backend}: {error}", file=sys.stderr)
             return 1
-        compilers[backend] = part.compiler()
-        kernels += found
+        section = found[0].section
+        compilers[section] = part.compiler()
+        kernels = [k for k in kernels if k.section != section] + found
         failed = [(k, reason) for k in found for reason in thresholds.failures(k)]
         for kernel, reason in failed:
-            print(f"{backend}: {kernel.name}, {kernel.arch}: {reason}", file=sys.stderr)
+            print(f"{section}: {kernel.name}, {kernel.arch}: {reason}", file=sys.stderr)
         broken += len(failed)
         archs = ", ".join(dict.fromkeys(k.arch for k in found))
-        print(f"{backend}: {len({k.name for k in found})} kernels on {archs}: {len(failed)} thresholds broken")
-    if not options.check:
-        counts.write_text(
-            json.dumps({"tools": compilers, "kernels": [k.to_json() for k in kernels]}, indent=1) + "\n"
+        print(
+            f"{section}, {compilers[section]}: {len({k.name for k in found})} kernels on {archs}: "
+            f"{len(failed)} thresholds broken"
         )
+    if not (options.check or options.quick):
+        kernels.sort(key=lambda k: k.section)  # stable: within a section as they were found
+        rows = ",\n".join(json.dumps(k.to_json()) for k in kernels)
+        counts.write_text(f'{{"tools": {json.dumps(compilers)},\n"kernels": [\n{rows}\n]}}\n')
         (options.output / "table.md").write_text(table.markdown(kernels, compilers))
     return 1 if broken else 0
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 _LABEL = re.compile(r"^(\.L\w+):")
 _INSTRUCTION = re.compile(r"^\s+([vsdgb][a-z]*_\w+)(?:\s+([^;]*))?")
 _BRANCH = re.compile(r"(\.L\w+)")
-# A multiply-add of two registers and 1; 1 - 2r, which the loop for large magnitudes has, is none.
-_DENOMINATOR = re.compile(r"^\S+, -?[vs][\d\[:\]]+, [vs][\d\[:\]]+, 1\.0(?: |$)")
-_LANE_MOVES = ("v_readlane_b32", "v_writelane_b32")
+# As in sass.py: neither 1 - 2r nor a step of a division is one.
+_DENOMINATOR = re.compile(r"^\S+, [vs][\d\[:\]]+, [vs][\d\[:\]]+, 1\.0(?: |$)")
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,6 @@ class Loop:
         return sum(
             opcode.startswith(("v_rcp", "v_exp", "v_log", "v_sqrt", "v_rsq")) for opcode, _ in self.instructions
         )
-
-    @property
-    def lane_moves(self) -> int:
-        """Scalar registers kept in lanes of a vector register, moved there or back."""
-        return sum(opcode in _LANE_MOVES for opcode, _ in self.instructions)
 
 
 def innermost_loops(text: str) -> list[Loop]:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -70,8 +71,8 @@ def dynamic_shared() -> dict[str, int]:
         lines = tools.run(program).splitlines()
     found: dict[str, int] = {}
     for line in lines:
-        dtype, pack_size, kernel, shared = line.split("|")
-        name = re.sub(r"\bS\b", dtype, re.sub(r"\bW\b", pack_size, kernel.strip("()")))
+        shared, kernel = re.match(r"(\d+) .* kernel = ([^;]*);", line).groups()
+        name = short_name(kernel)
         found[name] = max(found.get(name, 0), int(shared))
     return found
 
@@ -105,9 +106,10 @@ def kernels_of(op: str, cubin: bytes, arch: int, dynamic: dict[str, int]) -> lis
     return found
 
 
-def measure(jobs: int) -> list[Kernel]:
-    """Every kernel on every architecture. Raises ToolError where a compilation fails."""
-    work = [(source, arch) for source in sources() for arch in ARCHITECTURES]
+def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
+    """Every kernel on every architecture, or on those named. Raises ToolError where a compilation fails."""
+    wanted = [arch for arch in ARCHITECTURES if archs is None or f"sm_{arch}" in archs]
+    work = [(source, arch) for source in sources() for arch in wanted]
     with ThreadPoolExecutor(jobs) as pool:
         cubins = list(pool.map(lambda item: compile_source(*item), work))
         dynamic = dynamic_shared()

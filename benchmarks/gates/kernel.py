@@ -13,19 +13,24 @@ class Kernel:
     arch: str  # sm_90, gfx942
     threads: int  # of a block, at most
     registers: int  # of a thread; on AMD the vector registers
-    shared: int | None  # bytes of a block; not known of a kernel that no recorded launch uses
+    shared: int | None  # bytes of a block; not known of a CUDA C++ kernel that launches.cpp does not reach
     occupancy: float | None  # part of the warps a multiprocessor could hold
     stack: int  # bytes of a thread: spilled registers, and arrays the compiler could not keep in registers
     local: int  # instructions that touch them; on AMD spilled vector registers
     scalar_registers: int | None = None  # AMD
     scalar_spills: int = 0  # AMD: scalar registers kept in lanes of vector registers, not in memory
-    lane_moves: int = 0  # AMD: instructions of the score loop that move those
     slots: float | None = None  # instructions of the score loop per tanh; on AMD those of the vector unit
     mufu: float | None = None  # of those, for the special function unit (AMD: transcendental)
     fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
     # FiLM: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
     widths: tuple[int, ...] = ()
     aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
+    oldest: bool = False  # compiled by the oldest Triton supported
+
+    @property
+    def section(self) -> str:
+        """Of the table."""
+        return f"{self.backend}, oldest supported" if self.oldest else self.backend
 
     @classmethod
     def from_sass(cls, function: sass.Function, **known) -> "Kernel":

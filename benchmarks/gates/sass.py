@@ -2,7 +2,9 @@
 
 A warp scheduler issues at most one instruction per clock, so the instructions of a loop body are its issue slots.
 Predicated instructions take their slot too, and are counted. A loop is what lies between a label and a later
-branch back to it; an innermost loop holds no other loop.
+branch back to it; an innermost loop holds no other loop. Where a loop branches, one way through it is counted: the
+one that evaluates most tanh, and of those the shortest. The others are for large inputs, ragged ends and absent
+queries.
 
 How many tanh a loop evaluates is read from the code as well: each has one denominator 1 + Eq Ek, a multiply-add
 whose addend is the constant 1, and nothing else in a score loop adds 1.
@@ -10,20 +12,23 @@ whose addend is the constant 1, and nothing else in a score loop adds 1.
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)(.*)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)(.*)")
 _LABEL = re.compile(r"^\s*(\.L[\w.$]*):")
 _FUNCTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+)")
-_TARGET = re.compile(r"`\((\.L[\w.$]*)\)")
+_TARGET = re.compile(r"\.L[\w$]+")
+_BRANCHES = {"BRA", "BRX"}  # BRX, a switch, names its targets in a remark
 
 # Instructions of the FP32 lanes. The packed forms of sm_100 do two operations a lane in one slot.
 _FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"}
 _PACKED = {"FADD2", "FMUL2", "FFMA2"}
 _FMA = {"FFMA", "FFMA2"}
-# A multiply-add of two registers and 1; 1 - 2r, which the loop for large magnitudes has, is none.
-_DENOMINATOR = re.compile(r"^\s*R[\w.]+, -?R[\w.]+, R[\w.]+, 1(?:, 1)?\s*;")
+# A multiply-add of two registers and 1. Neither 1 - 2r, which the loop for large magnitudes has, nor the negated
+# step of Newton's method in a division is one.
+_DENOMINATOR = re.compile(r"^\s*R[\w.]+, R[\w.]+, R[\w.]+, 1(?:, 1)?\s*;")
 _GLOBAL = {"LDG", "STG", "LD", "ST"}
 _LOCAL = {"LDL", "STL"}
 
@@ -32,6 +37,7 @@ _LOCAL = {"LDL", "STL"}
 class Instruction:
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
+    predicated: bool = False
 
     @property
     def base(self) -> str:
@@ -49,6 +55,25 @@ class Instruction:
                 return int(part) // 8
         return 4
 
+    @cached_property
+    def slots(self) -> int:
+        return int(self.base != "NOP")
+
+    @cached_property
+    def tanh(self) -> int:
+        if self.base not in _FMA or not _DENOMINATOR.match(self.operands):
+            return 0
+        return 1 + (self.base in _PACKED)
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether the next instruction never follows."""
+        if self.predicated:
+            return False
+        if self.base == "BRA":  # whose condition may be an operand: BRA P0, `(.L_x_1)
+            return self.operands.lstrip().startswith("`")
+        return self.base in ("BRX", "EXIT", "RET")
+
 
 @dataclass(frozen=True)
 class Body:
@@ -62,7 +87,7 @@ class Body:
 
     @property
     def slots(self) -> int:
-        return len(self.instructions) - self.counts["NOP"]
+        return sum(i.slots for i in self.instructions)
 
     @property
     def mufu(self) -> int:
@@ -71,8 +96,7 @@ class Body:
     @property
     def tanh(self) -> int:
         """Denominators 1 + Eq Ek that a thread evaluates."""
-        denominators = [i for i in self.instructions if i.base in _FMA and _DENOMINATOR.match(i.operands)]
-        return sum(1 + (i.base in _PACKED) for i in denominators)
+        return sum(i.tanh for i in self.instructions)
 
     @property
     def fp32(self) -> int:
@@ -98,26 +122,55 @@ class Body:
 class Function:
     name: str  # mangled
     body: Body
-    loops: tuple[tuple[int, int], ...]  # first and last instruction of each, both included
+    branches: Mapping[int, tuple[int, ...]]  # from instruction to instructions
 
-    def _loop(self, loop: tuple[int, int]) -> Body:
-        return Body(self.body.instructions[loop[0] : loop[1] + 1])
+    @cached_property
+    def loops(self) -> list[tuple[int, int]]:
+        """First and last instruction of each, both included."""
+        # A branch to itself, which nvdisasm puts after the end as padding, is no loop. Nor does a block close one
+        # that lies behind the end and joins again.
+        found = sorted((target, n) for n, targets in self.branches.items() for target in targets if target < n)
+        return [loop for loop in found if self._busiest(loop).instructions]
 
     @property
-    def innermost(self) -> list[Body]:
-        def holds(outer, inner):
-            return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+    def innermost(self) -> list[tuple[int, int]]:
+        """Those that hold no other; of several branches to one label, which continue the same loop, the last."""
 
-        return [self._loop(a) for a in self.loops if not any(holds(a, b) for b in self.loops)]
+        def holds(outer, inner):
+            return outer[0] < inner[0] and inner[1] <= outer[1]
+
+        return list({a[0]: a for a in self.loops if not any(holds(a, b) for b in self.loops)}.values())
+
+    def _whole(self, loop: tuple[int, int]) -> Body:
+        return Body(self.body.instructions[loop[0] : loop[1] + 1])
+
+    def _busiest(self, loop: tuple[int, int]) -> Body:
+        """The way through a loop that evaluates most tanh, and of those the shortest; empty if none leads back."""
+        first, last = loop
+        # By instruction: tanh, minus the slots, and next instruction of the best way from there back to the first.
+        best: dict[int, tuple[int, int, int]] = {}
+        for n in range(last, first - 1, -1):
+            here, targets = self.body.instructions[n], self.branches.get(n, ())
+            ways = [(0, 0, first)] if first in targets else []
+            following = targets if here.ends_here else (*targets, n + 1)
+            ways += [(*best[m][:2], m) for m in following if m > n and m in best]
+            if ways:
+                tanh, slots, following = max(ways)
+                best[n] = tanh + here.tanh, slots - here.slots, following
+        way = [first] if first in best else []
+        while way and (n := best[way[-1]][2]) != first:
+            way.append(n)
+        return Body(tuple(self.body.instructions[n] for n in way))
 
     def score_loop(self) -> Body | None:
         """The innermost loop with most tanh: the compiler may leave a shorter remainder loop beside it. The loop
         for large magnitudes has no denominator of this form."""
-        return max((b for b in self.innermost if b.tanh and b.mufu), key=lambda b: b.tanh, default=None)
+        loops = map(self._busiest, self.innermost)
+        return max((b for b in loops if b.tanh and b.mufu), key=lambda b: b.tanh, default=None)
 
     def memory_loop(self) -> Body | None:
         """The innermost loop with the widest accesses to global memory, and the most of them."""
-        loops = [b for b in self.innermost if b.global_widths]
+        loops = [b for b in map(self._whole, self.innermost) if b.global_widths]
         return max(loops, key=lambda b: (max(b.global_widths), len(b.global_widths)), default=None)
 
 
@@ -130,14 +183,11 @@ def parse(text: str) -> dict[str, Function]:
     def close() -> None:
         if name is None or not instructions:
             return
-        loops = set()
+        branches = {}
         for n, instruction in enumerate(instructions):
-            target = _TARGET.search(instruction.operands) if instruction.base == "BRA" else None
-            if target and labels.get(target[1], n + 1) <= n:
-                loops.add((labels[target[1]], n))
-        # A branch of a function to itself, which nvdisasm puts after the end as padding, is no loop.
-        loops = {loop for loop in loops if loop[0] != loop[1]}
-        functions[name] = Function(name, Body(tuple(instructions)), tuple(sorted(loops)))
+            targets = _TARGET.findall(instruction.operands) if instruction.base in _BRANCHES else ()
+            branches[n] = tuple(labels[target] for target in targets if target in labels)
+        functions[name] = Function(name, Body(tuple(instructions)), branches)
 
     for line in text.splitlines():
         if found := _FUNCTION.match(line):
@@ -146,6 +196,6 @@ def parse(text: str) -> dict[str, Function]:
         elif found := _LABEL.match(line):
             labels[found[1]] = len(instructions)
         elif found := _INSTRUCTION.match(line):
-            instructions.append(Instruction(found[1], found[2]))
+            instructions.append(Instruction(found[2], found[3], found[1] is not None))
     close()
     return functions

@@ -11,6 +11,7 @@ HEAD = f"""# What the compiled kernels cost
 Written by `make gates`, which also fails where a kernel breaks a threshold: no stack and no local memory (so no
 spills), at most {MUFU} MUFU per tanh, on {SLOTS_ARCH} at most {SLOTS["CUDA C++", "forward"]} issue slots per tanh forward
 ({SLOTS["Triton", "forward"]} in Triton) and {SLOTS["CUDA C++", "backward"]} backward, and every global access of FiLM's main loops {WIDTH} bytes wide.
+Kernels for few queries may take what memory leaves them: benchmarks/gates/thresholds.py derives it.
 Nothing here was timed: it is read from the machine code.
 
 A cell with several values has one per architecture, in the order of the heading; with one, all are equal.
@@ -20,7 +21,7 @@ A cell with several values has one per architecture, in the order of the heading
 - occupancy: resident warps, of the most that a multiprocessor holds
 - local: stack bytes / instructions that touch local memory
 - slots, MUFU: instructions of the score loop, per tanh; on AMD vector instructions, reciprocals and exponentials
-- spilled: vector registers, to memory / scalar registers, to lanes of vector registers (outside the score loop)
+- spilled: vector registers, to memory / scalar registers, to lanes of vector registers
 - bytes: widths of the global accesses in FiLM's main loop; of the stores where a kernel has no loop
 
 A kernel marked ✗ breaks a threshold, listed below the tables.
@@ -86,9 +87,9 @@ def natural(text: str) -> list:
 
 def markdown(kernels: list[Kernel], tools: dict[str, str]) -> str:
     lines = [HEAD]
-    for backend in dict.fromkeys(k.backend for k in kernels):
-        lines += [f"## {backend}", "", f"Compiled by {tools[backend]}.", ""]
-        mine = [k for k in kernels if k.backend == backend]
+    for section in dict.fromkeys(k.section for k in kernels):
+        lines += [f"## {section}", "", f"Compiled by {tools[section]}.", ""]
+        mine = [k for k in kernels if k.section == section]
         for op in dict.fromkeys(k.op for k in mine):
             for amd in (False, True):
                 group = [k for k in mine if k.op == op and k.arch.startswith("gfx") == amd]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from ..machine import ROOT
@@ -50,6 +51,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@cache
 def version(tool: str) -> str:
     return re.findall(r"V[\d.]+", run(tool, "--version"))[-1]
 

@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import re
 from collections import Counter
+from collections.abc import Container
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,7 @@ from .occupancy import occupancy
 FOLDER = tools.ROOT / "fusedattn" / "triton"
 TARGETS = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("cuda", 120), ("hip", "gfx942"), ("hip", "gfx950"))
 BACKEND = "Triton"
+OLDEST = "3.6"  # supported
 AMD_WAVES = 8  # of a SIMD of a CDNA3 or CDNA4 compute unit
 
 
@@ -34,9 +37,13 @@ def missing() -> str | None:
 
 
 def compiler() -> str:
+    return f"Triton {triton_version()}"
+
+
+def triton_version() -> str:
     import triton
 
-    return f"Triton {triton.__version__}"
+    return triton.__version__
 
 
 def ops() -> list[str]:
@@ -44,7 +51,7 @@ def ops() -> list[str]:
 
 
 @cache
-def _kernels(op: str) -> list[tuple[str, Any]]:
+def kernels(op: str) -> list[tuple[str, Any]]:
     """Name and description of an op's kernels, from its file; further specialisations of a name are numbered."""
     seen: Counter = Counter()
     found = []
@@ -65,11 +72,7 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
     score = amdgcn.score_loop(text) if op == "additive_attention" else None
     counts = {}
     if score is not None:
-        counts = {
-            "slots": score.slots / score.tanh,
-            "mufu": score.transcendental / score.tanh,
-            "lane_moves": score.lane_moves,
-        }
+        counts = {"slots": score.slots / score.tanh, "mufu": score.transcendental / score.tanh}
     waves = re.search(r"^; Occupancy: (\d+)", text, re.MULTILINE)
     return Kernel(
         backend=BACKEND,
@@ -89,7 +92,7 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
 
 
 def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
-    name, described = _kernels(op)[index]
+    name, described = kernels(op)[index]
     compiled = described.compile(backend, arch)
     if backend == "hip":
         return read_amdgcn(op, name, arch, described.num_warps * 64, compiled.asm["amdgcn"])
@@ -100,7 +103,7 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
         backend=BACKEND,
         op=op,
         name=name,
-        arch=f"sm_{arch}",
+        arch=arch_name(arch),
         threads=threads,
         registers=registers,
         shared=shared,
@@ -111,9 +114,16 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
     )
 
 
-def measure(jobs: int) -> list[Kernel]:
-    """Every kernel on every architecture; in processes, because Triton compiles one kernel at a time."""
+def arch_name(arch: int | str) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
+    """Every kernel on every architecture, or on those named; in processes, for Triton compiles one at a time."""
     os.environ["TRITON_CACHE_DIR"] = str(tools.CACHE / "triton")
-    work = [(op, n, *target) for op in ops() for target in TARGETS for n in range(len(_kernels(op)))]
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, of which every process warns if unset
+    targets = [target for target in TARGETS if archs is None or arch_name(target[1]) in archs]
+    work = [(op, n, *target) for op in ops() for target in targets for n in range(len(kernels(op)))]
+    oldest = triton_version().startswith(f"{OLDEST}.")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(measure_one, *zip(*work, strict=True)))
+        return [replace(kernel, oldest=oldest) for kernel in pool.map(measure_one, *zip(*work, strict=True))]
