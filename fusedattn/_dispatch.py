@@ -117,6 +117,16 @@ def needs_function(tensors) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch's settings allow TF32 in float32 matrix products, whichever of its interfaces made them."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result does, which would import dynamo here. torch.compile guards on the
+# settings by itself.
+tf32_allowed._dynamo_marked_constant = True
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device (some, like meta, have none)."""
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)

@@ -12,6 +12,7 @@ import test_additive_attention as cases
 import torch
 from cuda_emulator.arrays import array, name, poisoned
 from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape, shape_id
+from tolerance import TF32_EPS
 from torch.autograd import Function
 
 from fusedattn.ops.additive_attention import accumulation_dtype
@@ -40,7 +41,7 @@ def rows(t):
 class EmulatedAttention(Function):
     @staticmethod
     def forward(
-        module, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk
+        module, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk, tf32
     ):
         lead, Tk, dtype = query.shape[:-1], key.shape[-2], query.dtype
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
@@ -48,12 +49,12 @@ class EmulatedAttention(Function):
         arrays = arguments(query, key, value, weight, mask, key_lengths)
         options = (is_causal, scale, softcap or 0.0)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
-        module.additive_attention_fwd(name(dtype), *arrays, *options, *outputs)
+        module.additive_attention_fwd(name(dtype), *arrays, *options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk = inputs
+        ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk, _ = inputs
         ctx.options = (is_causal, scale, softcap or 0.0)
         context, _, lse, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
@@ -75,7 +76,7 @@ class EmulatedAttention(Function):
             *(array(t) for t in outputs),
             ctx.chunk,
         )
-        return None, *outputs, *(None,) * 7
+        return None, *outputs, *(None,) * 8
 
 
 def arguments(query, key, value, weight, mask, key_lengths):
@@ -102,10 +103,11 @@ def emulated_attention(
     return_lse=True,
     keep_scores=True,
     chunk=CHUNK,
+    tf32=False,
 ):
     if query.dim() == 4 and weight.dim() == 1:
         weight = weight.expand(query.shape[1], -1)
-    options = (mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk)
+    options = (mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk, tf32)
     return EmulatedAttention.apply(module, query, key, value, weight, *options)[:3]
 
 
@@ -125,6 +127,7 @@ SHAPES = [
     shape(2, 17, 33, 1, 1),
     shape(2, 5, 17, 33, 8, H=3),
     shape(1, 1, 1000, 33, 5),  # few queries: keys split over blocks
+    shape(1, 8, 70, 12, 4),
     shape(1, 16, 200, 130, 140),
 ]
 
@@ -136,11 +139,12 @@ def test_matches_the_reference(module, sizes, dtype):
     check(module, make_inputs(sizes, dtype))
 
 
+@pytest.mark.parametrize("keep_scores", [True, False])
 @pytest.mark.parametrize("Tq", [1, 2])
-def test_several_tiles_in_a_split(module, Tq):
+def test_several_tiles_in_a_split(module, Tq, keep_scores):
     inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))
     inputs[1][0, 0, 140] *= 30
-    check(module, inputs, keep_scores=False, chunk=1 << 20, key_lengths=torch.tensor([145]))
+    check(module, inputs, keep_scores, chunk=1 << 20, key_lengths=torch.tensor([145]))
 
 
 @pytest.mark.parametrize("keep_scores", [True, False])
@@ -181,20 +185,38 @@ def test_scale_and_softcap(module, scale, softcap, dtype):
     check(module, inputs, keep_scores=False, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("sizes", [shape(2, 70, 83, 17, 70), shape(2, 17, 5, 9, 3)], ids=shape_id)
+def test_tf32_rounds_the_factors_of_the_context_alone(module, sizes):
+    inputs, lengths = make_inputs(sizes), torch.tensor([sizes["Tk"], 3])
+    kernel = functools.partial(emulated_attention, module, tf32=True)
+    actual = cases.check(inputs, kernel, factor_eps=TF32_EPS, key_lengths=lengths)
+    exact = cases.run(functools.partial(emulated_attention, module), inputs, key_lengths=lengths)
+    assert torch.equal(actual["weights"], exact["weights"]) and torch.equal(actual["lse"], exact["lse"])
+    assert (actual["context"] != exact["context"]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tf32_changes_nothing_but_float32(module, dtype):
+    inputs = make_inputs(shape(1, 20, 30, 9, 6), dtype)
+    results = [emulated_attention(module, *inputs, tf32=tf32) for tf32 in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])
 def test_zero_sizes(module, empty):
     check(module, make_inputs(shape(2, 3, 5, 4, 6, H=2) | {empty: 0}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("Tq", [5, 17])
+@pytest.mark.parametrize(("Tq", "keep_scores"), [(5, True), (5, False), (17, False)])
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_magnitudes(module, magnitude, Tq, dtype):
+def test_magnitudes(module, magnitude, Tq, keep_scores, dtype):
     query, key, value, weight = make_inputs(shape(1, Tq, 21, 37, 3), dtype)
     q, k = MAGNITUDES[magnitude]
     query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
     key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
-    check(module, [query, key, value, weight], keep_scores=False)
+    check(module, [query, key, value, weight], keep_scores)
 
 
 @pytest.mark.sanitized
@@ -261,6 +283,28 @@ def test_gradients_of_each_output_alone(module, outputs, keep_scores):
 
     kernel = functools.partial(emulated_attention, module, keep_scores=keep_scores)
     torch.testing.assert_close(gradients(kernel), gradients(cases.additive_attention_ref))
+
+
+# Few queries over two splits of keys; two tiles of queries and of keys, two steps over channels and columns.
+@pytest.mark.races
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "keep_scores", "chunk"),
+    [
+        (shape(1, 2, 70, 35, 9), torch.float32, True, CHUNK),
+        (shape(1, 66, 67, 33, 65), torch.float32, False, 1),
+        (shape(1, 66, 67, 33, 65), torch.bfloat16, True, CHUNK),
+    ],
+    ids=["few-float32", "tiles-float32", "tiles-bfloat16"],
+)
+def test_no_thread_relies_on_luck(module, sizes, dtype, keep_scores, chunk, thread_order):
+    """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""
+    inputs = make_inputs(sizes, dtype)
+    inputs[1][0, 65] *= 30  # its tile takes the exponential of the sum
+    module.set_order(thread_order)
+    try:
+        check(module, inputs, keep_scores, chunk)
+    finally:
+        module.set_order(0)
 
 
 @pytest.mark.parametrize("Tq", [3, 70])

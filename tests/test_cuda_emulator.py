@@ -93,6 +93,7 @@ def test_kernels_under_a_sanitizer(emulated, variant, marker):
 # Where, what is replaced by what; the variant and the tests to run, and what must be reported.
 FILM = ["tests/test_cuda_film.py", "-m", "races"]
 ATTENTION = ["tests/test_cuda_additive_attention.py", "-k", "test_masks_and_their_combinations"]
+ATTENTION_RACES = ["tests/test_cuda_additive_attention.py", "-m", "races", "-k", "tiles-float32"]
 PLANTED = {
     "overrun-of-an-array": (
         "film/cuda_problem.cuh",
@@ -111,6 +112,12 @@ PLANTED = {
         "shared[threadIdx.x / gpu::WARP] = x;\n  __syncthreads();",
         "shared[threadIdx.x / gpu::WARP] = x;",
         ("thread", FILM, "ThreadSanitizer: data race"),
+    ),
+    "missing-barrier-between-tiles": (
+        "additive_attention/cuda_fwd.cuh",
+        "p.Dv, memory.x);\n    __syncthreads();",
+        "p.Dv, memory.x);",
+        ("thread", ATTENTION_RACES, "ThreadSanitizer: data race"),
     ),
     "barrier-after-an-early-return": (
         "film/cuda_bwd.cuh",

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedattn import AdditiveAttention, BahdanauAttention, additive_attention, additive_attention_ref
 from fusedattn.ops.additive_attention import attend
@@ -372,6 +374,56 @@ class Attention(torch.nn.Module):
 
     def forward(self, query, key, value, key_lengths):
         return additive_attention(query, key, value, self.weight, key_lengths=key_lengths, return_weights=True)
+
+
+TF32_SETTINGS = {
+    "set_float32_matmul_precision": lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
+    "allow_tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "fp32_precision": lambda on: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if on else "none"),
+}
+
+
+@pytest.fixture(params=TF32_SETTINGS)
+def set_tf32(request):
+    yield TF32_SETTINGS[request.param]
+    for setting in TF32_SETTINGS.values():
+        setting(False)
+
+
+class RecordsTf32(TorchDispatchMode):
+    """Whether the last call of the raw op was allowed TF32."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.fusedattn.additive_attention_fwd.default:
+            self.allowed = args[13:] == (True,)  # without an argument that has its default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tf32_follows_the_setting_of_pytorch(set_tf32, dtype, requires_grad):
+    inputs = make_inputs(dtype=dtype, requires_grad=requires_grad)
+    for on in (False, True, False):
+        set_tf32(on)
+        with RecordsTf32() as record:
+            additive_attention(*inputs)
+        assert record.allowed == (on and dtype == torch.float32)
+
+
+def test_tf32_follows_the_setting_when_compiled(set_tf32, fresh_dynamo):
+    allowed = []
+
+    def record(graph, inputs):
+        op = torch.ops.fusedattn.additive_attention_fwd.default
+        allowed.extend(node.args[13:] == (True,) for node in graph.graph.nodes if node.target is op)
+        return graph
+
+    inputs = make_inputs(dtype=torch.float32)
+    compiled = torch.compile(additive_attention, fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    for on in (False, True, True, False):
+        set_tf32(on)
+        compiled(*inputs)
+    assert allowed == [False, True]  # a graph for each
 
 
 @pytest.mark.parametrize("strict", [False, True])

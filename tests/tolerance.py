@@ -9,6 +9,9 @@ is needed where eager happens to be exact (a row of one key, a sum of one term, 
 
     floor = u max|ref64| + 2 u_inner m sqrt(terms) + tiny       u = eps(dtype) / 2, u_inner = eps(arithmetic) / 2
 
+Where factors of products may be rounded to a coarser type first (``factor_eps``, say TF32_EPS), each of the two is
+off by up to factor_eps / 2, so a sum by factor_eps times that of the magnitudes of its terms.
+
 u max|ref64| is the one rounding of an output to its dtype; tiny is that of a subnormal one. Everything before is
 at least float32: each term of a sum carries a few roundings of its own (of unit size, independent: 2 u_inner), and
 the error of adding n of them grows as the root of n (Higham, Accuracy and Stability of Numerical Algorithms,
@@ -20,6 +23,8 @@ import math
 
 import torch
 from torch import Tensor
+
+TF32_EPS = 2.0**-10
 
 
 def rounding_floor(dtype: torch.dtype, magnitude: float, terms: int = 1, scale: float | None = None) -> float:
@@ -38,6 +43,7 @@ def assert_close_to_reference(
     terms: int = 1,
     name: str = "",
     scale: float | None = None,
+    factor_eps: float = 0.0,
 ) -> None:
     """Asserts that ``actual`` is as near to ``reference64`` as PyTorch in the same dtype (see the module's head).
 
@@ -48,6 +54,7 @@ def assert_close_to_reference(
         terms: how many terms the longest sum has.
         name: what is compared, for the message.
         scale: magnitude of the terms where they cancel; default: the largest finite |reference64|.
+        factor_eps: epsilon of the type that factors of products may be rounded to; 0 where they are not.
     """
     name = name or "result"
     if actual.shape != reference64.shape or actual.dtype != eager.dtype:
@@ -73,6 +80,7 @@ def assert_close_to_reference(
     magnitude = exact[finite].abs().max().item()
     allowed = 2 * (eager_error.max().item() if eager_error.numel() else 0.0)
     allowed += rounding_floor(actual.dtype, magnitude, terms, scale)
+    allowed += factor_eps * (magnitude if scale is None else scale)
     worst = error.max().item()
     if not worst <= allowed:
         where = tuple((error == worst).nonzero()[0].tolist())

@@ -465,10 +465,11 @@ Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, c
   return grads;
 }
 
+// The last argument, allow_tf32, is ignored: no CPU has TF32.
 Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
                                const OptionalTensor& key_exp, double key_bound, bool is_causal, double scale,
-                               std::optional<double> softcap, bool return_weights, bool keep_scores) {
+                               std::optional<double> softcap, bool return_weights, bool keep_scores, bool) {
   const ScalarType type = query.scalar_type();
   const auto run = [&](auto zero) {
     const Inputs<decltype(zero)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal,

@@ -45,7 +45,7 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
   grads.context = in.view<S>(*c), grads.lse = gpu::data<T>(l), grads.scores = gpu::data<T>(s);
   grads.grad_query = gpu::mutable_data<S>(dq), grads.grad_key = gpu::mutable_data<S>(dk);
   grads.grad_value = gpu::mutable_data<S>(dx), grads.grad_weight = gpu::mutable_data<S>(dw);
-  const Tensor memory = in.empty(BackwardPlan<S>(p).size, acc);
+  const Tensor memory = in.empty(additive_attention_bwd_workspace(p, grads), acc);
   launch_additive_attention_bwd<S>(p, grads, gpu::mutable_data<T>(memory), in.device.stream());
   return {dq, dk, dx, dw};
 }

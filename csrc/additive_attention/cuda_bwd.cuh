@@ -18,8 +18,11 @@
 // 11 slots and a full MUFU.
 //
 // Memory is linear in the lengths: g, p and the parts of dk exist for a chunk of query rows at a time.
+//
+// Few queries would leave most rows of those tiles empty; they have kernels of their own (cuda_bwd_few.cuh).
 #pragma once
 
+#include "cuda_bwd_few.cuh"
 #include "cuda_problem.cuh"
 
 namespace fusedattn {
@@ -32,18 +35,6 @@ constexpr int64_t BACKWARD_CHUNK = int64_t{1}
 
 static_assert(BACKWARD_WARPS * TILE_Q == BLOCK_Q, "a block of the joint pass owns a tile of queries");
 static_assert(BLOCK_K % BACKWARD_KEYS == 0, "its keys are read from whole tiles");
-
-// What comes in and what goes out; absent gradients are null (rows: data null). Scores are null or (B, H, Tq, Tk).
-template <typename S>
-struct AttentionGradients {
-  using T = gpu::Arithmetic<S>;
-  RowsOf<S> grad_context;
-  const T* grad_lse;      // (B, H, Tq)
-  const S* grad_weights;  // (B, H, Tq, Tk)
-  RowsOf<S> context;
-  const T *lse, *scores;
-  S *grad_query, *grad_key, *grad_value, *grad_weight;  // contiguous
-};
 
 // The chunk of queries at hand: tiles [first_tile, first_tile + tiles) of heads [first_head, first_head + heads).
 template <typename T>
@@ -176,20 +167,16 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     const int64_t row = i0 + tile_row() + i, number = at.n * p.Tq + row;
     const bool exists = row < p.Tq;
     const T lse = exists && !only_scores ? grads.lse[number] : T(0);
-    const T origin = lse - lse == 0 ? lse : NOT_A_NUMBER<T>;  // of an infinite row: every weight is NaN
     const T term = exists && !only_scores ? chunk.row_terms[number] : T(0);
 #pragma unroll
     for (int j = 0; j < TILE_K; ++j) {
-      const T s = score[i][j];
       if (only_scores) continue;
-      const bool visible = s != -INFINITE<T>;
       T a = grad[i][j] - term;
-      if (visible && grads.grad_weights != nullptr)
+      if (score[i][j] != -INFINITE<T> && grads.grad_weights != nullptr)
         a += gpu::to_arithmetic(grads.grad_weights[number * p.Tk + column0 + j]);
-      const T weight = visible ? gpu::exp_approx(s - origin) : T(0),
-              ratio = p.softcap == 0 ? T(0) : s / T(p.softcap);
-      score[i][j] = weight;
-      grad[i][j] = visible ? weight * a * T(p.scale) * (1 - ratio * ratio) : T(0);
+      const auto pair = pair_gradient(p, score[i][j], lse, a);
+      score[i][j] = pair.weight;
+      grad[i][j] = pair.g;
     }
     gpu::Pack<T, TILE_K> pack;
 #pragma unroll
@@ -197,15 +184,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     gpu::store_pack(chunk.p + (head * chunk.rows() + row0 + i) * chunk.keys + column0, pack);
   }
   if (only_scores) return;
-#pragma unroll
-  for (int j = 0; j < TILE_K; ++j)
-#pragma unroll
-    for (int half = 0; half < TILE_Q; half += 4) {
-      gpu::Pack<T, 4> pack;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) pack.element[e] = grad[half + e][j];
-      gpu::store_pack(chunk.g + (head * chunk.keys + column0 + j) * chunk.rows() + row0 + half, pack);
-    }
+  store_transposed(grad, chunk.g + (head * chunk.keys + column0) * chunk.rows() + row0, chunk.rows());
 }
 
 // Shared memory of the joint pass.
@@ -426,7 +405,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   }
 }
 
-// dw of 32 channels of a head: 8 warps share the parts, in a fixed order.
+// dw of 32 channels of a head: 8 warps share the parts, `tiles` for every element of the batch, in a fixed order.
 template <typename S>
 __global__ void __launch_bounds__(BACKWARD_BLOCK)
     additive_attention_bwd_kernel_weight(const AttentionProblem<S> p, const gpu::Arithmetic<S>* parts,
@@ -452,13 +431,18 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK) additive_attention_bwd_kernel_
   if (at < n) x[at] = gpu::to_storage<S>(gpu::Arithmetic<S>(0));
 }
 
-// workspace: BackwardPlan(p, chunk_elements).size elements.
+// Elements of working memory.
+template <typename S>
+int64_t additive_attention_bwd_workspace(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                                         int64_t chunk_elements = BACKWARD_CHUNK) {
+  return few_queries(p, grads) ? FewPlan<S>(p).size : BackwardPlan<S>(p, chunk_elements).size;
+}
+
 template <typename S>
 void launch_additive_attention_bwd(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
                                    gpu::Arithmetic<S>* workspace, cudaStream_t stream,
                                    int64_t chunk_elements = BACKWARD_CHUNK) {
   using T = gpu::Arithmetic<S>;
-  const BackwardPlan<S> plan(p, chunk_elements);
   const auto blocks = [](int64_t n) { return static_cast<unsigned>(n); };
   const auto zero = [&](S* x, int64_t n) {
     if (n > 0)
@@ -476,6 +460,28 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
   if (empty) return;
 
   BackwardChunk<T> chunk;
+  const auto launch_rows = [&](const T* scores, int64_t scores_head, int64_t scores_row) {
+    FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_rows<S>,
+                     blocks(gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP)),
+                     ATTENTION_BLOCK, 0, stream, p, grads, chunk, scores, scores_head, scores_row);
+  };
+  const auto launch_weight = [&](const T* parts, int64_t parts_of_head, int64_t channels) {
+    FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_weight<S>, blocks(p.H * (channels / BACKWARD_CHANNELS)),
+                     BACKWARD_BLOCK, BACKWARD_BLOCK * sizeof(T), stream, p, parts, parts_of_head, channels,
+                     grads.grad_weight);
+  };
+  if (few_queries(p, grads)) {
+    const FewPlan<S> plan(p);
+    const FewParts<T> parts(plan, workspace);
+    chunk.first_head = 0, chunk.heads = p.heads(), chunk.first_tile = 0, chunk.tiles = 1;
+    chunk.row_terms = parts.row_terms;
+    launch_rows(grads.scores, p.Tq * p.Tk, p.Tk);
+    launch_additive_attention_bwd_few(p, grads, parts, stream);
+    if (p.D > 0) launch_weight(parts.weight, parts.splits, parts.channels);
+    return;
+  }
+
+  const BackwardPlan<S> plan(p, chunk_elements);
   chunk.keys = plan.keys, chunk.channels = plan.channels;
   chunk.g = workspace + plan.g, chunk.p = workspace + plan.p;
   chunk.key_parts = workspace + plan.key_parts, chunk.weight_parts = workspace + plan.weight_parts;
@@ -500,9 +506,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
                          stream, p, grads, chunk, scores, scores_head, scores_row, true);
         scores = chunk.p, scores_head = chunk.rows() * chunk.keys, scores_row = chunk.keys;
       }
-      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_rows<S>,
-                       blocks(gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP)),
-                       ATTENTION_BLOCK, 0, stream, p, grads, chunk, scores, scores_head, scores_row);
+      launch_rows(scores, scores_head, scores_row);
       FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
                        stream, p, grads, chunk, scores, scores_head, scores_row, false);
       if (p.D > 0) {
@@ -519,10 +523,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
                          2 * BLOCK_Q * LEADING * sizeof(T), stream, p, grads.grad_context, chunk,
                          grads.grad_value);
     }
-  if (p.D > 0)
-    FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_weight<S>, blocks(p.H * (plan.channels / BACKWARD_CHANNELS)),
-                     BACKWARD_BLOCK, BACKWARD_BLOCK * sizeof(T), stream, p, chunk.weight_parts, plan.tiles,
-                     plan.channels, grads.grad_weight);
+  if (p.D > 0) launch_weight(chunk.weight_parts, plan.tiles, plan.channels);
 }
 
 }  // namespace fusedattn

@@ -12,7 +12,7 @@ namespace {
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <typename S>
-Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores) {
+Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores, bool tf32) {
   using T = gpu::Arithmetic<S>;
   const ScalarType type = in.query.scalar_type(), acc = gpu::arithmetic_type<S>();
   const AttentionProblem<S> p = in.problem<S>();
@@ -25,7 +25,7 @@ Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores
   launch_additive_attention_fwd<S>(p, gpu::mutable_data<S>(context), gpu::mutable_data<T>(lse),
                                    return_weights || keep_scores ? gpu::mutable_data<T>(unkept) : nullptr,
                                    return_weights ? gpu::mutable_data<S>(weights) : nullptr,
-                                   gpu::mutable_data<T>(memory), in.device.stream());
+                                   gpu::mutable_data<T>(memory), in.device.stream(), tf32);
   return {context, lse, weights, scores};
 }
 
@@ -34,10 +34,11 @@ Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores
 Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
                                const OptionalTensor&, double, bool is_causal, double scale,
-                               std::optional<double> softcap, bool return_weights, bool keep_scores) {
+                               std::optional<double> softcap, bool return_weights, bool keep_scores,
+                               bool allow_tf32) {
   const AttentionInputs in(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
-    return forward<decltype(storage)>(in, return_weights, keep_scores);
+    return forward<decltype(storage)>(in, return_weights, keep_scores, allow_tf32);
   });
 }
 

@@ -6,6 +6,10 @@
 // that the score loop lives from, and reading and writing them once per tile moves 8 Dv bytes for 64 D tanh of a
 // row, out of the L2 cache. So Dv has no limit. With a single tile of keys (Tk <= 64) the sums never leave the
 // registers.
+//
+// p . x runs on tensor cores in half precision, and for float32 where PyTorch's setting allows TF32; else on fused
+// multiply-adds. Backward's products stay in float32, a small part of its work: TF32 reaches gradients through the
+// context alone.
 #pragma once
 
 #include "cuda_problem.cuh"
@@ -33,25 +37,18 @@ struct AttentionOutputs {
   T* sums;     // like context; may be context itself
 };
 
-// The product of p and x, 64 queries x 64 columns, as a block computes it: 32 sums a thread.
+// The product of p and x, 64 queries x 64 columns, as a block computes it: 32 sums a thread. Element is the type
+// of p and x in shared memory, LEADING_P and LEADING_X the lengths of their rows.
 //
 // On fused multiply-adds, in the arithmetic type: p lies as [key][query], and a thread has the rows and columns of
 // its scores.
-template <typename S>
+template <typename S, bool tf32>
 struct ContextProduct {
-  using Element = gpu::Arithmetic<S>;  // of p and x in shared memory
-  static constexpr int STRIDE = LEADING;
+  using Element = gpu::Arithmetic<S>;
+  static constexpr int LEADING_P = LEADING, LEADING_X = LEADING;
 
   static FUSEDATTN_DEVICE void store_p(const Element (&p)[TILE_Q][TILE_K], Element* to) {
-#pragma unroll
-    for (int j = 0; j < TILE_K; ++j)
-#pragma unroll
-      for (int half = 0; half < TILE_Q; half += 4) {
-        gpu::Pack<Element, 4> pack;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) pack.element[e] = p[half + e][j];
-        gpu::store_pack(to + (tile_column() + j) * STRIDE + tile_row() + half, pack);
-      }
+    store_transposed(p, to + tile_column() * LEADING_P + tile_row(), LEADING_P);
   }
   static FUSEDATTN_DEVICE void multiply(const Element* p, const Element* x, int depth,
                                         Element (&acc)[TILE_Q][TILE_K]) {
@@ -61,22 +58,35 @@ struct ContextProduct {
   static FUSEDATTN_DEVICE int column(int, int e) { return tile_column() + e; }
 };
 
-// On tensor cores, in half precision: p lies as [query][key], a warp multiplies the 16 rows that it scored with 8
-// columns at a time. STRIDE: the 8 rows and 4 columns of a fragment lie in 32 banks.
-template <typename S>
+// On tensor cores: p lies as [query][key], a warp multiplies the 16 rows that it scored with 8 columns at a time.
+// Of a fragment a lane has row `group` and columns from `first` on (of p), and the transposed of x.
+template <typename E, int leading_p, int leading_x>
 struct TensorCoreProduct {
-  using Element = S;
-  static constexpr int STRIDE = 72;
+  using Element = E;
+  static constexpr int LEADING_P = leading_p, LEADING_X = leading_x;
 
-  static FUSEDATTN_DEVICE void store_p(const float (&p)[TILE_Q][TILE_K], S* to) {
+  static FUSEDATTN_DEVICE void store_p(const float (&p)[TILE_Q][TILE_K], Element* to) {
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i) {
-      gpu::Pack<S, TILE_K> pack;
+      gpu::Pack<Element, TILE_K> pack;
 #pragma unroll
-      for (int j = 0; j < TILE_K; ++j) pack.element[j] = gpu::to_storage<S>(p[i][j]);
-      gpu::store_pack(to + (tile_row() + i) * STRIDE + tile_column(), pack);
+      for (int j = 0; j < TILE_K; ++j) pack.element[j] = gpu::to_storage<Element>(p[i][j]);
+      gpu::store_pack(to + (tile_row() + i) * LEADING_P + tile_column(), pack);
     }
   }
+  static FUSEDATTN_DEVICE int group() { return static_cast<int>(threadIdx.x) % gpu::WARP / 4; }
+  static FUSEDATTN_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / gpu::WARP * 16 + group(); }
+  static FUSEDATTN_DEVICE int row(int, int e) { return first_row() + e / 2 * 8; }
+  static FUSEDATTN_DEVICE int column(int n, int e) {
+    return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2;
+  }
+};
+
+// In half precision. Rows of 36 words: the 8 rows and 4 columns of a fragment of p lie in 32 banks.
+template <typename S>
+struct HalfProduct : TensorCoreProduct<S, 72, 72> {
+  using Base = TensorCoreProduct<S, 72, 72>;
+
   static FUSEDATTN_DEVICE uint32_t pair(S low, S high) {
     uint32_t bits;
     const S both[2] = {low, high};
@@ -84,43 +94,60 @@ struct TensorCoreProduct {
     return bits;
   }
   static FUSEDATTN_DEVICE void multiply(const S* p, const S* x, int depth, float (&acc)[TILE_Q][TILE_K]) {
-    const int group = threadIdx.x % gpu::WARP / 4, pairs = threadIdx.x % 4 * 2;
-    p += (threadIdx.x / gpu::WARP * 16 + group) * STRIDE + pairs;
-    x += pairs * STRIDE + group;
+    constexpr int P = Base::LEADING_P, X = Base::LEADING_X;
+    const int pairs = threadIdx.x % 4 * 2;
+    p += Base::first_row() * P + pairs;
+    x += pairs * X + Base::group();
 #pragma unroll 1
-    for (int key = 0; key < depth; key += 16, p += 16, x += 16 * STRIDE) {
-      const uint32_t a[4] = {pair(p[0], p[1]), pair(p[8 * STRIDE], p[8 * STRIDE + 1]), pair(p[8], p[9]),
-                             pair(p[8 * STRIDE + 8], p[8 * STRIDE + 9])};
+    for (int key = 0; key < depth; key += 16, p += 16, x += 16 * X) {
+      const uint32_t a[4] = {pair(p[0], p[1]), pair(p[8 * P], p[8 * P + 1]), pair(p[8], p[9]),
+                             pair(p[8 * P + 8], p[8 * P + 9])};
 #pragma unroll
       for (int n = 0; n < TILE_Q; ++n) {
         const S* column = x + 8 * n;
-        const uint32_t b[2] = {pair(column[0], column[STRIDE]), pair(column[8 * STRIDE], column[9 * STRIDE])};
+        const uint32_t b[2] = {pair(column[0], column[X]), pair(column[8 * X], column[9 * X])};
         gpu::mma_16x8x16<S>(acc[n], a, b);
       }
     }
   }
-  static FUSEDATTN_DEVICE int row(int, int e) {
-    return static_cast<int>(threadIdx.x) / gpu::WARP * 16 + static_cast<int>(threadIdx.x) % gpu::WARP / 4 +
-           e / 2 * 8;
-  }
-  static FUSEDATTN_DEVICE int column(int n, int e) {
-    return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2;
-  }
 };
 template <>
-struct ContextProduct<__half> : TensorCoreProduct<__half> {};
+struct ContextProduct<__half, false> : HalfProduct<__half> {};
 template <>
-struct ContextProduct<__nv_bfloat16> : TensorCoreProduct<__nv_bfloat16> {};
+struct ContextProduct<__nv_bfloat16, false> : HalfProduct<__nv_bfloat16> {};
+
+// Of float32 where PyTorch's setting allows TF32: p and x keep 10 bits of their mantissas, sums are float32. The
+// 32 lanes of a fragment meet every bank once: rows of p start 4 banks apart, rows of x 8.
+template <>
+struct ContextProduct<float, true> : TensorCoreProduct<gpu::Tf32, 68, 72> {
+  static FUSEDATTN_DEVICE void multiply(const gpu::Tf32* p, const gpu::Tf32* x, int depth,
+                                        float (&acc)[TILE_Q][TILE_K]) {
+    constexpr int P = LEADING_P, X = LEADING_X;
+    const int first = threadIdx.x % 4;
+    p += first_row() * P + first;
+    x += first * X + group();
+#pragma unroll 1
+    for (int key = 0; key < depth; key += 8, p += 8, x += 8 * X) {
+      const uint32_t a[4] = {p[0].bits, p[8 * P].bits, p[4].bits, p[8 * P + 4].bits};
+#pragma unroll
+      for (int n = 0; n < TILE_Q; ++n) {
+        const uint32_t b[2] = {x[8 * n].bits, x[4 * X + 8 * n].bits};
+        gpu::mma_16x8x8_tf32(acc[n], a, b);
+      }
+    }
+  }
+};
 
 // Shared memory of the kernel; x takes the place of the staged channels.
-template <typename S>
+template <typename S, bool tf32>
 struct ForwardMemory {
   using T = gpu::Arithmetic<S>;
-  using Product = ContextProduct<S>;
+  using Product = ContextProduct<S, tf32>;
   using Element = typename Product::Element;
-  static constexpr int64_t TILE = BLOCK_K * Product::STRIDE * sizeof(Element) / sizeof(T);
-  static constexpr int64_t STAGE = ScoreMemory<T>::SIZE > TILE ? ScoreMemory<T>::SIZE : TILE;
-  static constexpr int64_t SIZE = STAGE + TILE + 4 * BLOCK_Q;
+  static constexpr int64_t P = BLOCK_Q * Product::LEADING_P * sizeof(Element) / sizeof(T);
+  static constexpr int64_t X = BLOCK_K * Product::LEADING_X * sizeof(Element) / sizeof(T);
+  static constexpr int64_t STAGE = ScoreMemory<T>::SIZE > X ? ScoreMemory<T>::SIZE : X;
+  static constexpr int64_t SIZE = STAGE + P + 4 * BLOCK_Q;
   ScoreMemory<T> score;
   Element *x, *p;
   T *row_max, *row_sum, *row_scale, *row_normaliser;
@@ -128,7 +155,7 @@ struct ForwardMemory {
       : score(memory),
         x(reinterpret_cast<Element*>(memory)),
         p(reinterpret_cast<Element*>(memory + STAGE)),
-        row_max(memory + STAGE + TILE),
+        row_max(memory + STAGE + P),
         row_sum(row_max + BLOCK_Q),
         row_scale(row_sum + BLOCK_Q),
         row_normaliser(row_scale + BLOCK_Q) {}
@@ -144,8 +171,8 @@ FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
 
 // One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
 // sums must be multiplied with.
-template <typename S, typename T>
-FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S>& memory) {
+template <typename S, bool tf32, typename T>
+FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S, tf32>& memory) {
   T before[TILE_Q];
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i) before[i] = memory.row_max[tile_row() + i];
@@ -175,23 +202,24 @@ FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemo
       memory.row_normaliser[row] = normaliser(top, sum);
     }
   }
-  ContextProduct<S>::store_p(score, memory.p);
+  ContextProduct<S, tf32>::store_p(score, memory.p);
 }
 
 // sums = sums row_scale + p x, for the tile's keys and all columns; in the end times the normaliser to the
 // context. Begins with a barrier.
-template <typename S>
+template <typename S, bool tf32>
 FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const AttentionOutputs<S>& out, const Head& at,
-                                   int64_t i0, int64_t j0, int64_t keys_end, const ForwardMemory<S>& memory) {
+                                   int64_t i0, int64_t j0, int64_t keys_end,
+                                   const ForwardMemory<S, tf32>& memory) {
   using T = gpu::Arithmetic<S>;
-  using Product = ContextProduct<S>;
+  using Product = ContextProduct<S, tf32>;
   const bool first = j0 == 0, last = j0 + BLOCK_K >= keys_end;
   const int depth = static_cast<int>(lower(BLOCK_K, keys_end - j0)),
             rows = static_cast<int>(lower(BLOCK_Q, p.Tq - i0));
   int64_t v0 = 0;
   do {  // once even without columns, for the barrier
     __syncthreads();
-    stage_rows<Product::STRIDE>(p.value, at, j0, keys_end, v0, p.Dv, memory.x);
+    stage_rows<Product::LEADING_X>(p.value, at, j0, keys_end, v0, p.Dv, memory.x);
     __syncthreads();
     T acc[TILE_Q][TILE_K] = {};
     Product::multiply(memory.p, memory.x, depth, acc);
@@ -213,13 +241,13 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
   } while (v0 < p.Dv);
 }
 
-template <typename S>
+template <typename S, bool tf32>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
     additive_attention_fwd_kernel(const AttentionProblem<S> p, const AttentionOutputs<S> out,
                                   int64_t query_tiles) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
-  const ForwardMemory<S> memory(shared);
+  const ForwardMemory<S, tf32> memory(shared);
   const Head at(p, blockIdx.x / query_tiles);
   const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
   const WeightScale<T> weight(p, at, memory.score.reduce);
@@ -295,11 +323,12 @@ int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
 }
 
 // context (B, H, Tq, Dv), lse (B, H, Tq), scores (B, H, Tq, Tk) or null, weights like scores or null (they need
-// scores).
+// scores). tf32: whether the product p . x of float32 may round its factors to TF32; few queries never do, which
+// would gain nothing where memory is the bound.
 template <typename S>
 void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu::Arithmetic<S>* lse,
                                    gpu::Arithmetic<S>* scores, S* weights, gpu::Arithmetic<S>* workspace,
-                                   cudaStream_t stream) {
+                                   cudaStream_t stream, bool tf32 = false) {
   using T = gpu::Arithmetic<S>;
   const int64_t tiles = p.query_tiles(), blocks = p.heads() * tiles;
   if (blocks == 0) return;
@@ -309,9 +338,16 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu
   } else {
     T* sums = workspace;
     if constexpr (sizeof(S) == sizeof(T)) sums = context;
-    FUSEDATTN_LAUNCH(additive_attention_fwd_kernel<S>, static_cast<unsigned>(blocks), ATTENTION_BLOCK,
-                     ForwardMemory<S>::SIZE * sizeof(T), stream, p,
-                     AttentionOutputs<S>{context, lse, scores, sums}, tiles);
+    const AttentionOutputs<S> out{context, lse, scores, sums};
+    const unsigned grid = static_cast<unsigned>(blocks);
+    tf32 = tf32 && std::is_same_v<S, float>;
+    if constexpr (std::is_same_v<S, float>)
+      if (tf32)
+        FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, true>), grid, ATTENTION_BLOCK,
+                         (ForwardMemory<S, true>::SIZE * sizeof(T)), stream, p, out, tiles);
+    if (!tf32)
+      FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, false>), grid, ATTENTION_BLOCK,
+                       (ForwardMemory<S, false>::SIZE * sizeof(T)), stream, p, out, tiles);
   }
   if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);
 }

@@ -86,6 +86,18 @@ struct AttentionProblem {
   }
 };
 
+// What comes in and what goes out; absent gradients are null (rows: data null). Scores are null or (B, H, Tq, Tk).
+template <typename S>
+struct AttentionGradients {
+  using T = gpu::Arithmetic<S>;
+  RowsOf<S> grad_context;
+  const T* grad_lse;      // (B, H, Tq)
+  const S* grad_weights;  // (B, H, Tq, Tk)
+  RowsOf<S> context;
+  const T *lse, *scores;
+  S *grad_query, *grad_key, *grad_value, *grad_weight;  // contiguous
+};
+
 // A head of a batch element: b, h, and its number among all.
 struct Head {
   int64_t n, b, h;
@@ -135,6 +147,21 @@ FUSEDATTN_DEVICE gpu::Pack<S, PACK> load_channels(const S* row, bool packed, int
   return pack;
 }
 
+// The same to memory; nothing from `width` on. whole: all four lie before it, at a multiple of their size.
+template <typename S, typename T>
+FUSEDATTN_DEVICE void store_channels(S* row, bool whole, int64_t d, int64_t width, const T (&x)[PACK]) {
+  gpu::Pack<S, PACK> pack;
+#pragma unroll
+  for (int e = 0; e < PACK; ++e) pack.element[e] = gpu::to_storage<S>(x[e]);
+  if (whole) {
+    gpu::store_pack(row + d, pack);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < PACK; ++e)
+    if (d + e < width) row[d + e] = pack.element[e];
+}
+
 // to[d][row] (rows of LEADING) = f(x[first + row][d0 + d]) for 64 rows and BLOCK_D channels; f(0) from `last` and
 // `width` on.
 template <typename S, typename F>
@@ -179,6 +206,20 @@ FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t fir
     for (int e = 0; e < PACK; ++e) converted.element[e] = convert<To>(pack.element[e]);
     gpu::store_pack(to + row * leading + v, converted);
   }
+}
+
+// to[j][i] (rows of `leading`) = x[i][j], of the thread's pairs.
+template <typename T>
+FUSEDATTN_DEVICE void store_transposed(const T (&x)[TILE_Q][TILE_K], T* to, int64_t leading) {
+#pragma unroll
+  for (int j = 0; j < TILE_K; ++j)
+#pragma unroll
+    for (int half = 0; half < TILE_Q; half += PACK) {
+      gpu::Pack<T, PACK> pack;
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) pack.element[e] = x[half + e][j];
+      gpu::store_pack(to + j * leading + half, pack);
+    }
 }
 
 // acc[i][j] += sum over `depth` rows of a[.][i] b[.][j] (both in shared memory, rows of LEADING).
@@ -402,6 +443,20 @@ template <typename T>
 FUSEDATTN_DEVICE T log_sum_exp(T row_max, T row_sum) {
   const bool none = (row_max == -INFINITE<T> && row_sum == 0) || row_max == VISIBLE_MINUS_INF<T>;
   return none ? -INFINITE<T> : row_max + gpu::log(row_sum);
+}
+
+template <typename T>
+struct PairGradient {
+  T weight, g;  // p_ij and the gradient of the score before scale and cap
+};
+
+// From the score and a_ij - D_i (cuda_bwd.cuh). lse: of the row.
+template <typename S, typename T>
+FUSEDATTN_DEVICE PairGradient<T> pair_gradient(const AttentionProblem<S>& p, T score, T lse, T a) {
+  if (score == -INFINITE<T>) return {T(0), T(0)};
+  const T origin = lse - lse == 0 ? lse : NOT_A_NUMBER<T>;  // of an infinite row: every weight is NaN
+  const T weight = gpu::exp_approx(score - origin), ratio = p.softcap == 0 ? T(0) : score / T(p.softcap);
+  return {weight, weight * a * T(p.scale) * (1 - ratio * ratio)};
 }
 
 // finish_scores of one visible-by-length pair.

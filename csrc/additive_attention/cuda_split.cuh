@@ -16,6 +16,12 @@ constexpr int SPLIT_QUERIES = 16, SPLIT_KEYS = 64;  // most queries; keys that a
 constexpr int64_t SPLIT_BLOCKS = 528;               // blocks worth having: 4 on each of 132 multiprocessors
 constexpr int SPLIT_CHANNELS = gpu::WARP * PACK;    // that a warp takes at once
 
+// Keys of a split: whole tiles, so that all heads together give SPLIT_BLOCKS blocks where there are enough keys.
+inline int64_t keys_of_split(int64_t heads, int64_t Tk) {
+  const int64_t tiles = gpu::ceil_div(Tk, SPLIT_KEYS), wanted = gpu::ceil_div(SPLIT_BLOCKS, heads);
+  return Tk == 0 ? 0 : gpu::ceil_div(tiles, wanted < tiles ? wanted : tiles) * SPLIT_KEYS;
+}
+
 // How keys are split; no splits where the path does not apply.
 template <typename S>
 struct SplitPlan {
@@ -28,9 +34,7 @@ struct SplitPlan {
     channels = gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS;
     shared = sizeof(T) * ((p.Tq + 1) * channels + p.Tq * (SPLIT_KEYS + 3) + ATTENTION_BLOCK / gpu::WARP);
     if (p.Tq > SPLIT_QUERIES || p.Tq == 0 || p.heads() == 0 || shared > gpu::SHARED_MOST) return;
-    const int64_t tiles = gpu::ceil_div(p.Tk, SPLIT_KEYS), wanted = gpu::ceil_div(SPLIT_BLOCKS, p.heads());
-    splits = wanted < tiles ? wanted : tiles;
-    keys = splits == 0 ? 0 : gpu::ceil_div(tiles, splits) * SPLIT_KEYS;
+    keys = keys_of_split(p.heads(), p.Tk);
     splits = keys == 0 ? 1 : gpu::ceil_div(p.Tk, keys);
   }
   int64_t size(const AttentionProblem<S>& p) const { return p.heads() * splits * p.Tq * (p.Dv + 2); }

@@ -282,5 +282,14 @@ FUSEDATTN_DEVICE uint32_t to_tf32(float x) {
 
 #endif
 
+// float32 rounded for tensor cores, as it lies in shared memory; its arithmetic type is float.
+struct Tf32 {
+  uint32_t bits;
+};
+template <>
+FUSEDATTN_DEVICE Tf32 to_storage<Tf32>(float x) {
+  return {to_tf32(x)};
+}
+
 }  // namespace gpu
 }  // namespace fusedattn

@@ -38,6 +38,7 @@ from fusedattn._dispatch import (
     cuda_reasons,
     needs_function,
     signature_kept,
+    tf32_allowed,
     traced,
     triton_reasons,
 )
@@ -148,6 +149,7 @@ def _fwd_fake(
     softcap,
     return_weights,
     keep_scores,
+    allow_tf32=False,
 ):
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     acc = accumulation_dtype(query.dtype)
@@ -207,6 +209,7 @@ class _AdditiveAttention(Function):
         softcap,
         return_weights,
         keep_scores,
+        allow_tf32,
         backend,
     ):
         fwd, _ = _raw_ops(backend)
@@ -224,11 +227,12 @@ class _AdditiveAttention(Function):
             softcap,
             return_weights,
             keep_scores,
+            allow_tf32,
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, key_bound, is_causal, scale, softcap, return_weights, _, ctx.backend = inputs
+        *tensors, key_bound, is_causal, scale, softcap, return_weights, _, _, ctx.backend = inputs
         context, lse, weights, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
         ctx.options = (key_bound, is_causal, scale, softcap)
@@ -245,7 +249,7 @@ class _AdditiveAttention(Function):
         if not ctx.return_weights:  # torch.compile materialises zeros of the placeholder
             grad_weights = None
         if grad_context is None and grad_lse is None and grad_weights is None:
-            return (None,) * 14
+            return (None,) * 15
         given = [grad for grad in (grad_context, grad_lse, grad_weights) if grad is not None]
         twice = needs_function((*given, *tensors[:4]))
         arguments = (grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores)
@@ -254,7 +258,7 @@ class _AdditiveAttention(Function):
         else:
             _, bwd = _raw_ops(ctx.backend)
             grads = bwd(*arguments)
-        return (*grads, *(None,) * 10)
+        return (*grads, *(None,) * 11)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -542,6 +546,9 @@ def additive_attention(
         of the inputs, lse (B, [H,] Tq) in float32 for half-precision inputs, else in their dtype. A query with
         no visible key gets context 0, weights 0, lse -inf and zero gradients.
 
+    Where PyTorch's settings allow TF32 for float32 matrix products (``torch.set_float32_matmul_precision``), GPUs
+    may use it for the product of weights and value.
+
     Under autocast the four inputs are cast to its dtype, except float64 ones. Second derivatives are computed
     through the reference formula, which builds the (B, H, Tq, Tk, D) tensor.
 
@@ -634,16 +641,17 @@ def attend(
     elif query.dim() == 3 and weight.dim() == 2:
         weight = weight[0]
     inputs = (query, key, value, weight)
+    allow_tf32 = dtype == torch.float32 and tf32_allowed()
     if backend == "reference":
         context, lse, weights = _reference(*inputs, mask, key_lengths, is_causal, scale, softcap)
     elif needs_function(inputs):
         keep = _keeps_scores(*inputs)
         context, lse, weights, _ = _AdditiveAttention.apply(
-            *traced(inputs), *options, return_weights, keep, backend
+            *traced(inputs), *options, return_weights, keep, allow_tf32, backend
         )
     else:  # a Function costs more than a small problem
         fwd, _ = _raw_ops(backend)
-        context, lse, weights, _ = fwd(*inputs, *options, return_weights, False)
+        context, lse, weights, _ = fwd(*inputs, *options, return_weights, False, allow_tf32)
     return _requested(context, lse, weights, return_weights, return_lse)
 
 

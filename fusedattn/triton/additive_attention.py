@@ -265,7 +265,7 @@ def additive_attention_fwd_kernel_context(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
     H, Tq, Tk, first_query, split_keys,
     IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Context and lse of a tile of queries over a range of keys.
 
@@ -305,7 +305,7 @@ def additive_attention_fwd_kernel_context(
         p = tl.exp2((s - safe_top[:, None]) * LOG2E)
         shrink = tl.exp2((top - safe_top) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision="tf32x3" if NVIDIA else "ieee")
+        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
     # total is NaN, not 0, where a score is.
@@ -646,7 +646,7 @@ class _Problem:
             BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
         )  # fmt: skip
 
-    def attend(self, scores, context, lse, first):
+    def attend(self, scores, context, lse, first, allow_tf32):
         """Writes context (B, H, n, Dv) and lse (B, H, n) of the queries from first on, whose scores are given."""
         n = lse.shape[2]
         block_v = min(128, max(16, triton.next_power_of_2(self.Dv)))
@@ -666,7 +666,7 @@ class _Problem:
             *self.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
             self.H, n, self.Tk, first, split_keys,
             IS_CAUSAL=self.is_causal, Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-            NVIDIA=NVIDIA, num_warps=4,
+            PRECISION="ieee" if not NVIDIA else "tf32" if allow_tf32 else "tf32x3", num_warps=4,
         )  # fmt: skip
         if splits > 1:
             launch(
@@ -754,7 +754,7 @@ def _weights(scores, lse, dtype):
 
 def additive_attention_fwd(
     query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap, return_weights,
-    keep_scores,
+    keep_scores, allow_tf32=False,
 ):  # fmt: skip
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
@@ -774,7 +774,7 @@ def additive_attention_fwd(
             for first, end in problem.chunks(keep_scores or return_weights):
                 kept = scores if scores.numel() else lse.new_empty(problem.BH * (end - first) * Tk)
                 problem.scores(kept, first, end)
-                problem.attend(kept, c[:, :, first:end], row_lse[:, :, first:end], first)
+                problem.attend(kept, c[:, :, first:end], row_lse[:, :, first:end], first, allow_tf32)
     weights = _weights(scores, lse, query.dtype) if return_weights else query.new_empty(0)
     return context, lse, weights, (scores if keep_scores else lse.new_empty(0))
 
@@ -782,7 +782,7 @@ def additive_attention_fwd(
 register(
     "additive_attention_fwd_triton(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, "
     "Tensor? key_lengths, Tensor? key_exp, float key_bound, bool is_causal, float scale, float? softcap, "
-    "bool return_weights, bool keep_scores) "
+    "bool return_weights, bool keep_scores, bool allow_tf32=False) "
     "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)",
     additive_attention_fwd,
 )

@@ -50,14 +50,14 @@ BINDINGS(additive_attention, module) {
                                           const py::array& value, const py::array& weight, const Array& mask,
                                           const Array& key_lengths, bool is_causal, double scale, double softcap,
                                           const py::array& context, const py::array& lse, const Array& scores,
-                                          const Array& weights) {
+                                          const Array& weights, bool tf32) {
     with_storage(dtype, [&](auto storage) {
       using S = decltype(storage);
       using T = fusedattn::gpu::Arithmetic<S>;
       const auto p = problem<S>(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap);
       auto memory = working_memory<T>(additive_attention_fwd_workspace(p));
       fusedattn::launch_additive_attention_fwd<S>(p, data<S>(context), data<T>(lse), data<T>(scores),
-                                                  data<S>(weights), memory.data(), nullptr);
+                                                  data<S>(weights), memory.data(), nullptr, tf32);
     });
   });
   module.def("additive_attention_bwd",
@@ -76,7 +76,7 @@ BINDINGS(additive_attention, module) {
                      rows<S>(grad_context), data<T>(grad_lse),   data<S>(grad_weights), rows<S>(context),
                      data<T>(lse),          data<T>(scores),     data<S>(grad_query),   data<S>(grad_key),
                      data<S>(grad_value),   data<S>(grad_weight)};
-                 auto memory = working_memory<T>(fusedattn::BackwardPlan<S>(p, chunk_elements).size);
+                 auto memory = working_memory<T>(additive_attention_bwd_workspace(p, grads, chunk_elements));
                  fusedattn::launch_additive_attention_bwd<S>(p, grads, memory.data(), nullptr, chunk_elements);
                });
              });

@@ -1,0 +1,339 @@
+// Additive attention backward for few queries (Tq <= 16) whose scores were kept: decode steps, pooling.
+//
+// Bound by memory, so each of query, key, value and their gradients is touched once, in order. Keys are split over
+// blocks as in the forward pass (cuda_split.cuh); lanes own columns or channels in packs of 4, queries are a loop:
+//
+//   few_values   a_ij = dc_i . x_j, g_ij and dx_j = sum_i p_ij dc_i     a warp 4 keys at a time: dc is read once
+//                                                                       for all of them
+//   few_inputs   dk_j, and what a split gives to dq and dw              a warp a key at a time, 128 channels
+//   few_query    dq = sum of the parts of the splits
+//
+// g is all that lies between them, Tq numbers for a key. With 16 queries the sum over channels is arithmetic
+// again, 7 slots and 0.5 MUFU per tanh as in the joint pass, exp(2k) once for all queries.
+//
+// Without kept scores, that is for D < 16, the tiles of cuda_bwd.cuh do it all.
+#pragma once
+
+#include "cuda_problem.cuh"
+#include "cuda_split.cuh"
+
+namespace fusedattn {
+
+constexpr int FEW_KEYS = 4;  // of a warp at a time in few_values
+
+// Whether backward takes this path.
+template <typename S>
+bool few_queries(const AttentionProblem<S>& p, const AttentionGradients<S>& grads) {
+  return p.Tq <= SPLIT_QUERIES && grads.scores != nullptr;
+}
+
+// How keys are split, and where the working memory lies, by the shape alone.
+template <typename S>
+struct FewPlan {
+  int64_t keys, splits, channels;  // keys of a split; D up to whole steps of a warp
+  int64_t queries;                 // Tq up to what the kernels are compiled for
+  int64_t g, g_sums, query, weight, row_terms, size;
+
+  explicit FewPlan(const AttentionProblem<S>& p)
+      : keys(p.heads() == 0 ? 0 : keys_of_split(p.heads(), p.Tk)),
+        splits(keys == 0 ? 0 : gpu::ceil_div(p.Tk, keys)),
+        channels(gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS),
+        queries(p.Tq == 1 ? 1 : SPLIT_QUERIES) {
+    g = 0;
+    g_sums = g + gpu::ceil_div(p.heads() * p.Tk * queries, PACK) * PACK;
+    query = g_sums + p.heads() * splits;
+    weight = query + p.heads() * splits * p.Tq * channels;
+    row_terms = weight + p.heads() * splits * channels;
+    size = row_terms + p.heads() * p.Tq;
+  }
+};
+
+// What passes from kernel to kernel.
+template <typename T>
+struct FewParts {
+  int64_t keys, splits, channels;
+  T *g, *g_sums;      // (B H, Tk, queries), (B H, splits)
+  T *query, *weight;  // (B H, splits, Tq, channels), (B H, splits, channels)
+  T* row_terms;       // (B H, Tq)
+
+  template <typename S>
+  FewParts(const FewPlan<S>& plan, T* memory)
+      : keys(plan.keys),
+        splits(plan.splits),
+        channels(plan.channels),
+        g(memory + plan.g),
+        g_sums(memory + plan.g_sums),
+        query(memory + plan.query),
+        weight(memory + plan.weight),
+        row_terms(memory + plan.row_terms) {}
+};
+
+template <typename S, int QUERIES>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_bwd_kernel_few_values(const AttentionProblem<S> p, const AttentionGradients<S> grads,
+                                             const FewParts<gpu::Arithmetic<S>> parts) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
+  constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP, PAIRS = FEW_KEYS * QUERIES;
+  T* const pairs = shared + warp * PAIRS;  // [key][i]: dc . x, then p
+  T* const reduce = shared + WARPS * PAIRS;
+  const Head at(p, blockIdx.x / parts.splits);
+  const int64_t begin = blockIdx.x % parts.splits * parts.keys, end = lower(begin + parts.keys, p.Tk);
+  const int64_t visible = p.keys_end(at.b, 0), columns = grads.grad_context.data == nullptr ? 0 : p.Dv;
+  const bool packed = RowsOf<S>(grads.grad_value, 0, 0, p.Dv).packed;
+  const auto load_gradient = [&](int i, int64_t v) {
+    return load_channels(grads.grad_context.row(at.b, at.h, i), grads.grad_context.packed, v, columns);
+  };
+
+  T g_sum = 0;
+  for (int64_t j0 = begin + warp * FEW_KEYS; j0 < end; j0 += WARPS * FEW_KEYS) {
+    T sums[FEW_KEYS][QUERIES] = {};
+    for (int64_t v = lane * PACK; v < columns; v += SPLIT_CHANNELS) {
+      gpu::Pack<S, PACK> x[FEW_KEYS];
+#pragma unroll
+      for (int key = 0; key < FEW_KEYS; ++key) {
+        const bool exists = j0 + key < end && j0 + key < visible;
+        x[key] =
+            load_channels(p.value.row(at.b, at.h, exists ? j0 + key : j0), p.value.packed, v, exists ? p.Dv : 0);
+      }
+#pragma unroll
+      for (int i = 0; i < QUERIES; ++i) {
+        if (i >= p.Tq) break;
+        const auto dc = load_gradient(i, v);
+#pragma unroll
+        for (int key = 0; key < FEW_KEYS; ++key)
+#pragma unroll
+          for (int e = 0; e < PACK; ++e)
+            sums[key][i] =
+                gpu::fma(gpu::to_arithmetic(dc.element[e]), gpu::to_arithmetic(x[key].element[e]), sums[key][i]);
+      }
+    }
+#pragma unroll
+    for (int key = 0; key < FEW_KEYS; ++key)
+#pragma unroll
+      for (int i = 0; i < QUERIES; ++i) {
+        const T sum = gpu::warp_sum(sums[key][i]);
+        if (lane == 0) pairs[key * QUERIES + i] = sum;
+      }
+    __syncwarp();
+    for (int n = lane; n < PAIRS; n += gpu::WARP) {
+      const int64_t i = n % QUERIES, j = j0 + n / QUERIES, row = at.n * p.Tq + i;
+      PairGradient<T> pair = {T(0), T(0)};
+      if (i < p.Tq && j < end && j < visible) {
+        const T score = grads.scores[row * p.Tk + j];
+        T a = pairs[n] - parts.row_terms[row];
+        if (score != -INFINITE<T> && grads.grad_weights != nullptr)
+          a += gpu::to_arithmetic(grads.grad_weights[row * p.Tk + j]);
+        pair = pair_gradient(p, score, grads.lse[row], a);
+      }
+      pairs[n] = pair.weight;
+      g_sum += pair.g;
+      if (j < end) parts.g[(at.n * p.Tk + j) * QUERIES + i] = pair.g;
+    }
+    __syncwarp();
+    for (int64_t v = lane * PACK; v < columns; v += SPLIT_CHANNELS) {
+      T dx[FEW_KEYS][PACK] = {};
+#pragma unroll
+      for (int i = 0; i < QUERIES; ++i) {
+        if (i >= p.Tq) break;
+        const auto dc = load_gradient(i, v);
+#pragma unroll
+        for (int key = 0; key < FEW_KEYS; ++key)
+#pragma unroll
+          for (int e = 0; e < PACK; ++e)
+            dx[key][e] = gpu::fma(pairs[key * QUERIES + i], gpu::to_arithmetic(dc.element[e]), dx[key][e]);
+      }
+#pragma unroll
+      for (int key = 0; key < FEW_KEYS; ++key)
+        if (j0 + key < end)
+          store_channels(grads.grad_value + (at.n * p.Tk + j0 + key) * p.Dv, packed && v + PACK <= p.Dv, v, p.Dv,
+                         dx[key]);
+    }
+    __syncwarp();  // the next keys take the place of these
+  }
+  g_sum = block_reduce(g_sum, reduce, [](T a, T b) { return a + b; });
+  if (threadIdx.x == 0) parts.g_sums[blockIdx.x] = g_sum;
+}
+
+// What a lane sums over the keys of its warp, of its channels.
+template <typename T, int QUERIES>
+struct FewSums {
+  T query[QUERIES][PACK], weight[PACK];
+
+  // A pair's; dk of its key, too.
+  FUSEDATTN_DEVICE void add(int i, T g, const T (&r)[PACK], T (&dk)[PACK]) {
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) {
+      const T u = gpu::fma(-r[e], r[e], r[e]);
+      query[i][e] = gpu::fma(g, u, query[i][e]);
+      dk[e] = gpu::fma(g, u, dk[e]);
+      weight[e] = gpu::fma(g, r[e], weight[e]);
+    }
+  }
+};
+
+template <typename S, int QUERIES>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_bwd_kernel_few_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
+                                             const FewParts<gpu::Arithmetic<S>> parts) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
+  constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
+  T *const q = shared, *const w = q + QUERIES * SPLIT_CHANNELS;  // [i][channel], exp(2q); 4w; later dq and dw
+  T* const reduce = w + SPLIT_CHANNELS;
+  const int64_t strips = parts.channels / SPLIT_CHANNELS, d0 = blockIdx.x % strips * SPLIT_CHANNELS;
+  const int64_t split = blockIdx.x / strips % parts.splits;
+  const Head at(p, blockIdx.x / (strips * parts.splits));
+  const int64_t begin = split * parts.keys, end = lower(begin + parts.keys, p.Tk);
+  const int64_t visible = p.keys_end(at.b, 0), d = d0 + lane * PACK;
+
+  T q_bound = 0;
+  for (int n = threadIdx.x; n < QUERIES * SPLIT_CHANNELS; n += ATTENTION_BLOCK) {
+    const int64_t i = n / SPLIT_CHANNELS, channel = d0 + n % SPLIT_CHANNELS;
+    const bool exists = i < p.Tq && channel < p.D;
+    const T x = exists ? gpu::to_arithmetic(p.query.row(at.b, at.h, i)[channel]) : T(0);
+    q_bound = gpu::max(q_bound, gpu::abs(x));
+    q[n] = exp_of_twice(x);
+  }
+  const int64_t own = d0 + threadIdx.x;
+  w[threadIdx.x] = own < p.D ? 4 * gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + own]) : T(0);
+  const T k_limit = ScoreRange<T>::PAIR - block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
+
+  FewSums<T, QUERIES> sums = {};
+  const int Tq = static_cast<int>(p.Tq);
+  const S* key = p.key.row(at.b, at.h, begin + warp) + d;
+  const auto g_of = [&](int64_t j) { return parts.g + (at.n * p.Tk + j) * QUERIES; };
+  const T* g_of_key = g_of(begin + warp);
+  S* grad_key = grads.grad_key + (at.n * p.Tk + begin + warp) * p.D + d;
+  const int channels = d < p.D ? static_cast<int>(lower(PACK, p.D - d)) : 0;  // of the lane's
+  const bool whole = channels == PACK && p.key.packed;
+  const bool whole_grad = channels == PACK && RowsOf<S>(grads.grad_key, 0, 0, p.D).packed;
+  constexpr T zeros[PACK] = {};
+  const T* const g_end = g_of(end);
+  const T* const g_seen = g_of(lower(end, visible));
+  for (; g_of_key < g_seen; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, grad_key += WARPS * p.D) {
+    T dk[PACK] = {};
+    const auto g = gpu::load_pack<QUERIES>(g_of_key);
+    T k[PACK], r[PACK];
+    const auto convert_keys = [&](const gpu::Pack<S, PACK>& keys) {
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) k[e] = gpu::to_arithmetic(keys.element[e]);
+    };
+    if (whole)
+      convert_keys(gpu::load_pack<PACK>(key));
+    else
+      convert_keys(load_channels(key, false, 0, channels));
+    T bound = gpu::abs(k[0]);
+#pragma unroll
+    for (int e = 1; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[e]));
+    if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) k[e] = exp_of_twice(k[e]);
+#pragma unroll
+      for (int i = 0; i < QUERIES; ++i) {
+        if ((i == 4 || i == 8) && i >= Tq) break;  // g is 0 from Tq on, so 4, 8 or 16 are summed
+        const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
+#pragma unroll
+        for (int e = 0; e < PACK; e += 2)
+          paired_reciprocal(gpu::fma(query.element[e], k[e], T(1)), gpu::fma(query.element[e + 1], k[e + 1], T(1)),
+                            r[e], r[e + 1]);
+        sums.add(i, g.element[i], r, dk);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < QUERIES; ++i) {
+        if (i >= Tq) break;
+        const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
+#pragma unroll
+        for (int e = 0; e < PACK; ++e) r[e] = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
+        sums.add(i, g.element[i], r, dk);
+      }
+    }
+    const auto weights = gpu::load_pack<PACK>(w + lane * PACK);
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) dk[e] *= weights.element[e];
+    store_channels(grad_key, whole_grad, 0, channels, dk);
+  }
+  for (; g_of_key < g_end; g_of_key += WARPS * QUERIES, grad_key += WARPS * p.D)
+    store_channels(grad_key, whole_grad, 0, channels, zeros);
+
+  // The warps add up in shared memory, one after the other.
+  const auto add_to = [&](T* to, const T(&x)[PACK]) {
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) to[lane * PACK + e] = x[e] + (warp == 0 ? T(0) : to[lane * PACK + e]);
+  };
+  for (int turn = 0; turn < WARPS; ++turn) {
+    __syncthreads();
+    if (turn != warp) continue;
+#pragma unroll
+    for (int i = 0; i < QUERIES; ++i) add_to(q + i * SPLIT_CHANNELS, sums.query[i]);
+    add_to(w, sums.weight);
+  }
+  __syncthreads();
+  const int64_t part = at.n * parts.splits + split;
+  for (int i = 0; i < Tq; ++i)
+    parts.query[(part * p.Tq + i) * parts.channels + own] = q[i * SPLIT_CHANNELS + threadIdx.x];
+  parts.weight[part * parts.channels + own] = parts.g_sums[part] - 2 * w[threadIdx.x];
+}
+
+static_assert(ATTENTION_BLOCK == SPLIT_CHANNELS, "a thread loads the weight of a channel and writes its sums");
+
+// dq of 32 channels of a row: the warps of a block share the splits, in a fixed order.
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK)
+    additive_attention_bwd_kernel_few_query(const AttentionProblem<S> p, const FewParts<gpu::Arithmetic<S>> parts,
+                                            S* grad_query) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
+  const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
+  const int64_t strips = parts.channels / gpu::WARP, d = blockIdx.x % strips * gpu::WARP + lane;
+  const int64_t row = blockIdx.x / strips, i = row % p.Tq;
+  const Head at(p, row / p.Tq);
+  T sum = 0;
+#pragma unroll 4
+  for (int64_t split = warp; split < parts.splits; split += WARPS)
+    sum += parts.query[((at.n * parts.splits + split) * p.Tq + i) * parts.channels + d];
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || d >= p.D) return;
+  for (int other = 1; other < WARPS; ++other) sum += shared[other * gpu::WARP + lane];
+  const T w = gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]);
+  grad_query[row * p.D + d] = gpu::to_storage<S>(4 * w * sum);
+}
+
+// dq, dk and dx, and the parts of dw; row_terms are there.
+template <typename S>
+void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                                       const FewParts<gpu::Arithmetic<S>>& parts, cudaStream_t stream) {
+  using T = gpu::Arithmetic<S>;
+  const int64_t splits = p.heads() * parts.splits;
+  const unsigned value_blocks = static_cast<unsigned>(splits);
+  const unsigned input_blocks = static_cast<unsigned>(splits * (parts.channels / SPLIT_CHANNELS));
+  const unsigned query_blocks = static_cast<unsigned>(p.heads() * p.Tq * (parts.channels / gpu::WARP));
+  const auto value_memory = [](int queries) {
+    return sizeof(T) * ATTENTION_BLOCK / gpu::WARP * (FEW_KEYS * queries + 1);
+  };
+  const auto input_memory = [](int queries) {
+    return sizeof(T) * ((queries + 1) * SPLIT_CHANNELS + ATTENTION_BLOCK / gpu::WARP);
+  };
+  if (p.Tq == 1)
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, 1>), value_blocks, ATTENTION_BLOCK,
+                     value_memory(1), stream, p, grads, parts);
+  else
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, SPLIT_QUERIES>), value_blocks, ATTENTION_BLOCK,
+                     value_memory(SPLIT_QUERIES), stream, p, grads, parts);
+  if (p.D == 0) return;
+  if (p.Tq == 1)
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, 1>), input_blocks, ATTENTION_BLOCK,
+                     input_memory(1), stream, p, grads, parts);
+  else
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, SPLIT_QUERIES>), input_blocks, ATTENTION_BLOCK,
+                     input_memory(SPLIT_QUERIES), stream, p, grads, parts);
+  FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_few_query<S>, query_blocks, ATTENTION_BLOCK,
+                   ATTENTION_BLOCK * sizeof(T), stream, p, parts, grads.grad_query);
+}
+
+}  // namespace fusedattn
