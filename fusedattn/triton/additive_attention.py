@@ -74,6 +74,12 @@ def _at_most(z, limit):
     return tl.minimum(z, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _batch_and_head(bh, H):
+    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, around which registers spill."""
+    return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
 # Forward
 
 
@@ -87,10 +93,10 @@ def additive_attention_pack_kernel(
     Grid: (tiles * B * H,).
     """
     tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    bh, b, h = _batch_and_head(tl.program_id(0) // tiles, H)
     row = tl.arange(0, BLOCK_T)
     t = tile * BLOCK_T + row
-    at = source + (bh // H) * stride_b + (bh % H) * stride_h + t.to(tl.int64)[:, None] * stride_t
+    at = source + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t
     packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
     bound = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, CHANNELS, BLOCK_D):
@@ -163,22 +169,16 @@ def additive_attention_fwd_kernel_scores(
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
-    bh = (tl.program_id(0) // q_tiles // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     i, j = q_tile * BLOCK_Q + row, k_tile * BLOCK_K + column
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
-    inside = (i[:, None] < Tq) & (j[None, :] < Tk)
-    out = scores + (bh * Tq + i64)[:, None] * Tk + j64[None, :]
 
     last = Tk.to(tl.int64)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
     if IS_CAUSAL:
         last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
-    if k_tile * BLOCK_K >= last:
-        tl.store(out, tl.full((BLOCK_Q, BLOCK_K), float("-inf"), tl.float32), mask=inside)
-        return
 
     weight += h * stride_wh
     d = tl.arange(0, BLOCK_D)
@@ -186,7 +186,9 @@ def additive_attention_fwd_kernel_scores(
     tile_q = b * q_tiles_b + h * q_tiles_h + q_tile
     tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
-    if paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
+    if k_tile * BLOCK_K >= last:  # no key is visible
+        s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    elif paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
         q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
         k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
         s = tl.sum(w, 0) - 2.0 * _paired_sums(q_exp, k_exp, weight, CHANNELS, BLOCK_Q, BLOCK_K, UNROLL, NVIDIA)
@@ -195,12 +197,14 @@ def additive_attention_fwd_kernel_scores(
         k = key + b * stride_kb + h * stride_kh + j64 * stride_kt
         s = _plain_sums(q, k, weight, stride_qd, stride_kd, i < Tq, j < Tk, D, BLOCK_Q, BLOCK_K, NVIDIA)
     s = _capped(s, scale, softcap, NVIDIA)
+    inside = (i[:, None] < Tq) & (j[None, :] < Tk)
     visible = j64[None, :] < last
     if IS_CAUSAL:
         visible = visible & (j[None, :] <= first_query + i[:, None])
     if mask is not None:
         at = mask + b * stride_mb + h * stride_mh + i64[:, None] * stride_mq + j64[None, :] * stride_mk
         visible = visible & (tl.load(at, mask=inside, other=0) != 0)
+    out = scores + (bh * Tq + i64)[:, None] * Tk + j64[None, :]
     tl.store(out, tl.where(visible, s, float("-inf")), mask=inside)
 
 
@@ -218,8 +222,7 @@ def additive_attention_fwd_kernel_few(
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     i = tl.program_id(0) % Tq
     k_tile = (tl.program_id(0) // Tq) % k_tiles
-    bh = (tl.program_id(0) // Tq // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // Tq // k_tiles, H)
     j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     j64 = j.to(tl.int64)
     out = scores + (bh * Tq + i) * Tk + j64
@@ -273,8 +276,7 @@ def additive_attention_fwd_kernel_context(
     """
     q_tiles = tl.cdiv(Tq, BLOCK_Q)
     q_tile = tl.program_id(0) % q_tiles
-    bh = (tl.program_id(0) // q_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles, H)
     split = tl.program_id(1).to(tl.int64)
     i = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -324,9 +326,10 @@ def additive_attention_fwd_kernel_combine(
     Dv: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Joins the contexts (splits, B, H, Tq, Dv) of key ranges: each counts exp(its lse). Grid: (B * H * Tq,)."""
-    row = tl.program_id(0).to(tl.int64)
-    bh, i = row // Tq, row % Tq
-    b, h = bh // H, bh % H
+    row = tl.program_id(0)
+    i = row % Tq
+    bh, b, h = _batch_and_head(row // Tq, H)
+    row = row.to(tl.int64)
     s = tl.arange(0, BLOCK_S).to(tl.int64)
     parts_lse = tl.load(lse_parts + s * rows + row, mask=s < splits, other=float("-inf"))
     top = tl.max(parts_lse, 0)
@@ -361,8 +364,7 @@ def additive_attention_bwd_kernel_gradient(
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
-    bh = (tl.program_id(0) // q_tiles // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
     i, j = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q), k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
     in_q, in_k = i < Tq, j < Tk
@@ -410,8 +412,7 @@ def additive_attention_bwd_kernel_value(
     """dx_j = sum_i p_ij dc_i, float32 (B, H, Tk, Dv). Grid: (key tiles * B * H, value tiles)."""
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     k_tile = tl.program_id(0) % k_tiles
-    bh = (tl.program_id(0) // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // k_tiles, H)
     j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     j64 = j.to(tl.int64)
@@ -455,8 +456,7 @@ def additive_attention_bwd_kernel_inputs(
     """
     tiles = tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // tiles, H)
     split = tl.program_id(2).to(tl.int64)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
