@@ -170,15 +170,18 @@ def additive_attention_fwd_kernel_scores(
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
     bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
+    # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and numbers
+    # of its rows live in scalar registers, which are few.
+    first_i, first_j = (q_tile * BLOCK_Q).to(tl.int64), (k_tile * BLOCK_K).to(tl.int64)
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    i, j = q_tile * BLOCK_Q + row, k_tile * BLOCK_K + column
-    i64, j64 = i.to(tl.int64), j.to(tl.int64)
+    in_q, in_k = row < Tq - first_i, column < Tk - first_j
+    row64, column64 = row.to(tl.int64), column.to(tl.int64)
 
     last = Tk.to(tl.int64)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
     if IS_CAUSAL:
-        last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
+        last = tl.minimum(last, first_query + first_i + BLOCK_Q)
 
     weight += h * stride_wh
     d = tl.arange(0, BLOCK_D)
@@ -186,25 +189,26 @@ def additive_attention_fwd_kernel_scores(
     tile_q = b * q_tiles_b + h * q_tiles_h + q_tile
     tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
-    if k_tile * BLOCK_K >= last:  # no key is visible
+    if first_j >= last:  # no key is visible
         s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     elif paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
         q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
         k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
         s = tl.sum(w, 0) - 2.0 * _paired_sums(q_exp, k_exp, weight, CHANNELS, BLOCK_Q, BLOCK_K, UNROLL, NVIDIA)
     else:
-        q = query + b * stride_qb + h * stride_qh + i64 * stride_qt
-        k = key + b * stride_kb + h * stride_kh + j64 * stride_kt
-        s = _plain_sums(q, k, weight, stride_qd, stride_kd, i < Tq, j < Tk, D, BLOCK_Q, BLOCK_K, NVIDIA)
+        q = query + b * stride_qb + h * stride_qh + first_i * stride_qt + row64 * stride_qt
+        k = key + b * stride_kb + h * stride_kh + first_j * stride_kt + column64 * stride_kt
+        s = _plain_sums(q, k, weight, stride_qd, stride_kd, in_q, in_k, D, BLOCK_Q, BLOCK_K, NVIDIA)
     s = _capped(s, scale, softcap, NVIDIA)
-    inside = (i[:, None] < Tq) & (j[None, :] < Tk)
-    visible = j64[None, :] < last
+    inside = in_q[:, None] & in_k[None, :]
+    visible = column[None, :] < last - first_j
     if IS_CAUSAL:
-        visible = visible & (j[None, :] <= first_query + i[:, None])
+        visible = visible & (column[None, :] - row[:, None] <= first_query + first_i - first_j)
     if mask is not None:
-        at = mask + b * stride_mb + h * stride_mh + i64[:, None] * stride_mq + j64[None, :] * stride_mk
+        mask += b * stride_mb + h * stride_mh + first_i * stride_mq + first_j * stride_mk
+        at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
         visible = visible & (tl.load(at, mask=inside, other=0) != 0)
-    out = scores + (bh * Tq + i64)[:, None] * Tk + j64[None, :]
+    out = scores + (bh * Tq + first_i) * Tk + first_j + row64[:, None] * Tk + column64[None, :]
     tl.store(out, tl.where(visible, s, float("-inf")), mask=inside)
 
 
