@@ -172,9 +172,10 @@ def additive_attention_fwd_kernel_scores(
     bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
     # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and numbers
     # of its rows live in scalar registers, which are few.
-    first_i, first_j = (q_tile * BLOCK_Q).to(tl.int64), (k_tile * BLOCK_K).to(tl.int64)
+    first_i, first_j = q_tile * BLOCK_Q, k_tile * BLOCK_K
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     in_q, in_k = row < Tq - first_i, column < Tk - first_j
+    first_i, first_j = first_i.to(tl.int64), first_j.to(tl.int64)
     row64, column64 = row.to(tl.int64), column.to(tl.int64)
 
     last = Tk.to(tl.int64)
