@@ -428,16 +428,19 @@ def additive_attention_bwd_kernel_value(
     if key_lengths is not None:
         last = tl.where(tl.load(key_lengths + b) <= k_tile * BLOCK_K, first, last)
 
+    scores += bh * Tq * Tk
+    lse += bh * Tq
+    grad_context += b * stride_cb + h * stride_ch
     acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     for start in tl.range(first, last, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
         i64 = i.to(tl.int64)
         in_q = i < Tq
-        at = scores + (bh * Tq + i64)[None, :] * Tk + j64[:, None]
-        s = tl.load(at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
-        row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
+        s_at = scores + i64[None, :] * Tk + j64[:, None]
+        s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
+        row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
         p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[None, :]) * LOG2E)
-        dc_at = grad_context + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
+        dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision="tf32x3" if NVIDIA else "ieee")
     out = grad_value + (bh * Tk + j64)[:, None] * Dv + v[None, :]
@@ -546,6 +549,8 @@ FEW_QUERIES = 4
 # at 156; 64 x 64 took 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows
 # reuse more of each key; a tall tile would be mostly empty for few.
 TILES = {16: (16, 128, 4), math.inf: (32, 64, 2)}
+# What a step of tl.dot in backward sums over, 16 numbers of float32: with 32, three TF32 products spill on sm_80.
+DOT_BYTES = 64
 # Rows of scratch for backward are padded to this many numbers, so that wide loads are aligned.
 PAD = 32
 
@@ -578,7 +583,7 @@ def _pack(t, channels, block, by_row=False):
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, *t.stride(), H, T, tiles,
-        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=32, BY_ROW=by_row, num_warps=4,
+        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=min(32, 2048 // block), BY_ROW=by_row, num_warps=4,
     )  # fmt: skip
     return packed, bounds
 
@@ -699,14 +704,14 @@ class _Problem:
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
             *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
-            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=32, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
+            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
         )  # fmt: skip
         return g, g_transposed
 
     def value_gradient(self, scores, lse, grad_context, first):
         """float32 (B, H, Tk, Dv): what the queries from first on give."""
         out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
-        block_q, block_k, block_v = 32, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
+        block_q, block_k, block_v = DOT_BYTES // grad_context.itemsize, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
         launch(
             additive_attention_bwd_kernel_value,
             (triton.cdiv(self.Tk, block_k) * self.BH, triton.cdiv(self.Dv, block_v), 1),
