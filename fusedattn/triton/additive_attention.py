@@ -74,6 +74,12 @@ def _at_most(z, limit):
     return tl.minimum(z, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _batch_and_head(bh, H):
+    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, around which registers spill."""
+    return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
 # Forward
 
 
@@ -87,10 +93,10 @@ def additive_attention_pack_kernel(
     Grid: (tiles * B * H,).
     """
     tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    bh, b, h = _batch_and_head(tl.program_id(0) // tiles, H)
     row = tl.arange(0, BLOCK_T)
     t = tile * BLOCK_T + row
-    at = source + (bh // H) * stride_b + (bh % H) * stride_h + t.to(tl.int64)[:, None] * stride_t
+    at = source + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t
     packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
     bound = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, CHANNELS, BLOCK_D):
@@ -163,22 +169,20 @@ def additive_attention_fwd_kernel_scores(
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
-    bh = (tl.program_id(0) // q_tiles // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
+    # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and numbers
+    # of its rows live in scalar registers, which are few.
+    first_i, first_j = q_tile * BLOCK_Q, k_tile * BLOCK_K
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    i, j = q_tile * BLOCK_Q + row, k_tile * BLOCK_K + column
-    i64, j64 = i.to(tl.int64), j.to(tl.int64)
-    inside = (i[:, None] < Tq) & (j[None, :] < Tk)
-    out = scores + (bh * Tq + i64)[:, None] * Tk + j64[None, :]
+    in_q, in_k = row < Tq - first_i, column < Tk - first_j
+    first_i, first_j = first_i.to(tl.int64), first_j.to(tl.int64)
+    row64, column64 = row.to(tl.int64), column.to(tl.int64)
 
     last = Tk.to(tl.int64)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
     if IS_CAUSAL:
-        last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
-    if k_tile * BLOCK_K >= last:
-        tl.store(out, tl.full((BLOCK_Q, BLOCK_K), float("-inf"), tl.float32), mask=inside)
-        return
+        last = tl.minimum(last, first_query + first_i + BLOCK_Q)
 
     weight += h * stride_wh
     d = tl.arange(0, BLOCK_D)
@@ -186,21 +190,26 @@ def additive_attention_fwd_kernel_scores(
     tile_q = b * q_tiles_b + h * q_tiles_h + q_tile
     tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
-    if paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
+    if first_j >= last:  # no key is visible
+        s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    elif paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
         q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
         k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
         s = tl.sum(w, 0) - 2.0 * _paired_sums(q_exp, k_exp, weight, CHANNELS, BLOCK_Q, BLOCK_K, UNROLL, NVIDIA)
     else:
-        q = query + b * stride_qb + h * stride_qh + i64 * stride_qt
-        k = key + b * stride_kb + h * stride_kh + j64 * stride_kt
-        s = _plain_sums(q, k, weight, stride_qd, stride_kd, i < Tq, j < Tk, D, BLOCK_Q, BLOCK_K, NVIDIA)
+        q = query + b * stride_qb + h * stride_qh + first_i * stride_qt + row64 * stride_qt
+        k = key + b * stride_kb + h * stride_kh + first_j * stride_kt + column64 * stride_kt
+        s = _plain_sums(q, k, weight, stride_qd, stride_kd, in_q, in_k, D, BLOCK_Q, BLOCK_K, NVIDIA)
     s = _capped(s, scale, softcap, NVIDIA)
-    visible = j64[None, :] < last
+    inside = in_q[:, None] & in_k[None, :]
+    visible = column[None, :] < last - first_j
     if IS_CAUSAL:
-        visible = visible & (j[None, :] <= first_query + i[:, None])
+        visible = visible & (column[None, :] - row[:, None] <= first_query + first_i - first_j)
     if mask is not None:
-        at = mask + b * stride_mb + h * stride_mh + i64[:, None] * stride_mq + j64[None, :] * stride_mk
+        mask += b * stride_mb + h * stride_mh + first_i * stride_mq + first_j * stride_mk
+        at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
         visible = visible & (tl.load(at, mask=inside, other=0) != 0)
+    out = scores + (bh * Tq + first_i) * Tk + first_j + row64[:, None] * Tk + column64[None, :]
     tl.store(out, tl.where(visible, s, float("-inf")), mask=inside)
 
 
@@ -218,8 +227,7 @@ def additive_attention_fwd_kernel_few(
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     i = tl.program_id(0) % Tq
     k_tile = (tl.program_id(0) // Tq) % k_tiles
-    bh = (tl.program_id(0) // Tq // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // Tq // k_tiles, H)
     j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     j64 = j.to(tl.int64)
     out = scores + (bh * Tq + i) * Tk + j64
@@ -273,8 +281,7 @@ def additive_attention_fwd_kernel_context(
     """
     q_tiles = tl.cdiv(Tq, BLOCK_Q)
     q_tile = tl.program_id(0) % q_tiles
-    bh = (tl.program_id(0) // q_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles, H)
     split = tl.program_id(1).to(tl.int64)
     i = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -324,9 +331,10 @@ def additive_attention_fwd_kernel_combine(
     Dv: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Joins the contexts (splits, B, H, Tq, Dv) of key ranges: each counts exp(its lse). Grid: (B * H * Tq,)."""
-    row = tl.program_id(0).to(tl.int64)
-    bh, i = row // Tq, row % Tq
-    b, h = bh // H, bh % H
+    row = tl.program_id(0)
+    i = row % Tq
+    bh, b, h = _batch_and_head(row // Tq, H)
+    row = row.to(tl.int64)
     s = tl.arange(0, BLOCK_S).to(tl.int64)
     parts_lse = tl.load(lse_parts + s * rows + row, mask=s < splits, other=float("-inf"))
     top = tl.max(parts_lse, 0)
@@ -361,8 +369,7 @@ def additive_attention_bwd_kernel_gradient(
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
-    bh = (tl.program_id(0) // q_tiles // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
     i, j = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q), k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
     in_q, in_k = i < Tq, j < Tk
@@ -410,8 +417,7 @@ def additive_attention_bwd_kernel_value(
     """dx_j = sum_i p_ij dc_i, float32 (B, H, Tk, Dv). Grid: (key tiles * B * H, value tiles)."""
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     k_tile = tl.program_id(0) % k_tiles
-    bh = (tl.program_id(0) // k_tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // k_tiles, H)
     j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     j64 = j.to(tl.int64)
@@ -422,16 +428,19 @@ def additive_attention_bwd_kernel_value(
     if key_lengths is not None:
         last = tl.where(tl.load(key_lengths + b) <= k_tile * BLOCK_K, first, last)
 
+    scores += bh * Tq * Tk
+    lse += bh * Tq
+    grad_context += b * stride_cb + h * stride_ch
     acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     for start in tl.range(first, last, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
         i64 = i.to(tl.int64)
         in_q = i < Tq
-        at = scores + (bh * Tq + i64)[None, :] * Tk + j64[:, None]
-        s = tl.load(at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
-        row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
+        s_at = scores + i64[None, :] * Tk + j64[:, None]
+        s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
+        row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
         p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[None, :]) * LOG2E)
-        dc_at = grad_context + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
+        dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision="tf32x3" if NVIDIA else "ieee")
     out = grad_value + (bh * Tk + j64)[:, None] * Dv + v[None, :]
@@ -455,8 +464,7 @@ def additive_attention_bwd_kernel_inputs(
     """
     tiles = tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, b, h = _batch_and_head(tl.program_id(0) // tiles, H)
     split = tl.program_id(2).to(tl.int64)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -541,6 +549,8 @@ FEW_QUERIES = 4
 # at 156; 64 x 64 took 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows
 # reuse more of each key; a tall tile would be mostly empty for few.
 TILES = {16: (16, 128, 4), math.inf: (32, 64, 2)}
+# What a step of tl.dot in backward sums over, 16 numbers of float32: with 32, three TF32 products spill on sm_80.
+DOT_BYTES = 64
 # Rows of scratch for backward are padded to this many numbers, so that wide loads are aligned.
 PAD = 32
 
@@ -573,7 +583,7 @@ def _pack(t, channels, block, by_row=False):
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, *t.stride(), H, T, tiles,
-        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=32, BY_ROW=by_row, num_warps=4,
+        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=min(32, 2048 // block), BY_ROW=by_row, num_warps=4,
     )  # fmt: skip
     return packed, bounds
 
@@ -694,14 +704,14 @@ class _Problem:
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
             *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
-            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=32, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
+            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
         )  # fmt: skip
         return g, g_transposed
 
     def value_gradient(self, scores, lse, grad_context, first):
         """float32 (B, H, Tk, Dv): what the queries from first on give."""
         out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
-        block_q, block_k, block_v = 32, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
+        block_q, block_k, block_v = DOT_BYTES // grad_context.itemsize, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
         launch(
             additive_attention_bwd_kernel_value,
             (triton.cdiv(self.Tk, block_k) * self.BH, triton.cdiv(self.Dv, block_v), 1),

@@ -130,6 +130,27 @@ def _parameter(P, b, c, stride_b, stride_c, mask, OFFSET: tl.constexpr):
     return load_wide(P + b * stride_b + c * stride_c, mask) + OFFSET
 
 
+@triton.jit
+def _runs(block, R, MC, C, BLOCK_R: tl.constexpr):
+    """Runs of a block, their batch elements and channels, and whether there are such runs; all [BLOCK_R].
+
+    Divides in the type of R, 32 bits unless there are more runs: a division of 64 bits is a call, and spills.
+    """
+    first = block.to(R.dtype) * BLOCK_R
+    row = tl.arange(0, BLOCK_R)
+    run = first + row
+    return run.to(tl.int64), (run // MC).to(tl.int64), (run % C).to(tl.int64), row < R - first
+
+
+@triton.jit
+def _bwd_step(DY, X, DX, at, mask, scale, shift, ACTIVATION: tl.constexpr):
+    """Writes a tile of dx; returns dz x and dz, whose sums are dgamma and dbeta. Both are 0 where masked, as dy is."""
+    x = load_wide(X + at, mask)
+    dz = _grad_z(load_wide(DY + at, mask), _affine(x, scale, shift), ACTIVATION)
+    tl.store(DX + at, dz if scale is None else dz * scale, mask=mask)
+    return dz * x, dz
+
+
 # Kernels. Integers that change from call to call are not specialised, which would compile anew for 1 and for
 # multiples of 16; those that decide how wide a load may be are.
 
@@ -143,10 +164,8 @@ def film_fwd_kernel_runs(
 ):  # fmt: skip
     chunks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    run = (program // chunks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    run, b, c, within = _runs(program // chunks, R, MC, C, BLOCK_R)
     n = (program % chunks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    within = run < R
-    b, c = run // MC, run % C
     scale = None
     shift = None
     if GAMMA is not None:
@@ -195,10 +214,8 @@ def film_bwd_kernel_runs(
     GAMMA_OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    run = (program // pieces).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    run, b, c, within = _runs(program // pieces, R, MC, C, BLOCK_R)
     piece = program % pieces
-    within = run < R
-    b, c = run // MC, run % C
     scale = None
     shift = None
     if GAMMA is not None:
@@ -212,14 +229,9 @@ def film_bwd_kernel_runs(
         n = (piece.to(tl.int64) * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         at = run[:, None] * N + n[None, :]  # [BLOCK_R, BLOCK_N]
         mask = within[:, None] & (n < N)[None, :]
-        x = load_wide(X + at, mask)
-        # dy is 0 where masked, and so is every term of the sums.
-        dz = _grad_z(load_wide(DY + at, mask), _affine(x, scale, shift), ACTIVATION)
-        sum_dz_x += dz * x
+        dz_x, dz = _bwd_step(DY, X, DX, at, mask, scale, shift, ACTIVATION)
+        sum_dz_x += dz_x
         sum_dz += dz
-        if scale is not None:
-            dz *= scale
-        tl.store(DX + at, dz, mask=mask)
     if DGAMMA is not None:
         tl.store(DGAMMA + run * pieces + piece, tl.sum(sum_dz_x, 1), mask=within)
     if DBETA is not None:
@@ -251,13 +263,9 @@ def film_bwd_kernel_rows(
         m = (piece * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
         at = (b * M + m)[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
         mask = (m < M)[:, None] & (c < C)[None, :]
-        x = load_wide(X + at, mask)
-        dz = _grad_z(load_wide(DY + at, mask), _affine(x, scale, shift), ACTIVATION)
-        sum_dz_x += dz * x
+        dz_x, dz = _bwd_step(DY, X, DX, at, mask, scale, shift, ACTIVATION)
+        sum_dz_x += dz_x
         sum_dz += dz
-        if scale is not None:
-            dz *= scale
-        tl.store(DX + at, dz, mask=mask)
     if DGAMMA is not None:
         tl.store(DGAMMA + part * C + c, tl.sum(sum_dz_x, 0), mask=c < C)
     if DBETA is not None:
@@ -271,16 +279,15 @@ def film_bwd_kernel_sum(
     P, C, Q,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)  # [BLOCK_O]
-    b, c = o // C, o % C
+    o, b, c, within = _runs(tl.program_id(0), outputs, C, C, BLOCK_O)  # [BLOCK_O]
     total = tl.zeros((BLOCK_O, BLOCK_T), PARTIAL.dtype.element_ty)
-    t = tl.arange(0, BLOCK_T).to(tl.int64)  # [BLOCK_T], counts (B,) P, then Q
-    for _ in range(tl.cdiv(terms, BLOCK_T)):
-        row = b[:, None] * P + (t // Q)[None, :]
-        at = (row * C + c[:, None]) * Q + (t % Q)[None, :]  # [BLOCK_O, BLOCK_T]
-        total += tl.load(PARTIAL + at, mask=(o < outputs)[:, None] & (t < terms)[None, :], other=0.0)
-        t += BLOCK_T
-    tl.store(OUT + o, tl.sum(total, 1), mask=o < outputs)
+    for start in range(0, terms, BLOCK_T):
+        n = tl.arange(0, BLOCK_T)
+        t = start + n  # [BLOCK_T], counts (B,) P, then Q
+        row = b[:, None] * P + (t // Q).to(tl.int64)[None, :]
+        at = (row * C + c[:, None]) * Q + (t % Q).to(tl.int64)[None, :]  # [BLOCK_O, BLOCK_T]
+        total += tl.load(PARTIAL + at, mask=within[:, None] & (n < terms - start)[None, :], other=0.0)
+    tl.store(OUT + o, tl.sum(total, 1), mask=within)
 
 
 # Launchers
@@ -347,6 +354,8 @@ def _tile(view: _View) -> dict[str, int]:
     elements = TILE // 2 if view.x.dtype == torch.float64 else TILE
     if view.N > 1:
         along = _power_of_2(view.N, elements // 2)
+        if along < 256:
+            elements //= 2  # each of many runs has its scale, shift and addresses in registers
         return {"BLOCK_R": _power_of_2(view.B * view.M * view.C, elements // along), "BLOCK_N": along}
     rows = _power_of_2(view.M, elements // _power_of_2(view.C, elements // 8))
     return {"BLOCK_R": rows, "BLOCK_C": _power_of_2(view.C, elements // rows)}
