@@ -471,6 +471,10 @@ def test_the_stored_table_is_that_of_the_stored_counts():
     assert roofline.COUNTS.with_name("table.md").read_text() == table.markdown(kernels, stored["tools"])
 
 
+def test_the_stored_table_breaks_no_threshold():
+    assert thresholds.broken(map(Kernel.from_json, json.loads(roofline.COUNTS.read_text())["kernels"])) == []
+
+
 def stored(section: str) -> list[Kernel]:
     kernels = map(Kernel.from_json, json.loads(roofline.COUNTS.read_text())["kernels"])
     return [k for k in kernels if k.section == section]

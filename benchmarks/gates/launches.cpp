@@ -49,8 +49,9 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   p.query = queries, p.key = keys, p.value = keys;
   p.weight = somewhere<S>();
   p.scale = 1;
-  launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
-                                   somewhere<T>(), nullptr);
+  for (bool tf32 : {false, true})
+    launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
+                                     somewhere<T>(), nullptr, tf32);
   for (const T* scores : {static_cast<T*>(nullptr), somewhere<T>()}) {  // computed again, or kept
     const AttentionGradients<S> grads = {queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
                                          scores,  somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>()};

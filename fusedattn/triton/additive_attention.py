@@ -273,7 +273,7 @@ def additive_attention_fwd_kernel_context(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
     H, Tq, Tk, first_query, split_keys,
     IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TF32: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Context and lse of a tile of queries over a range of keys.
 
@@ -312,7 +312,8 @@ def additive_attention_fwd_kernel_context(
         p = tl.exp2((s - safe_top[:, None]) * LOG2E)
         shrink = tl.exp2((top - safe_top) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=PRECISION)
+        precision: tl.constexpr = "ieee" if not NVIDIA else "tf32" if TF32 else "tf32x3"
+        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=precision)
         top = new_top
 
     # total is NaN, not 0, where a score is.
@@ -676,7 +677,7 @@ class _Problem:
             *self.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
             self.H, n, self.Tk, first, split_keys,
             IS_CAUSAL=self.is_causal, Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-            PRECISION="ieee" if not NVIDIA else "tf32" if allow_tf32 else "tf32x3", num_warps=4,
+            TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=4,
         )  # fmt: skip
         if splits > 1:
             launch(
