@@ -122,6 +122,7 @@ class Kernel:
 
 
 _record: list[Kernel] | None = None
+_target: tuple[str, int | str] = ("cuda", 90)
 
 
 def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constexprs):
@@ -132,15 +133,23 @@ def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_
         _record.append(_described(function, grid, arguments, constexprs, num_warps, num_stages))
 
 
-def recorded(call: Callable[[], Any]) -> list[Kernel]:
-    """The kernels that ``call()`` launches, in order; none of them runs, so tensors may be on the meta device."""
-    global _record
-    _record = []
+def recorded(call: Callable[[], Any], target: tuple[str, int | str] = ("cuda", 90)) -> list[Kernel]:
+    """The kernels that ``call()`` launches, in order, with their tiles on ``target``, say ``("hip", "gfx942")``.
+
+    None of them runs, so tensors may be on the meta device.
+    """
+    global _record, _target
+    _record, _target = [], target
     try:
         call()
         return _record
     finally:
         _record = None
+
+
+def recording_for() -> tuple[str, int | str] | None:
+    """The target of ``recorded``, or None outside."""
+    return None if _record is None else _target
 
 
 _TYPES = {

@@ -29,12 +29,12 @@ Counts are of sm_90 machine code, disassembled; none is a time. Tiles are chosen
 
 import functools
 import itertools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
+from fusedattn.triton import _tiles
 from fusedattn.triton._common import NVIDIA, Kernel, fast_reciprocal, launch, on_device_of, recorded, register
 
 # Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
@@ -76,7 +76,7 @@ def _at_most(z, limit):
 
 @triton.jit
 def _batch_and_head(bh, H):
-    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, around which registers spill."""
+    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, and spills."""
     return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
 
 
@@ -170,8 +170,8 @@ def additive_attention_fwd_kernel_scores(
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
     bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
-    # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and numbers
-    # of its rows live in scalar registers, which are few.
+    # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and what
+    # differs between rows lives in scalar registers, which are few.
     first_i, first_j = q_tile * BLOCK_Q, k_tile * BLOCK_K
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     in_q, in_k = row < Tq - first_i, column < Tk - first_j
@@ -545,10 +545,6 @@ UNROLL = 1  # 2 saves 0.2 slots a tanh, and spills
 CHUNK = 1 << 23
 # Up to here reading the keys once per query costs less than packing them.
 FEW_QUERIES = 4
-# Tiles of scores by the largest Tq: (BLOCK_Q, BLOCK_K, warps). Per tanh on sm_90: 4.4 slots at 128 registers, 4.1
-# at 156; 64 x 64 took 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows
-# reuse more of each key; a tall tile would be mostly empty for few.
-TILES = {16: (16, 128, 4), math.inf: (32, 64, 2)}
 # What a step of tl.dot in backward sums over, 16 numbers of float32: with 32, three TF32 products spill on sm_80.
 DOT_BYTES = 64
 # Rows of scratch for backward are padded to this many numbers, so that wide loads are aligned.
@@ -614,8 +610,7 @@ class _Problem:
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)
         self.few = self.Tq <= FEW_QUERIES
-        self.tile = next(tile for most, tile in TILES.items() if self.Tq <= most)
-        self.key_exp = None
+        self.key_packed = {}  # by BLOCK_K
 
     def chunks(self, all_at_once):
         """(first, end) of the queries whose scores are held at the same time."""
@@ -625,42 +620,55 @@ class _Problem:
 
     def scores(self, out, first, end):
         """Writes the scores of queries first to end to out (B, H, end - first, Tk)."""
+        kernel, size = ("few", self.D) if self.few else ("scores", self.Tq)
+        self._tiled(kernel, size, (end - first, self.Tk, self.D), lambda tile: self._scores(tile, out, first, end))
+
+    def _tiled(self, kernel, size, sizes, run):
+        """Runs with the tile that the table, or tuning, has for these sizes."""
+        run(_tiles.choose(kernel, size, self.query, (self.BH, *sizes), run))
+
+    def _scores(self, tile, out, first, end):
         query, mask = self.query[:, :, first:end], self.mask
         if mask is not None:
             mask = mask[:, :, first:end]
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-        n, (block_q, block_k, warps) = end - first, self.tile
+        n = end - first
         if self.few:
-            # A row of 128 channels is read by a warp; the sums of BLOCK_K keys stay in registers.
-            block_d, block_k = (64, 32) if self.D > 64 else (32, 64)
+            block_k, block_d = tile.extents
             launch(
                 additive_attention_fwd_kernel_few, (n * triton.cdiv(self.Tk, block_k) * self.BH,),
                 query, self.key, self.weight, mask, self.key_lengths, out,
                 *query.stride(), *self.key.stride(), *mask_strides, self.stride_wh, self.H, n, self.Tk, first,
                 self.scale, self.softcap, IS_CAUSAL=self.is_causal, D=self.D, BLOCK_K=block_k, BLOCK_D=block_d,
-                NVIDIA=NVIDIA, num_warps=4,
+                NVIDIA=NVIDIA, num_warps=tile.warps,
             )  # fmt: skip
             return
-        if self.key_exp is None:
-            self.key_exp, self.key_exp_bound = _pack(self.key, self.channels, block_k)
+        block_q, block_k = tile.extents
+        if block_k not in self.key_packed:
+            self.key_packed[block_k] = _pack(self.key, self.channels, block_k)
+        key_exp, key_bound = self.key_packed[block_k]
         query_exp, query_bound = _pack(query, self.channels, block_q)
         launch(
             additive_attention_fwd_kernel_scores,
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             query, self.key, self.weight, mask, self.key_lengths,
-            query_exp, self.key_exp, query_bound, self.key_exp_bound, out,
+            query_exp, key_exp, query_bound, key_bound, out,
             *query.stride(), *self.key.stride(), *mask_strides,
-            *_strides(query_bound), *_strides(self.key_exp_bound), self.stride_wh,
+            *_strides(query_bound), *_strides(key_bound), self.stride_wh,
             self.H, n, self.Tk, first, self.scale, self.softcap,
             IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
-            BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
+            BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=tile.warps,
         )  # fmt: skip
 
     def attend(self, scores, context, lse, first, allow_tf32):
         """Writes context (B, H, n, Dv) and lse (B, H, n) of the queries from first on, whose scores are given."""
-        n = lse.shape[2]
+        arguments = (scores, context, lse, first, allow_tf32)
+        sizes = (lse.shape[2], self.Tk, self.Dv)
+        self._tiled("context", self.Dv, sizes, lambda tile: self._attend(tile, *arguments))
+
+    def _attend(self, tile, scores, context, lse, first, allow_tf32):
+        n, (block_q, block_k) = lse.shape[2], tile.extents
         block_v = min(128, max(16, triton.next_power_of_2(self.Dv)))
-        block_q, block_k = 16, 32 if block_v == 128 else 64
         q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(self.Dv, block_v))
         wanted = _programs_wanted(self.query.device) // (q_tiles * v_tiles * self.BH)
         split_keys = triton.cdiv(triton.cdiv(self.Tk, max(1, min(wanted, 128))), 256) * 256
@@ -676,7 +684,8 @@ class _Problem:
             *self.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
             self.H, n, self.Tk, first, split_keys,
             IS_CAUSAL=self.is_causal, Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-            PRECISION="ieee" if not NVIDIA else "tf32" if allow_tf32 else "tf32x3", num_warps=4,
+            PRECISION="ieee" if _tiles.gpu_of(lse.device) == _tiles.AMD else "tf32" if allow_tf32 else "tf32x3",
+            num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
             launch(
@@ -704,14 +713,19 @@ class _Problem:
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
             *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
-            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
+            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD,
+            NVIDIA=NVIDIA, num_warps=4,
         )  # fmt: skip
         return g, g_transposed
 
     def value_gradient(self, scores, lse, grad_context, first):
         """float32 (B, H, Tk, Dv): what the queries from first on give."""
         out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
-        block_q, block_k, block_v = DOT_BYTES // grad_context.itemsize, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
+        block_q, block_k, block_v = (
+            DOT_BYTES // grad_context.itemsize,
+            32,
+            min(64, max(16, triton.next_power_of_2(self.Dv))),
+        )
         launch(
             additive_attention_bwd_kernel_value,
             (triton.cdiv(self.Tk, block_k) * self.BH, triton.cdiv(self.Dv, block_v), 1),
@@ -723,7 +737,7 @@ class _Problem:
         return out
 
     def input_gradient(self, g, first, end, of_query):
-        """float32 gradient (B, H, T, D) of queries first to end and of the weight (H, D); or of the keys."""
+        """float32 gradients (B, H, T, D) of queries first to end and (H, D) of weight; or of keys, and None."""
         tiles = slice(first // PAD, triton.cdiv(end, PAD))
         if of_query:
             held, held_exp, held_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
@@ -733,8 +747,19 @@ class _Problem:
             held, held_exp, held_bound = self.key, self.key_rows, self.key_bound
             passing, passing_exp, passing_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
             passing_exp, passing_bound = passing_exp[:, :, tiles], passing_bound[:, :, tiles]
-        T, passing_T = held.shape[2], passing.shape[2]
-        block_t, block_d = (8, 128) if self.D > 64 else (16, 64)
+        operands = (held, passing, held_exp, passing_exp, held_bound, passing_bound)
+        results = []
+
+        def run(tile):
+            results[:] = self._input_gradient(tile, g, first, *operands, of_query)
+
+        self._tiled("inputs", self.D, (held.shape[2], passing.shape[2], self.D), run)
+        return tuple(results)
+
+    def _input_gradient(
+        self, tile, g, first, held, passing, held_exp, passing_exp, held_bound, passing_bound, of_query
+    ):
+        T, passing_T, (block_t, block_d) = held.shape[2], passing.shape[2], tile.extents
         tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(self.D, block_d))
         # A program is one warp: a multiprocessor wants many.
         wanted = 8 * _programs_wanted(held.device) // (tiles * channel_tiles * self.BH)
@@ -751,10 +776,10 @@ class _Problem:
             *held.stride(), *passing.stride(), *_strides(held_bound), *_strides(passing_bound), self.stride_wh,
             self.H, self.BH, T, passing_T, first, split_rows,
             IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_T=block_t, BLOCK_D=block_d, PAD=PAD,
-            NVIDIA=NVIDIA, num_warps=1,
+            NVIDIA=NVIDIA, num_warps=tile.warps,
         )  # fmt: skip
         grad = grad.sum(0) if splits > 1 else grad[0]
-        return (grad, grad_weight.sum((0, 1, 3))) if of_query else grad
+        return grad, (grad_weight.sum((0, 1, 3)) if of_query else None)
 
 
 def _weights(scores, lse, dtype):
@@ -837,7 +862,7 @@ def additive_attention_bwd(
             g, g_transposed = problem.gradient(s, row_lse, context[:, :, part], dc, grad_weights, shift)
             dq, dw = problem.input_gradient(g_transposed, first, end, of_query=True)
             grad_query[:, :, part] = dq
-            sums = [problem.input_gradient(g, first, end, of_query=False), dw]
+            sums = [problem.input_gradient(g, first, end, of_query=False)[0], dw]
             if dc is not None:
                 sums.append(problem.value_gradient(s, row_lse, dc, first))
             totals = sums if totals is None else [total.add_(x) for total, x in zip(totals, sums, strict=True)]
@@ -859,13 +884,13 @@ register(
 # For tools
 
 
-def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
+def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
     found = {}
     for dtype, (shape, masked) in itertools.product(
         dtypes, (((4, 512, 512, 256), False), ((64, 1, 1024, 512), False), ((128, 10, 128, 1024), True))
     ):
-        for kernel in recorded(lambda: _typical_call(*shape, dtype, masked)):  # noqa: B023, called at once
+        for kernel in recorded(lambda: _typical_call(*shape, dtype, masked), target):  # noqa: B023, called at once
             found.setdefault(kernel.specialisation, kernel)
     return list(found.values())
 
