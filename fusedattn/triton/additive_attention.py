@@ -80,6 +80,18 @@ def _batch_and_head(bh, H):
     return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
 
 
+@triton.jit
+def _exp_of_difference(x, top):
+    """exp(x - top), 1 where they are equal, infinities too."""
+    return tl.exp2(tl.where(x == top, 0.0, x - top) * LOG2E)
+
+
+@triton.jit
+def _shift(lse):
+    """What to take from scores for their weights: 0 where no key is visible, NaN where softmax is: one is +inf."""
+    return tl.where(lse == float("inf"), float("nan"), tl.where(lse == float("-inf"), 0.0, lse))
+
+
 # Forward
 
 
@@ -309,8 +321,8 @@ def additive_attention_fwd_kernel_context(
         x = tl.load(columns + j[:, None] * stride_vt, mask=in_k[:, None] & in_v[None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(s, 1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2((s - safe_top[:, None]) * LOG2E)
-        shrink = tl.exp2((top - safe_top) * LOG2E)
+        p = _exp_of_difference(s, safe_top[:, None])
+        shrink = _exp_of_difference(top, safe_top)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
@@ -318,6 +330,7 @@ def additive_attention_fwd_kernel_context(
     # total is NaN, not 0, where a score is.
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
+    acc = tl.where((top == float("inf"))[:, None], float("nan"), acc)
     out = context + split * stride_cs + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
     tl.store(out, acc.to(context.dtype.element_ty), mask=in_q[:, None] & in_v[None, :])
     if tl.program_id(2) == 0:
@@ -338,7 +351,7 @@ def additive_attention_fwd_kernel_combine(
     s = tl.arange(0, BLOCK_S).to(tl.int64)
     parts_lse = tl.load(lse_parts + s * rows + row, mask=s < splits, other=float("-inf"))
     top = tl.max(parts_lse, 0)
-    p = tl.exp2((parts_lse - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
+    p = _exp_of_difference(parts_lse, tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(p, 0)
     empty = total == 0.0
     p = p / tl.where(empty, 1.0, total)
@@ -378,7 +391,7 @@ def additive_attention_bwd_kernel_gradient(
 
     s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
     row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
-    p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[:, None]) * LOG2E)
+    p = tl.exp2((s - _shift(row_lse)[:, None]) * LOG2E)
     a = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     mean = tl.zeros((BLOCK_Q,), tl.float32)
     if grad_context is not None:
@@ -439,7 +452,7 @@ def additive_attention_bwd_kernel_value(
         s_at = scores + i64[None, :] * Tk + j64[:, None]
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
-        p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[None, :]) * LOG2E)
+        p = tl.exp2((s - _shift(row_lse)[None, :]) * LOG2E)
         dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision="tf32x3" if NVIDIA else "ieee")
@@ -783,7 +796,7 @@ class _Problem:
 
 
 def _weights(scores, lse, dtype):
-    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    shift = lse.masked_fill(lse == float("-inf"), 0.0).masked_fill(lse == float("inf"), float("nan"))
     return torch.exp(scores - shift.unsqueeze(-1)).to(dtype)
 
 
