@@ -395,6 +395,7 @@ def additive_attention_bwd_kernel_gradient(
     a = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     mean = tl.zeros((BLOCK_Q,), tl.float32)
     if grad_context is not None:
+        terms = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
         base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
         values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
         for start in tl.range(0, Dv, BLOCK_V):
@@ -405,7 +406,10 @@ def additive_attention_bwd_kernel_gradient(
             x_at = values + v.to(tl.int64)[:, None] * stride_vd
             x = tl.load(x_at, mask=in_k[None, :] & (v < Dv)[:, None], other=0.0)  # [BLOCK_V, BLOCK_K]
             a = tl.dot(dc, x, a, input_precision="tf32x3" if NVIDIA else "ieee")
-            mean += tl.sum(dc.to(tl.float32) * c.to(tl.float32), 1)
+            terms = tl.fma(dc.to(tl.float32), c.to(tl.float32), terms)
+        # Summed across threads once. A product summed at once would become an FMA in each thread, and what threads
+        # add would not be the same number: copies of a sum would differ in the last bit.
+        mean = tl.sum(terms, 1)
     if grad_weights is not None:
         a += tl.load(grad_weights + at, mask=inside, other=0.0).to(tl.float32)
     if shift is not None:
