@@ -1,6 +1,7 @@
 """What a call of an operator costs before any kernel, by how it is registered.
 
-``python -m benchmarks.registration`` shows why ``fusedattn/triton/_common.py`` takes a plain Library. Needs no GPU.
+Shows why ``fusedattn/triton/_common.py`` takes a plain Library. Needs no GPU. Run as
+``python -m benchmarks.registration``.
 """
 
 import timeit
