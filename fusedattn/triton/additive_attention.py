@@ -24,7 +24,10 @@ Backward needs the scores (kept, or made again per chunk) and runs::
 The two passes over inputs cost 12.3 issue slots and 1 MUFU a tanh (5.5 for the keys, 6.8 for queries and weight).
 One joint pass would take fewer, but needs atomics: its results would differ from run to run.
 
-Counts are of sm_90 machine code, disassembled; none is a time. Tiles are chosen by counting, too.
+float64 is left to the other backends: these kernels' scratch, range test and sums are float32, and their loop is a
+fast reciprocal, which float64 does not have. Exact division would need a second loop in every kernel.
+
+Counts are of sm_90 machine code, disassembled; none is a time. Tiles (``_tiles.py``) are chosen by counting, too.
 """
 
 import functools
