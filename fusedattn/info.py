@@ -94,6 +94,11 @@ def report() -> str:
         ("", f"to lower it: {VARIABLE}={'|'.join(LEVELS)}, read once per process"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS)"),
     ]
+    if _library.TRITON_ERROR is None:
+        from fusedattn.triton import _tiles
+
+        state = "on" if _tiles.enabled() else "off"
+        rows.insert(5, ("", f"tuning of tiles: {state} ({_tiles.VARIABLE}=1 times them at first use)"))
     lines = [f"{name:11}{text}".rstrip() for name, text in rows]
     for name, op in OPS.items():
         lines += ["", f"backends of {name}"]

@@ -492,9 +492,9 @@ def test_the_stored_table_has_the_cuda_kernels_of_the_sources():
 @pytest.mark.skipif(triton_kernels.missing() is not None, reason=str(triton_kernels.missing()))
 @pytest.mark.parametrize("section", ["Triton", "Triton, oldest supported"])
 def test_the_stored_table_has_the_triton_kernels_of_the_sources(section):
-    declared = [name for op in triton_kernels.ops() for name, _ in triton_kernels.kernels(op)]
-    for _, arch in triton_kernels.TARGETS:
-        name = triton_kernels.arch_name(arch)
+    for target in triton_kernels.TARGETS:
+        declared = [name for op in triton_kernels.ops() for name, _ in triton_kernels.kernels(op, target)]
+        name = triton_kernels.arch_name(target[1])
         assert [k.name for k in stored(section) if k.arch == name] == declared
 
 

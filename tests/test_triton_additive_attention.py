@@ -93,6 +93,19 @@ def test_nan_and_infinity_behave_as_in_the_reference(Tq, name, special):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("special", [math.inf, -math.inf], ids=["inf", "-inf"])
+@pytest.mark.parametrize("Tk", [70, 600], ids=["one_range", "split_keys"])
+@pytest.mark.parametrize("Tq", [3, 20])
+def test_an_infinite_weight_gives_an_infinite_lse_and_nan_beside_it(Tq, Tk, special):
+    inputs = make_inputs(shape(2, Tq, Tk, 4, 4))
+    inputs[0][..., 1] *= 0.1  # so that every row has scores of both infinities
+    inputs[3][1] = special
+    actual = attention(*inputs, return_weights=True, return_lse=True)
+    expected = additive_attention_ref(*inputs, return_weights=True, return_lse=True)
+    assert (expected[2] == math.inf).all()
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
 def test_layouts():
     def views(leaves):
         query, key, value, weight = leaves

@@ -6,10 +6,12 @@ Run with ``TRITON_INTERPRET=1`` in a process of its own, as ``make test`` does.
 import triton_interpreter  # noqa: F401, I001, first: it skips this file outside the interpreter
 
 import functools
+import random
 
 import pytest
 import torch
 from test_film import ACTIVATIONS, DTYPES, NAMES, check, make_inputs, run, shape_id
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedattn.triton.film as kernels
 from fusedattn import film, film_ref
@@ -169,6 +171,25 @@ def test_function_transforms():
 
     results = [torch.func.vmap(functools.partial(gradient, f))(x, gamma) for f in (film_triton, film_ref)]
     torch.testing.assert_close(*results)
+
+
+def test_random_lengths_are_traced_once():
+    """With gradients, between other operators: one graph without breaks, then the same for every length."""
+    counter = CompileCounterWithBackend("aot_eager")
+    linear = torch.nn.Linear(3, 3)
+
+    def model(x, gamma):
+        return film_triton(linear(x), gamma, channel_dim=2, activation="silu").sin()
+
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    traced = []
+    for length in random.Random(0).sample(range(2, 40), 10):
+        x, gamma = torch.randn(2, length, 3), torch.randn(2, 3)
+        actual = compiled(x, gamma)
+        torch.testing.assert_close(actual, model(x, gamma))
+        actual.sum().backward()
+        traced.append(counter.frame_count)
+    assert len(set(traced)) == 1, traced
 
 
 def test_auto_does_not_take_the_interpreter():

@@ -51,11 +51,11 @@ def ops() -> list[str]:
 
 
 @cache
-def kernels(op: str) -> list[tuple[str, Any]]:
-    """Name and description of an op's kernels, from its file; further specialisations of a name are numbered."""
+def kernels(op: str, target: tuple[str, int | str] = ("cuda", 90)) -> list[tuple[str, Any]]:
+    """Name and description of an op's kernels on a target; further specialisations of a name are numbered."""
     seen: Counter = Counter()
     found = []
-    for described in importlib.import_module(f"fusedattn.triton.{op}").kernels():
+    for described in importlib.import_module(f"fusedattn.triton.{op}").kernels(target=target):
         seen[described.name] += 1
         count = seen[described.name]
         found.append((described.name if count == 1 else f"{described.name} #{count}", described))
@@ -92,7 +92,7 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
 
 
 def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
-    name, described = kernels(op)[index]
+    name, described = kernels(op, (backend, arch))[index]
     try:
         compiled = described.compile(backend, arch)
     except Exception as error:  # Triton's own do not all survive the way back from this process
@@ -126,7 +126,7 @@ def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
     os.environ["TRITON_CACHE_DIR"] = str(tools.CACHE / "triton")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, of which every process warns if unset
     targets = [target for target in TARGETS if archs is None or arch_name(target[1]) in archs]
-    work = [(op, n, *target) for op in ops() for target in targets for n in range(len(kernels(op)))]
+    work = [(op, n, *target) for op in ops() for target in targets for n in range(len(kernels(op, target)))]
     oldest = triton_version().startswith(f"{OLDEST}.")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return [replace(kernel, oldest=oldest) for kernel in pool.map(measure_one, *zip(*work, strict=True))]

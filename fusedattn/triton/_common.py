@@ -57,8 +57,12 @@ LIBRARY = torch.library.Library("fusedattn", "FRAGMENT")
 def register(schema: str, function: Callable) -> None:
     """Defines ``fusedattn::<schema>`` with ``function`` as its kernel on GPUs (ROCm's dispatch key is CUDA too).
 
-    A plain Library, not ``torch.library.custom_op`` or ``triton_op``: as an operator without autograd it is opaque
-    to torch.compile as the C++ ops are, needs no wrapper in eager mode, and its launcher may look at shapes.
+    A plain Library, not ``torch.library.custom_op`` or ``triton_op``. To torch.compile it is opaque, as the C++
+    ops are: no graph break, one graph for all lengths (``tests/test_triton_film.py`` counts), and the launcher,
+    which is not traced, may look at shapes to choose tiles; within ``triton_op`` each look would guard the graph.
+    In eager mode a call costs 5 us before the launcher, against 18 to 31 of both others
+    (``python -m benchmarks.registration``, torch 2.13); decoding makes thousands of small calls. What is given up:
+    Inductor cannot fuse into the kernels or plan their scratch memory.
     """
     LIBRARY.define(schema)
     name = schema.split("(")[0]
@@ -122,6 +126,7 @@ class Kernel:
 
 
 _record: list[Kernel] | None = None
+_target: tuple[str, int | str] = ("cuda", 90)
 
 
 def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constexprs):
@@ -132,15 +137,23 @@ def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_
         _record.append(_described(function, grid, arguments, constexprs, num_warps, num_stages))
 
 
-def recorded(call: Callable[[], Any]) -> list[Kernel]:
-    """The kernels that ``call()`` launches, in order; none of them runs, so tensors may be on the meta device."""
-    global _record
-    _record = []
+def recorded(call: Callable[[], Any], target: tuple[str, int | str] = ("cuda", 90)) -> list[Kernel]:
+    """The kernels that ``call()`` launches, in order, with their tiles on ``target``, say ``("hip", "gfx942")``.
+
+    None of them runs, so tensors may be on the meta device.
+    """
+    global _record, _target
+    _record, _target = [], target
     try:
         call()
         return _record
     finally:
         _record = None
+
+
+def recording_for() -> tuple[str, int | str] | None:
+    """The target of ``recorded``, or None outside."""
+    return None if _record is None else _target
 
 
 _TYPES = {

@@ -24,17 +24,20 @@ Backward needs the scores (kept, or made again per chunk) and runs::
 The two passes over inputs cost 12.3 issue slots and 1 MUFU a tanh (5.5 for the keys, 6.8 for queries and weight).
 One joint pass would take fewer, but needs atomics: its results would differ from run to run.
 
-Counts are of sm_90 machine code, disassembled; none is a time. Tiles are chosen by counting, too.
+float64 is left to the other backends: these kernels' scratch, range test and sums are float32, and their loop is a
+fast reciprocal, which float64 does not have. Exact division would need a second loop in every kernel.
+
+Counts are of sm_90 machine code, disassembled; none is a time. Tiles (``_tiles.py``) are chosen by counting, too.
 """
 
 import functools
 import itertools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
+from fusedattn.triton import _tiles
 from fusedattn.triton._common import NVIDIA, Kernel, fast_reciprocal, launch, on_device_of, recorded, register
 
 # Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
@@ -76,8 +79,20 @@ def _at_most(z, limit):
 
 @triton.jit
 def _batch_and_head(bh, H):
-    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, around which registers spill."""
+    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, and spills."""
     return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def _exp_of_difference(x, top):
+    """exp(x - top), 1 where they are equal, infinities too."""
+    return tl.exp2(tl.where(x == top, 0.0, x - top) * LOG2E)
+
+
+@triton.jit
+def _shift(lse):
+    """What to take from scores for their weights: 0 where no key is visible, NaN where softmax is: one is +inf."""
+    return tl.where(lse == float("inf"), float("nan"), tl.where(lse == float("-inf"), 0.0, lse))
 
 
 # Forward
@@ -170,8 +185,8 @@ def additive_attention_fwd_kernel_scores(
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
     bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
-    # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and numbers
-    # of its rows live in scalar registers, which are few.
+    # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and what
+    # differs between rows lives in scalar registers, which are few.
     first_i, first_j = q_tile * BLOCK_Q, k_tile * BLOCK_K
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     in_q, in_k = row < Tq - first_i, column < Tk - first_j
@@ -309,8 +324,8 @@ def additive_attention_fwd_kernel_context(
         x = tl.load(columns + j[:, None] * stride_vt, mask=in_k[:, None] & in_v[None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(s, 1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2((s - safe_top[:, None]) * LOG2E)
-        shrink = tl.exp2((top - safe_top) * LOG2E)
+        p = _exp_of_difference(s, safe_top[:, None])
+        shrink = _exp_of_difference(top, safe_top)
         total = total * shrink + tl.sum(p, 1)
         precision: tl.constexpr = "ieee" if not NVIDIA else "tf32" if TF32 else "tf32x3"
         acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=precision)
@@ -319,6 +334,7 @@ def additive_attention_fwd_kernel_context(
     # total is NaN, not 0, where a score is.
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
+    acc = tl.where((top == float("inf"))[:, None], float("nan"), acc)
     out = context + split * stride_cs + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
     tl.store(out, acc.to(context.dtype.element_ty), mask=in_q[:, None] & in_v[None, :])
     if tl.program_id(2) == 0:
@@ -339,7 +355,7 @@ def additive_attention_fwd_kernel_combine(
     s = tl.arange(0, BLOCK_S).to(tl.int64)
     parts_lse = tl.load(lse_parts + s * rows + row, mask=s < splits, other=float("-inf"))
     top = tl.max(parts_lse, 0)
-    p = tl.exp2((parts_lse - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
+    p = _exp_of_difference(parts_lse, tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(p, 0)
     empty = total == 0.0
     p = p / tl.where(empty, 1.0, total)
@@ -379,10 +395,11 @@ def additive_attention_bwd_kernel_gradient(
 
     s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
     row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
-    p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[:, None]) * LOG2E)
+    p = tl.exp2((s - _shift(row_lse)[:, None]) * LOG2E)
     a = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     mean = tl.zeros((BLOCK_Q,), tl.float32)
     if grad_context is not None:
+        terms = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
         base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
         values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
         for start in tl.range(0, Dv, BLOCK_V):
@@ -393,7 +410,10 @@ def additive_attention_bwd_kernel_gradient(
             x_at = values + v.to(tl.int64)[:, None] * stride_vd
             x = tl.load(x_at, mask=in_k[None, :] & (v < Dv)[:, None], other=0.0)  # [BLOCK_V, BLOCK_K]
             a = tl.dot(dc, x, a, input_precision="tf32x3" if NVIDIA else "ieee")
-            mean += tl.sum(dc.to(tl.float32) * c.to(tl.float32), 1)
+            terms = tl.fma(dc.to(tl.float32), c.to(tl.float32), terms)
+        # Summed across threads once. A product summed at once would become an FMA in each thread, and what threads
+        # add would not be the same number: copies of a sum would differ in the last bit.
+        mean = tl.sum(terms, 1)
     if grad_weights is not None:
         a += tl.load(grad_weights + at, mask=inside, other=0.0).to(tl.float32)
     if shift is not None:
@@ -440,7 +460,7 @@ def additive_attention_bwd_kernel_value(
         s_at = scores + i64[None, :] * Tk + j64[:, None]
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
-        p = tl.exp2((s - tl.where(row_lse == float("-inf"), 0.0, row_lse)[None, :]) * LOG2E)
+        p = tl.exp2((s - _shift(row_lse)[None, :]) * LOG2E)
         dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision="tf32x3" if NVIDIA else "ieee")
@@ -546,10 +566,6 @@ UNROLL = 1  # 2 saves 0.2 slots a tanh, and spills
 CHUNK = 1 << 23
 # Up to here reading the keys once per query costs less than packing them.
 FEW_QUERIES = 4
-# Tiles of scores by the largest Tq: (BLOCK_Q, BLOCK_K, warps). Per tanh on sm_90: 4.4 slots at 128 registers, 4.1
-# at 156; 64 x 64 took 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows
-# reuse more of each key; a tall tile would be mostly empty for few.
-TILES = {16: (16, 128, 4), math.inf: (32, 64, 2)}
 # What a step of tl.dot in backward sums over, 16 numbers of float32: with 32, three TF32 products spill on sm_80.
 DOT_BYTES = 64
 # Rows of scratch for backward are padded to this many numbers, so that wide loads are aligned.
@@ -615,8 +631,7 @@ class _Problem:
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)
         self.few = self.Tq <= FEW_QUERIES
-        self.tile = next(tile for most, tile in TILES.items() if self.Tq <= most)
-        self.key_exp = None
+        self.key_packed = {}  # by BLOCK_K
 
     def chunks(self, all_at_once):
         """(first, end) of the queries whose scores are held at the same time."""
@@ -626,42 +641,55 @@ class _Problem:
 
     def scores(self, out, first, end):
         """Writes the scores of queries first to end to out (B, H, end - first, Tk)."""
+        kernel, size = ("few", self.D) if self.few else ("scores", self.Tq)
+        self._tiled(kernel, size, (end - first, self.Tk, self.D), lambda tile: self._scores(tile, out, first, end))
+
+    def _tiled(self, kernel, size, sizes, run):
+        """Runs with the tile that the table, or tuning, has for these sizes."""
+        run(_tiles.choose(kernel, size, self.query, (self.BH, *sizes), run))
+
+    def _scores(self, tile, out, first, end):
         query, mask = self.query[:, :, first:end], self.mask
         if mask is not None:
             mask = mask[:, :, first:end]
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-        n, (block_q, block_k, warps) = end - first, self.tile
+        n = end - first
         if self.few:
-            # A row of 128 channels is read by a warp; the sums of BLOCK_K keys stay in registers.
-            block_d, block_k = (64, 32) if self.D > 64 else (32, 64)
+            block_k, block_d = tile.extents
             launch(
                 additive_attention_fwd_kernel_few, (n * triton.cdiv(self.Tk, block_k) * self.BH,),
                 query, self.key, self.weight, mask, self.key_lengths, out,
                 *query.stride(), *self.key.stride(), *mask_strides, self.stride_wh, self.H, n, self.Tk, first,
                 self.scale, self.softcap, IS_CAUSAL=self.is_causal, D=self.D, BLOCK_K=block_k, BLOCK_D=block_d,
-                NVIDIA=NVIDIA, num_warps=4,
+                NVIDIA=NVIDIA, num_warps=tile.warps,
             )  # fmt: skip
             return
-        if self.key_exp is None:
-            self.key_exp, self.key_exp_bound = _pack(self.key, self.channels, block_k)
+        block_q, block_k = tile.extents
+        if block_k not in self.key_packed:
+            self.key_packed[block_k] = _pack(self.key, self.channels, block_k)
+        key_exp, key_bound = self.key_packed[block_k]
         query_exp, query_bound = _pack(query, self.channels, block_q)
         launch(
             additive_attention_fwd_kernel_scores,
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             query, self.key, self.weight, mask, self.key_lengths,
-            query_exp, self.key_exp, query_bound, self.key_exp_bound, out,
+            query_exp, key_exp, query_bound, key_bound, out,
             *query.stride(), *self.key.stride(), *mask_strides,
-            *_strides(query_bound), *_strides(self.key_exp_bound), self.stride_wh,
+            *_strides(query_bound), *_strides(key_bound), self.stride_wh,
             self.H, n, self.Tk, first, self.scale, self.softcap,
             IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
-            BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
+            BLOCK_D=triton.next_power_of_2(self.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=tile.warps,
         )  # fmt: skip
 
     def attend(self, scores, context, lse, first, allow_tf32):
         """Writes context (B, H, n, Dv) and lse (B, H, n) of the queries from first on, whose scores are given."""
-        n = lse.shape[2]
+        arguments = (scores, context, lse, first, allow_tf32)
+        sizes = (lse.shape[2], self.Tk, self.Dv)
+        self._tiled("context", self.Dv, sizes, lambda tile: self._attend(tile, *arguments))
+
+    def _attend(self, tile, scores, context, lse, first, allow_tf32):
+        n, (block_q, block_k) = lse.shape[2], tile.extents
         block_v = min(128, max(16, triton.next_power_of_2(self.Dv)))
-        block_q, block_k = 16, 32 if block_v == 128 else 64
         q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(self.Dv, block_v))
         wanted = _programs_wanted(self.query.device) // (q_tiles * v_tiles * self.BH)
         split_keys = triton.cdiv(triton.cdiv(self.Tk, max(1, min(wanted, 128))), 256) * 256
@@ -677,7 +705,7 @@ class _Problem:
             *self.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
             self.H, n, self.Tk, first, split_keys,
             IS_CAUSAL=self.is_causal, Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-            TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=4,
+            TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
             launch(
@@ -705,14 +733,19 @@ class _Problem:
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
             *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
-            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD, NVIDIA=NVIDIA, num_warps=4,
+            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD,
+            NVIDIA=NVIDIA, num_warps=4,
         )  # fmt: skip
         return g, g_transposed
 
     def value_gradient(self, scores, lse, grad_context, first):
         """float32 (B, H, Tk, Dv): what the queries from first on give."""
         out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
-        block_q, block_k, block_v = DOT_BYTES // grad_context.itemsize, 32, min(64, max(16, triton.next_power_of_2(self.Dv)))
+        block_q, block_k, block_v = (
+            DOT_BYTES // grad_context.itemsize,
+            32,
+            min(64, max(16, triton.next_power_of_2(self.Dv))),
+        )
         launch(
             additive_attention_bwd_kernel_value,
             (triton.cdiv(self.Tk, block_k) * self.BH, triton.cdiv(self.Dv, block_v), 1),
@@ -724,7 +757,7 @@ class _Problem:
         return out
 
     def input_gradient(self, g, first, end, of_query):
-        """float32 gradient (B, H, T, D) of queries first to end and of the weight (H, D); or of the keys."""
+        """float32 gradients (B, H, T, D) of queries first to end and (H, D) of weight; or of keys, and None."""
         tiles = slice(first // PAD, triton.cdiv(end, PAD))
         if of_query:
             held, held_exp, held_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
@@ -734,8 +767,19 @@ class _Problem:
             held, held_exp, held_bound = self.key, self.key_rows, self.key_bound
             passing, passing_exp, passing_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
             passing_exp, passing_bound = passing_exp[:, :, tiles], passing_bound[:, :, tiles]
-        T, passing_T = held.shape[2], passing.shape[2]
-        block_t, block_d = (8, 128) if self.D > 64 else (16, 64)
+        operands = (held, passing, held_exp, passing_exp, held_bound, passing_bound)
+        results = []
+
+        def run(tile):
+            results[:] = self._input_gradient(tile, g, first, *operands, of_query)
+
+        self._tiled("inputs", self.D, (held.shape[2], passing.shape[2], self.D), run)
+        return tuple(results)
+
+    def _input_gradient(
+        self, tile, g, first, held, passing, held_exp, passing_exp, held_bound, passing_bound, of_query
+    ):
+        T, passing_T, (block_t, block_d) = held.shape[2], passing.shape[2], tile.extents
         tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(self.D, block_d))
         # A program is one warp: a multiprocessor wants many.
         wanted = 8 * _programs_wanted(held.device) // (tiles * channel_tiles * self.BH)
@@ -752,14 +796,14 @@ class _Problem:
             *held.stride(), *passing.stride(), *_strides(held_bound), *_strides(passing_bound), self.stride_wh,
             self.H, self.BH, T, passing_T, first, split_rows,
             IS_CAUSAL=self.is_causal, D=self.D, CHANNELS=self.channels, BLOCK_T=block_t, BLOCK_D=block_d, PAD=PAD,
-            NVIDIA=NVIDIA, num_warps=1,
+            NVIDIA=NVIDIA, num_warps=tile.warps,
         )  # fmt: skip
         grad = grad.sum(0) if splits > 1 else grad[0]
-        return (grad, grad_weight.sum((0, 1, 3))) if of_query else grad
+        return grad, (grad_weight.sum((0, 1, 3)) if of_query else None)
 
 
 def _weights(scores, lse, dtype):
-    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    shift = lse.masked_fill(lse == float("-inf"), 0.0).masked_fill(lse == float("inf"), float("nan"))
     return torch.exp(scores - shift.unsqueeze(-1)).to(dtype)
 
 
@@ -838,7 +882,7 @@ def additive_attention_bwd(
             g, g_transposed = problem.gradient(s, row_lse, context[:, :, part], dc, grad_weights, shift)
             dq, dw = problem.input_gradient(g_transposed, first, end, of_query=True)
             grad_query[:, :, part] = dq
-            sums = [problem.input_gradient(g, first, end, of_query=False), dw]
+            sums = [problem.input_gradient(g, first, end, of_query=False)[0], dw]
             if dc is not None:
                 sums.append(problem.value_gradient(s, row_lse, dc, first))
             totals = sums if totals is None else [total.add_(x) for total, x in zip(totals, sums, strict=True)]
@@ -860,13 +904,13 @@ register(
 # For tools
 
 
-def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
+def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
     found = {}
     for dtype, (shape, masked) in itertools.product(
         dtypes, (((4, 512, 512, 256), False), ((64, 1, 1024, 512), False), ((128, 10, 128, 1024), True))
     ):
-        for kernel in recorded(lambda: _typical_call(*shape, dtype, masked)):  # noqa: B023, called at once
+        for kernel in recorded(lambda: _typical_call(*shape, dtype, masked), target):  # noqa: B023, called at once
             found.setdefault(kernel.specialisation, kernel)
     return list(found.values())
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from fusedattn.triton import _tiles
 from fusedattn.triton._common import Kernel, launch, load_wide, on_device_of, recorded, register
 
 # As in csrc/film/formula.h, whose activations are numbered so. In products the tensor comes first: the interpreter
@@ -49,8 +50,6 @@ INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 GELU_TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
 GELU_TANH_CUBIC = tl.constexpr(0.044715)
 
-TILE = 2048  # elements of a tile: 8 a thread on NVIDIA, one or two loads of 16 bytes
-WARPS = 8  # four, with 16 elements a thread, took 250 registers in the backward of short runs
 PROGRAMS = 1024  # a backward pass is cut into about this many where whole runs or columns give fewer: some 8 an SM
 
 
@@ -144,7 +143,7 @@ def _runs(block, R, MC, C, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _bwd_step(DY, X, DX, at, mask, scale, shift, ACTIVATION: tl.constexpr):
-    """Writes a tile of dx; returns dz x and dz, whose sums are dgamma and dbeta. Both are 0 where masked, as dy is."""
+    """Writes a tile of dx; returns dz x and dz, terms of dgamma and dbeta: 0 where masked, for dy is."""
     x = load_wide(X + at, mask)
     dz = _grad_z(load_wide(DY + at, mask), _affine(x, scale, shift), ACTIVATION)
     tl.store(DX + at, dz if scale is None else dz * scale, mask=mask)
@@ -349,9 +348,11 @@ def _strides(*parameters: Tensor | None):
         yield from (0, 0) if p is None else (p.stride(0) if p.dim() == 2 else 0, p.stride(-1))
 
 
-def _tile(view: _View) -> dict[str, int]:
+def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
     """Extents of a tile: long enough along memory to coalesce, then as many runs or rows as fill it."""
-    elements = TILE // 2 if view.x.dtype == torch.float64 else TILE
+    (elements,) = tile.extents
+    if view.x.dtype == torch.float64:
+        elements //= 2
     if view.N > 1:
         along = _power_of_2(view.N, elements // 2)
         if along < 256:
@@ -367,18 +368,28 @@ def forward(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
     y = torch.empty_like(view.x)
     if x.numel() == 0:
         return view.restored(y, x)
-    B, M, C, N, tile = view.B, view.M, view.C, view.N, _tile(view)
+    arguments = (view, gamma, beta, view.like(residual), y, gamma_offset, activation)
+    _tiled("film_fwd", view, lambda tile: _forward(tile, *arguments))
+    return view.restored(y, x)
+
+
+def _tiled(name: str, view: _View, run) -> None:
+    """Runs with the tile that the table, or tuning, has for these sizes."""
+    sizes = (view.B, view.M, view.C, view.N)
+    with on_device_of(view.x):
+        run(_tiles.choose("film", view.N, view.x, sizes, run, name))
+
+
+def _forward(tile, view, gamma, beta, residual, y, gamma_offset, activation):
+    B, M, C, N, blocks = view.B, view.M, view.C, view.N, _blocks(view, tile)
     if N > 1:
         kernel, sizes = film_fwd_kernel_runs, (B * M * C, M * C, C, N)
-        programs = triton.cdiv(B * M * C, tile["BLOCK_R"]) * triton.cdiv(N, tile["BLOCK_N"])
+        programs = triton.cdiv(B * M * C, blocks["BLOCK_R"]) * triton.cdiv(N, blocks["BLOCK_N"])
     else:
         kernel, sizes = film_fwd_kernel_rows, (M, C)
-        programs = B * triton.cdiv(M, tile["BLOCK_R"]) * triton.cdiv(C, tile["BLOCK_C"])
-    pointers = view.x, gamma, beta, view.like(residual), y
-    arguments = (*pointers, *_strides(gamma, beta), *sizes, gamma_offset, activation)
-    with on_device_of(x):
-        launch(kernel, (programs,), *arguments, **tile, num_warps=WARPS)
-    return view.restored(y, x)
+        programs = B * triton.cdiv(M, blocks["BLOCK_R"]) * triton.cdiv(C, blocks["BLOCK_C"])
+    arguments = (view.x, gamma, beta, residual, y, *_strides(gamma, beta), *sizes, gamma_offset, activation)
+    launch(kernel, (programs,), *arguments, **blocks, num_warps=tile.warps)
 
 
 def _cut(tiles: int, blocks: int) -> tuple[int, int]:
@@ -397,32 +408,36 @@ def backward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
     ]
     if x.numel() == 0:
         return view.restored(dx, x), *(grad.zero_() for grad in grads)
-    B, M, C, N, tile = view.B, view.M, view.C, view.N, _tile(view)
+    arguments = (view, view.like(grad_output), gamma, beta, dx, grads, gamma_offset, activation)
+    _tiled("film_bwd", view, lambda tile: _backward(tile, *arguments))
+    return view.restored(dx, x), *grads
+
+
+def _backward(tile, view, grad_output, gamma, beta, dx, grads, gamma_offset, activation):
+    B, M, C, N, blocks = view.B, view.M, view.C, view.N, _blocks(view, tile)
     if N > 1:
-        tiles = triton.cdiv(B * M * C, tile["BLOCK_R"])
-        pieces, steps = _cut(tiles, triton.cdiv(N, tile["BLOCK_N"]))
+        tiles = triton.cdiv(B * M * C, blocks["BLOCK_R"])
+        pieces, steps = _cut(tiles, triton.cdiv(N, blocks["BLOCK_N"]))
         kernel, sizes = film_bwd_kernel_runs, (B * M * C, M * C, C, N, pieces, steps)
         partial_shape = (B, M, C, pieces)
     else:
-        tiles = B * triton.cdiv(C, tile["BLOCK_C"])
-        pieces, steps = _cut(tiles, triton.cdiv(M, tile["BLOCK_R"]))
+        tiles = B * triton.cdiv(C, blocks["BLOCK_C"])
+        pieces, steps = _cut(tiles, triton.cdiv(M, blocks["BLOCK_R"]))
         kernel, sizes = film_bwd_kernel_rows, (M, C, pieces, steps)
         partial_shape = (B, pieces, C, 1)
-    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    arithmetic = torch.float64 if view.x.dtype == torch.float64 else torch.float32
     sums = []  # the gradient itself where one program holds all of a sum
     for p, grad in zip((gamma, beta), grads, strict=True):
         if p is None or grad.numel() == math.prod(partial_shape):
             sums.append(None if p is None else grad)
         else:
-            sums.append(torch.empty(partial_shape, dtype=arithmetic, device=x.device))
-    pointers = view.like(grad_output), view.x, gamma, beta, dx, *sums
+            sums.append(torch.empty(partial_shape, dtype=arithmetic, device=dx.device))
+    pointers = grad_output, view.x, gamma, beta, dx, *sums
     arguments = (*pointers, *_strides(gamma, beta), *sizes, gamma_offset, activation)
-    with on_device_of(x):
-        launch(kernel, (tiles * pieces,), *arguments, **tile, num_warps=WARPS)
-        for partial, grad in zip(sums, grads, strict=True):
-            if partial is not None and partial is not grad:
-                _add_up(partial, grad)
-    return view.restored(dx, x), *grads
+    launch(kernel, (tiles * pieces,), *arguments, **blocks, num_warps=tile.warps)
+    for partial, grad in zip(sums, grads, strict=True):
+        if partial is not None and partial is not grad:
+            _add_up(partial, grad)
 
 
 def _add_up(partial: Tensor, out: Tensor) -> None:
@@ -448,7 +463,7 @@ register(
 )
 
 
-def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
+def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel as typical calls launch it: feature maps, channels last with shared parameters, short runs."""
 
     def call(dtype, shape, channel_dim, shared, activation):
@@ -466,6 +481,6 @@ def kernels(dtypes=(torch.float32, torch.bfloat16)) -> list[Kernel]:
     found = {}
     for dtype in dtypes:
         for case in cases:
-            for kernel in recorded(lambda: call(dtype, *case)):  # noqa: B023, called at once
+            for kernel in recorded(lambda: call(dtype, *case), target):  # noqa: B023, called at once
                 found.setdefault(kernel.specialisation, kernel)
     return list(found.values())

@@ -1,0 +1,118 @@
+"""The table of tiles and its opt-in tuning, with a fake clock: nothing is compiled or launched."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("launches are recorded here, not interpreted", allow_module_level=True)
+
+from fusedattn.triton import _tiles, additive_attention, film
+
+KERNELS = sorted({tile.kernel for tile in _tiles.TABLE})
+TARGETS = {_tiles.SM_80: ("cuda", 80), _tiles.SM_90: ("cuda", 120), _tiles.AMD: ("hip", "gfx942")}
+TENSOR = torch.empty(0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Tuning is on and thinks it is on a GPU; returns what was timed, in order. Fewer warps are faster."""
+    timed = []
+
+    def milliseconds(call):
+        call()
+        return timed[-1].warps
+
+    monkeypatch.setenv(_tiles.VARIABLE, "1")
+    monkeypatch.setattr(_tiles, "can_time", lambda device: True)
+    monkeypatch.setattr(_tiles, "milliseconds", milliseconds)
+    monkeypatch.setattr(_tiles, "_fastest", {})
+    _tiles._warn_once.cache_clear()
+    yield timed
+    _tiles._warn_once.cache_clear()
+
+
+def choose(timed, kernel="scores", sizes=(4, 500, 900), **options):
+    return _tiles.choose(kernel, sizes[1], options.pop("tensor", TENSOR), sizes, timed.append, **options)
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_size_has_a_tile_on_every_gpu(kernel, gpu):
+    rows = [tile for tile in _tiles.rows(kernel, gpu) if tile.most > 0]
+    assert rows[-1].most == float("inf")
+    assert rows == sorted(rows, key=lambda tile: tile.most)
+
+
+def test_launchers_take_the_rows_of_the_target():
+    found = {}
+    for gpu, target in TARGETS.items():
+        for kernel in additive_attention.kernels((torch.float32,), target):
+            if kernel.function is additive_attention.additive_attention_fwd_kernel_scores:
+                extents = (kernel.constexprs["BLOCK_Q"], kernel.constexprs["BLOCK_K"])
+                found.setdefault(gpu, set()).add((extents, kernel.num_warps))
+    for gpu in TARGETS:
+        expected = {(tile.extents, tile.warps) for tile in _tiles.rows("scores", gpu) if tile.most > 0}
+        assert found[gpu] == expected
+
+
+def test_the_default_never_tunes(clock, monkeypatch):
+    for value in ("", "0"):
+        monkeypatch.setenv(_tiles.VARIABLE, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose(clock, sizes=(4, 16, 900)).most == 16
+            assert choose(clock, sizes=(4, 17, 900)).most == float("inf")
+    assert clock == []
+
+
+def test_tuning_takes_the_fastest_and_says_so_before(clock):
+    with pytest.warns(UserWarning, match="about to be timed") as said:
+        chosen = choose(clock)
+    rows = _tiles.rows("scores", _tiles.SM_90)
+    assert clock == rows and len(said) == 1
+    assert chosen.warps == min(tile.warps for tile in rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(clock, sizes=(8, 500, 900))
+    assert clock == 2 * rows  # another bucket, no other warning
+
+
+def test_the_warning_comes_before_anything_runs(clock):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=_tiles.VARIABLE):
+            choose(clock)
+    assert clock == []
+
+
+@pytest.mark.filterwarnings("ignore:fusedattn")
+def test_sizes_share_a_bucket_up_to_a_power_of_two(clock):
+    for length in range(257, 513):
+        choose(clock, sizes=(4, length, length))
+    assert len(clock) == len(_tiles.rows("scores", _tiles.SM_90))
+    choose(clock, sizes=(4, 513, 512))
+    choose(clock, tensor=TENSOR.half())
+    choose(clock, kernel="film", name="film_fwd")
+    choose(clock, kernel="film", name="film_bwd")
+    assert len(_tiles._fastest) == 5
+
+
+@pytest.mark.filterwarnings("ignore:fusedattn")
+@pytest.mark.parametrize("n", [5000, 33])
+def test_launchers_try_every_row_and_end_with_the_fastest(clock, monkeypatch, n):
+    launched = []
+
+    def milliseconds(call):
+        call()
+        return launched[-1]
+
+    monkeypatch.setattr(_tiles, "milliseconds", milliseconds)
+    monkeypatch.setattr(film, "launch", lambda *_, num_warps, **__: launched.append(num_warps))
+    x, warps = torch.empty(2, 3, n, device="meta"), [tile.warps for tile in _tiles.rows("film", _tiles.SM_90)]
+    for _ in range(2):
+        film.forward(x, None, None, 1, 0.0, 0, None)
+    assert launched == [*warps, min(warps), min(warps)]
