@@ -128,6 +128,7 @@ SHAPES = [
     shape(2, 5, 17, 33, 8, H=3),
     shape(1, 1, 1000, 33, 5),  # few queries: keys split over blocks
     shape(1, 8, 70, 12, 4),
+    shape(1, 11, 67, 132, 7),
     shape(1, 16, 200, 130, 140),
 ]
 

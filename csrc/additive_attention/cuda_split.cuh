@@ -2,10 +2,16 @@
 //
 // The keys of a head are split over blocks, some 500 in all, so that a single query fills the GPU; each block
 // leaves an unnormalised context, a maximum and a sum per query, which a second kernel merges. The cut depends on
-// the shape alone. A warp scores a key at a time, its lanes over the channels in packs of 4, so keys and values
+// the shape alone. A warp scores two keys at a time, its lanes over the channels in packs of 4, so keys and values
 // are read once, in order; exp(2q) of all queries stays in shared memory. Bound by memory for one query; with 16
-// it is the score loop: about 3.5 slots of arithmetic per tanh, a 16-byte shared load per 4 and a warp's sum per
-// key and query.
+// it is the score loop, 4.4 to 4.5 slots per tanh on sm_90:
+//
+//   3.5    as in every tile (cuda_problem.cuh)
+//   0.5    exp(2k), 8 slots of which 16 queries share
+//   0.13   a 16-byte shared load for 4 channels of a query: with one key at a time it would be twice that, and
+//          shared memory, which gives a warp 16 bytes a lane in 4 clocks, as slow as the arithmetic
+//   0.11   whether there are queries left, asked before every second one
+//   0.2    the rest of a step: keys, their conversion and range, addresses
 #pragma once
 
 #include "cuda_problem.cuh"
@@ -15,6 +21,10 @@ namespace fusedattn {
 constexpr int SPLIT_QUERIES = 16, SPLIT_KEYS = 64;  // most queries; keys that a block scores before it sums values
 constexpr int64_t SPLIT_BLOCKS = 528;               // blocks worth having: 4 on each of 132 multiprocessors
 constexpr int SPLIT_CHANNELS = gpu::WARP * PACK;    // that a warp takes at once
+constexpr int SPLIT_STEP = 2;                       // queries that are scored without a test between them
+// That a warp scores at once: two share the loads of 16 queries, but in double their sums would spill.
+template <typename T, int QUERIES>
+constexpr int KEYS_OF_WARP = QUERIES == 1 || sizeof(T) == 8 ? 1 : 2;
 
 // Keys of a split: whole tiles, so that all heads together give SPLIT_BLOCKS blocks where there are enough keys.
 inline int64_t keys_of_split(int64_t heads, int64_t Tk) {
@@ -28,11 +38,13 @@ struct SplitPlan {
   using T = gpu::Arithmetic<S>;
   int64_t splits = 0, keys = 0;  // keys of a split
   int64_t channels = 0;          // D up to whole steps of a warp
+  int64_t queries = 0;           // Tq up to whole steps; the added ones are zero
   size_t shared = 0;             // bytes
 
   explicit SplitPlan(const AttentionProblem<S>& p) {
     channels = gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS;
-    shared = sizeof(T) * ((p.Tq + 1) * channels + p.Tq * (SPLIT_KEYS + 3) + ATTENTION_BLOCK / gpu::WARP);
+    queries = p.Tq == 1 ? 1 : gpu::ceil_div(p.Tq, SPLIT_STEP) * SPLIT_STEP;
+    shared = sizeof(T) * ((queries + 1) * channels + p.Tq * (SPLIT_KEYS + 3) + ATTENTION_BLOCK / gpu::WARP);
     if (p.Tq > SPLIT_QUERIES || p.Tq == 0 || p.heads() == 0 || shared > gpu::SHARED_MOST) return;
     keys = keys_of_split(p.heads(), p.Tk);
     splits = keys == 0 ? 1 : gpu::ceil_div(p.Tk, keys);
@@ -56,63 +68,109 @@ FUSEDATTN_DEVICE void add_quotients(const gpu::Pack<T, PACK>& w, const T (&t)[PA
   }
 }
 
-// sums[i] over the lane's channels of key j: of w r, or of w tanh where the weights are not finite.
-template <int QUERIES, typename S, typename T>
-FUSEDATTN_DEVICE void score_key(const AttentionProblem<S>& p, const Head& at, bool finite, T q_bound, const T* q,
-                                const T* w, int64_t channels, int64_t j, T (&sums)[QUERIES]) {
-  const int lane = threadIdx.x % gpu::WARP;
-  const S* row = p.key.row(at.b, at.h, j);
+// sums[key QUERIES + i] over the lane's channels: of w r, or of w tanh where the weights are not finite.
+// rows: of the keys, at the lane's first channel
+// step: w and then exp(2q) of each query, SPLIT_CHANNELS of them; those of the next channels lie `stride` further
+// k_limit: largest |k| at which pairs may share a reciprocal; negative where the weights are not finite
+template <int KEYS, int QUERIES, typename S, typename T>
+FUSEDATTN_DEVICE void score_keys(const AttentionProblem<S>& p, const Head& at, bool finite, T k_limit,
+                                 const S* (&rows)[KEYS], const T* step, int stride, T (&sums)[KEYS * QUERIES]) {
+  const int Tq = static_cast<int>(p.Tq);
+  const unsigned D = static_cast<unsigned>(p.D), first = threadIdx.x % gpu::WARP * PACK;
+  const unsigned whole = p.key.packed && D >= PACK ? D - PACK + 1 : 0;  // packs that start before it are
+  step += first;
 #pragma unroll
-  for (int i = 0; i < QUERIES; ++i) sums[i] = 0;
-  for (int64_t d = lane * PACK; d < channels; d += SPLIT_CHANNELS) {
-    const auto keys = load_channels(row, p.key.packed, d, p.D);
-    const auto weights = gpu::load_pack<PACK>(w + d);
-    T k[PACK], bound = 0;
+  for (int n = 0; n < KEYS * QUERIES; ++n) sums[n] = 0;
+#pragma unroll(QUERIES == 1 ? 4 : 1)
+  for (unsigned d = first; d < D + first; d += SPLIT_CHANNELS, step += stride) {
+    T k[KEYS][PACK];
+    const auto convert = [&](int key, const gpu::Pack<S, PACK>& keys) {
 #pragma unroll
-    for (int e = 0; e < PACK; ++e) {
-      k[e] = gpu::to_arithmetic(keys.element[e]);
-      bound = gpu::max(bound, gpu::abs(k[e]));
+      for (int e = 0; e < PACK; ++e) k[key][e] = gpu::to_arithmetic(keys.element[e]);
+    };
+    if (d < whole) {
+#pragma unroll
+      for (int key = 0; key < KEYS; ++key) convert(key, gpu::load_pack<PACK>(rows[key]));
+    } else {
+#pragma unroll
+      for (int key = 0; key < KEYS; ++key) convert(key, load_channels(rows[key], false, 0, p.D - d));
     }
-    if (finite && !__any_sync(gpu::ALL_LANES, !(bound + q_bound <= ScoreRange<T>::PAIR))) {
+    T bound = gpu::abs(k[0][0]);
 #pragma unroll
-      for (int e = 0; e < PACK; ++e) k[e] = exp_of_twice(k[e]);
+    for (int key = 0; key < KEYS; ++key) {
+      rows[key] += SPLIT_CHANNELS;
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[key][e]));
+    }
+    const auto weights = gpu::load_pack<PACK>(step);
+    if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+#pragma unroll
+      for (int key = 0; key < KEYS; ++key)
+#pragma unroll
+        for (int e = 0; e < PACK; ++e) k[key][e] = exp_of_twice(k[key][e]);
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i) {
-        if (i >= p.Tq) break;
-        const auto query = gpu::load_pack<PACK>(q + i * channels + d);
-        T t[PACK];
+        if (i > 0 && i % SPLIT_STEP == 0 && i >= Tq) break;
+        const auto query = gpu::load_pack<PACK>(step + (i + 1) * SPLIT_CHANNELS);
 #pragma unroll
-        for (int e = 0; e < PACK; ++e) t[e] = gpu::fma(query.element[e], k[e], T(1));
-        add_quotients(weights, t, sums[i]);
+        for (int key = 0; key < KEYS; ++key) {
+          T t[PACK];
+#pragma unroll
+          for (int e = 0; e < PACK; ++e) t[e] = gpu::fma(query.element[e], k[key][e], T(1));
+          add_quotients(weights, t, sums[key * QUERIES + i]);
+        }
       }
     } else {
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i) {
-        if (i >= p.Tq) break;
+        if (i >= Tq) break;
         const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
 #pragma unroll
-        for (int e = 0; e < PACK; ++e) {
-          const T r = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
-          sums[i] = gpu::fma(weights.element[e], finite ? r : 1 - 2 * r, sums[i]);
-        }
+        for (int key = 0; key < KEYS; ++key)
+#pragma unroll
+          for (int e = 0; e < PACK; ++e) {
+            const T r = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[key][e]);
+            sums[key * QUERIES + i] =
+                gpu::fma(weights.element[e], finite ? r : 1 - 2 * r, sums[key * QUERIES + i]);
+          }
       }
     }
   }
+}
+
+// Sums of N values over each LANES lanes: the first LANES / N lanes get that of x[0], the next ones that of x[1].
+// Of two partners each adds up one half of the values only, so that N sums cost about N exchanges, not 5 N.
+template <int LANES, int N, typename T>
+FUSEDATTN_DEVICE T lane_sums(const T (&x)[N]) {
+  constexpr int STEP = LANES / 2;
+  if constexpr (LANES == 1) {
+    return x[0];
+  } else if constexpr (N == 1) {
+    const T sum[1] = {x[0] + __shfl_xor_sync(gpu::ALL_LANES, x[0], STEP)};
+    return lane_sums<STEP>(sum);
+  } else {
+    const bool upper = threadIdx.x & STEP;
+    T sums[N / 2];
 #pragma unroll
-  for (int i = 0; i < QUERIES; ++i)
-    if (i < p.Tq) sums[i] = gpu::warp_sum(sums[i]);
+    for (int n = 0; n < N / 2; ++n) {
+      const T own = upper ? x[n + N / 2] : x[n], other = upper ? x[n] : x[n + N / 2];
+      sums[n] = own + __shfl_xor_sync(gpu::ALL_LANES, other, STEP);
+    }
+    return lane_sums<STEP>(sums);
+  }
 }
 
 template <typename S, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) == 8 ? 2 : 4)
     additive_attention_fwd_kernel_split(const AttentionProblem<S> p, const SplitPlan<S> plan,
                                         const SplitParts<gpu::Arithmetic<S>> parts, gpu::Arithmetic<S>* scores) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const int Tq = static_cast<int>(p.Tq), lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
-  constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
-  T *const q = shared, *const w = q + Tq * plan.channels;  // [i][d], [d]
-  T* const weights = w + plan.channels;                    // [i][key]: sums, then p
+  constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP, KEYS = KEYS_OF_WARP<T, QUERIES>, SUMS = KEYS * QUERIES;
+  const int queries = static_cast<int>(plan.queries), stride = (queries + 1) * SPLIT_CHANNELS;
+  T* const steps = shared;                                             // [step over channels][w, queries][channel]
+  T* const weights = steps + plan.channels / SPLIT_CHANNELS * stride;  // [i][key]: sums, then p
   T *const row_max = weights + Tq * SPLIT_KEYS, *const row_sum = row_max + Tq, *const row_scale = row_sum + Tq;
   T* const reduce = row_scale + Tq;
   const Head at(p, blockIdx.x / plan.splits);
@@ -121,31 +179,38 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
 
   const WeightScale<T> weight(p, at, reduce);
   T q_bound = 0;
-  for (int64_t n = threadIdx.x; n < Tq * plan.channels; n += ATTENTION_BLOCK) {
-    const int64_t i = n / plan.channels, d = n % plan.channels;
-    const T x = d < p.D ? gpu::to_arithmetic(p.query.row(at.b, at.h, i)[d]) : T(0);
-    q_bound = gpu::max(q_bound, gpu::abs(x));
-    q[n] = exp_of_twice(x);
+  T* to = steps + threadIdx.x;
+  for (int64_t d = threadIdx.x; d < plan.channels; d += SPLIT_CHANNELS) {
+    *to = d < p.D ? gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]) / weight.top : T(0);
+    to += SPLIT_CHANNELS;
+    for (int i = 0; i < queries; ++i, to += SPLIT_CHANNELS) {
+      const T x = i < Tq && d < p.D ? gpu::to_arithmetic(p.query.row(at.b, at.h, i)[d]) : T(0);
+      q_bound = gpu::max(q_bound, gpu::abs(x));
+      *to = exp_of_twice(x);
+    }
   }
-  for (int64_t d = threadIdx.x; d < plan.channels; d += ATTENTION_BLOCK)
-    w[d] = d < p.D ? gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]) / weight.top : T(0);
   if (static_cast<int>(threadIdx.x) < Tq) {
     row_max[threadIdx.x] = -INFINITE<T>;
     row_sum[threadIdx.x] = 0;
   }
   q_bound = block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
+  const T k_limit = weight.finite ? ScoreRange<T>::PAIR - q_bound : T(-1);
 
   T* const sums = parts.sums + (at.n * plan.splits + split) * Tq * p.Dv;
   for (int64_t v = threadIdx.x; v < Tq * p.Dv; v += ATTENTION_BLOCK) sums[v] = 0;
   for (int64_t j0 = begin; j0 < end; j0 += SPLIT_KEYS) {
     const int keys = static_cast<int>(lower(SPLIT_KEYS, end - j0));
     const int scored = static_cast<int>(lower(keys, visible - j0 < 0 ? 0 : visible - j0));
-    for (int key = warp; key < scored; key += WARPS) {
-      T key_sums[QUERIES];
-      score_key<QUERIES>(p, at, weight.finite, q_bound, q, w, plan.channels, j0 + key, key_sums);
+    for (int key = warp * KEYS; key < scored; key += WARPS * KEYS) {
+      const S* rows[KEYS];  // that of the first key again where there is no second
 #pragma unroll
-      for (int i = 0; i < QUERIES; ++i)
-        if (i < Tq && lane == 0) weights[i * SPLIT_KEYS + key] = key_sums[i];
+      for (int n = 0; n < KEYS; ++n)
+        rows[n] = p.key.row(at.b, at.h, j0 + (key + n < scored ? key + n : key)) + lane * PACK;
+      T key_sums[SUMS];
+      score_keys<KEYS, QUERIES>(p, at, weight.finite, k_limit, rows, steps, stride, key_sums);
+      const T sum = lane_sums<gpu::WARP>(key_sums);
+      const int n = lane / (gpu::WARP / SUMS), own = key + n / QUERIES, i = n % QUERIES;
+      if (lane % (gpu::WARP / SUMS) == 0 && own < scored && i < Tq) weights[i * SPLIT_KEYS + own] = sum;
     }
     __syncthreads();
     for (int i = warp; i < Tq; i += WARPS) {
@@ -180,12 +245,20 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
     __syncthreads();
     for (int64_t v = threadIdx.x; v < p.Dv; v += ATTENTION_BLOCK) {
       T acc[QUERIES] = {};
-#pragma unroll(QUERIES == 1 ? 8 : 2)
-      for (int key = 0; key < scored; ++key) {
-        const T x = gpu::to_arithmetic(p.value.row(at.b, at.h, j0 + key)[v]);
+      const S* value = p.value.row(at.b, at.h, j0) + v;
+#pragma unroll(QUERIES == 1 ? 2 : 1)
+      for (int key = 0; key < scored; key += PACK, value += PACK * p.value.stride_t) {
+        T x[PACK];
 #pragma unroll
-        for (int i = 0; i < QUERIES; ++i)
-          if (i < Tq) acc[i] = gpu::fma(weights[i * SPLIT_KEYS + key], x, acc[i]);
+        for (int e = 0; e < PACK; ++e)
+          x[e] = key + e < scored ? gpu::to_arithmetic(value[e * p.value.stride_t]) : T(0);
+#pragma unroll
+        for (int i = 0; i < QUERIES; ++i) {
+          if (i >= Tq) break;
+          const auto own = gpu::load_pack<PACK>(weights + i * SPLIT_KEYS + key);  // 0 from `scored` on
+#pragma unroll
+          for (int e = 0; e < PACK; ++e) acc[i] = gpu::fma(own.element[e], x[e], acc[i]);
+        }
       }
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i)
@@ -199,6 +272,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
     parts.row_sum[row] = row_sum[threadIdx.x];
   }
 }
+
+static_assert(ATTENTION_BLOCK == SPLIT_CHANNELS, "a thread keeps one channel of every step of a warp");
 
 // Context of 32 columns of a row, and its log-sum-exp: the warps of a block share the splits, in a fixed order.
 template <typename S>
