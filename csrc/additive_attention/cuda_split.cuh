@@ -22,7 +22,8 @@ constexpr int SPLIT_QUERIES = 16, SPLIT_KEYS = 64;  // most queries; keys that a
 constexpr int64_t SPLIT_BLOCKS = 528;               // blocks worth having: 4 on each of 132 multiprocessors
 constexpr int SPLIT_CHANNELS = gpu::WARP * PACK;    // that a warp takes at once
 constexpr int SPLIT_STEP = 2;                       // queries that are scored without a test between them
-// That a warp scores at once: two share the loads of 16 queries, but in double their sums would spill.
+// That a warp scores at once: two share the loads of 16 queries. In double the arithmetic is slower than those,
+// and the sums of a second key would leave registers for 2 blocks instead of 3.
 template <typename T, int QUERIES>
 constexpr int KEYS_OF_WARP = QUERIES == 1 || sizeof(T) == 8 ? 1 : 2;
 
