@@ -373,7 +373,7 @@ def test_a_triton_kernel_that_does_not_compile_is_named(monkeypatch):
         raise ValueError("no such precision")
 
     described = SimpleNamespace(compile=compile)
-    monkeypatch.setattr(triton_kernels, "kernels", lambda op: [("fwd_kernel-32x64-fp32", described)])
+    monkeypatch.setattr(triton_kernels, "kernels", lambda op, target: [("fwd_kernel-32x64-fp32", described)])
     with pytest.raises(
         tools.ToolError, match="fwd_kernel-32x64-fp32, gfx942: does not compile: no such precision"
     ):
@@ -483,7 +483,7 @@ def stored(section: str) -> list[Kernel]:
 def test_the_stored_table_has_the_cuda_kernels_of_the_sources():
     """Names alone: which types a template is compiled for is for the compiler to say."""
     texts = "".join(path.read_text() for path in (tools.ROOT / "csrc").glob("*/cuda_*.cuh"))
-    declared = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\([^()]*\))?\s+(\w+)\(", texts))
+    declared = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\((?:[^()]|\([^()]*\))*\))?\s+(\w+)\(", texts))
     assert len(declared) == texts.count("__global__")
     for arch in cuda_kernels.ARCHITECTURES:
         assert {k.name.partition("<")[0] for k in stored("CUDA C++") if k.arch == f"sm_{arch}"} == declared
