@@ -483,7 +483,8 @@ def stored(section: str) -> list[Kernel]:
 def test_the_stored_table_has_the_cuda_kernels_of_the_sources():
     """Names alone: which types a template is compiled for is for the compiler to say."""
     texts = "".join(path.read_text() for path in (tools.ROOT / "csrc").glob("*/cuda_*.cuh"))
-    declared = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\((?:[^()]|\([^()]*\))*\))?\s+(\w+)\(", texts))
+    bounds = r"(?:\s+__launch_bounds__\((?:[^()]|\([^()]*\))*\))?"
+    declared = set(re.findall(rf"__global__ void{bounds}\s+(\w+)\(", texts))
     assert len(declared) == texts.count("__global__")
     for arch in cuda_kernels.ARCHITECTURES:
         assert {k.name.partition("<")[0] for k in stored("CUDA C++") if k.arch == f"sm_{arch}"} == declared
