@@ -64,6 +64,7 @@ NOTHING_WRONG = 4
         (2, 1, 64, 0, "reads lane 20, which is not in the mask"),
         (3, 1, 64, 0, "threads meet at different barriers"),
         (NOTHING_WRONG, 0, 64, 0, "no GPU has a grid of (0, 1, 1) blocks"),
+        (NOTHING_WRONG, 2**31, 64, 0, "expected at most 2147483647 blocks, but these sizes need 2147483648"),
         (NOTHING_WRONG, 1, 1025, 0, "no GPU has a block of (1025, 1, 1) threads"),
         (NOTHING_WRONG, 1, 32, 100 << 10, "shared memory: expected at most 101376 bytes"),
     ],

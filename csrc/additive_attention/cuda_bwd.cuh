@@ -443,11 +443,10 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
                                    gpu::Arithmetic<S>* workspace, cudaStream_t stream,
                                    int64_t chunk_elements = BACKWARD_CHUNK) {
   using T = gpu::Arithmetic<S>;
-  const auto blocks = [](int64_t n) { return static_cast<unsigned>(n); };
   const auto zero = [&](S* x, int64_t n) {
     if (n > 0)
-      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<S>, blocks(gpu::ceil_div(n, BACKWARD_BLOCK)),
-                       BACKWARD_BLOCK, 0, stream, x, n);
+      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<S>, gpu::ceil_div(n, BACKWARD_BLOCK), BACKWARD_BLOCK, 0,
+                       stream, x, n);
   };
   const int64_t values = p.heads() * p.Tk * p.Dv;
   const bool empty = p.heads() == 0 || p.Tq == 0 || p.Tk == 0;
@@ -462,13 +461,12 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
   BackwardChunk<T> chunk;
   const auto launch_rows = [&](const T* scores, int64_t scores_head, int64_t scores_row) {
     FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_rows<S>,
-                     blocks(gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP)),
-                     ATTENTION_BLOCK, 0, stream, p, grads, chunk, scores, scores_head, scores_row);
+                     gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP), ATTENTION_BLOCK, 0,
+                     stream, p, grads, chunk, scores, scores_head, scores_row);
   };
   const auto launch_weight = [&](const T* parts, int64_t parts_of_head, int64_t channels) {
-    FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_weight<S>, blocks(p.H * (channels / BACKWARD_CHANNELS)),
-                     BACKWARD_BLOCK, BACKWARD_BLOCK * sizeof(T), stream, p, parts, parts_of_head, channels,
-                     grads.grad_weight);
+    FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_weight<S>, p.H * (channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
+                     BACKWARD_BLOCK * sizeof(T), stream, p, parts, parts_of_head, channels, grads.grad_weight);
   };
   if (few_queries(p, grads)) {
     const FewPlan<S> plan(p);
@@ -499,7 +497,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
       const T* scores = grads.scores;
       int64_t scores_head = p.Tq * p.Tk, scores_row = p.Tk;
       if (scores != nullptr) scores += head * scores_head + tile * BLOCK_Q * scores_row;
-      const unsigned score_blocks = blocks(chunk.heads * chunk.tiles * (chunk.keys / BLOCK_K));
+      const int64_t score_blocks = chunk.heads * chunk.tiles * (chunk.keys / BLOCK_K);
       const size_t score_memory = ScoreMemory<T>::SIZE * sizeof(T);
       if (scores == nullptr && grads.grad_weights != nullptr) {  // the rows need all scores first
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
@@ -511,15 +509,15 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
                        stream, p, grads, chunk, scores, scores_head, scores_row, false);
       if (p.D > 0) {
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_inputs<S>,
-                         blocks(chunk.heads * chunk.tiles * (plan.channels / BACKWARD_CHANNELS)), BACKWARD_BLOCK,
+                         chunk.heads * chunk.tiles * (plan.channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
                          JointMemory<T>::SIZE * sizeof(T), stream, p, grads, chunk);
         const int64_t key_blocks = gpu::ceil_div(chunk.heads * p.Tk * p.D, BACKWARD_BLOCK);
-        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_keys<S>, blocks(key_blocks < 65536 ? key_blocks : 65536),
+        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_keys<S>, key_blocks < 65536 ? key_blocks : 65536,
                          BACKWARD_BLOCK, 0, stream, p, chunk, grads.grad_key);
       }
       if (grads.grad_context.data != nullptr && p.Dv > 0)
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_values<S>,
-                         blocks(chunk.heads * (chunk.keys / BLOCK_K) * gpu::ceil_div(p.Dv, 64)), ATTENTION_BLOCK,
+                         chunk.heads * (chunk.keys / BLOCK_K) * gpu::ceil_div(p.Dv, 64), ATTENTION_BLOCK,
                          2 * BLOCK_Q * LEADING * sizeof(T), stream, p, grads.grad_context, chunk,
                          grads.grad_value);
     }

@@ -314,9 +314,9 @@ void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const Atten
                                        const FewParts<gpu::Arithmetic<S>>& parts, cudaStream_t stream) {
   using T = gpu::Arithmetic<S>;
   const int64_t splits = p.heads() * parts.splits;
-  const unsigned value_blocks = static_cast<unsigned>(splits);
-  const unsigned input_blocks = static_cast<unsigned>(splits * (parts.channels / SPLIT_CHANNELS));
-  const unsigned query_blocks = static_cast<unsigned>(p.heads() * p.Tq * (parts.channels / gpu::WARP));
+  const int64_t value_blocks = splits;
+  const int64_t input_blocks = splits * (parts.channels / SPLIT_CHANNELS);
+  const int64_t query_blocks = p.heads() * p.Tq * (parts.channels / gpu::WARP);
   const auto value_memory = [](int queries) {
     return sizeof(T) * ATTENTION_BLOCK / gpu::WARP * (FEW_KEYS * queries + 1);
   };

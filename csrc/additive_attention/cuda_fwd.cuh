@@ -309,9 +309,8 @@ void launch_additive_attention_weights(const AttentionProblem<S>& p, const gpu::
                                        const gpu::Arithmetic<S>* lse, S* weights, cudaStream_t stream) {
   const int64_t elements = p.heads() * p.Tq * p.Tk, blocks = gpu::ceil_div(elements, ATTENTION_BLOCK * 4);
   if (elements == 0) return;
-  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_weights<S>,
-                   static_cast<unsigned>(blocks < 65536 ? blocks : 65536), ATTENTION_BLOCK, 0, stream, scores, lse,
-                   elements, p.Tk, weights);
+  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_weights<S>, blocks < 65536 ? blocks : 65536, ATTENTION_BLOCK, 0,
+                   stream, scores, lse, elements, p.Tk, weights);
 }
 
 // Elements of working memory: the sums of the context in half precision, or the parts of few queries.
@@ -339,14 +338,13 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu
     T* sums = workspace;
     if constexpr (sizeof(S) == sizeof(T)) sums = context;
     const AttentionOutputs<S> out{context, lse, scores, sums};
-    const unsigned grid = static_cast<unsigned>(blocks);
     tf32 = tf32 && std::is_same_v<S, float>;
     if constexpr (std::is_same_v<S, float>)
       if (tf32)
-        FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, true>), grid, ATTENTION_BLOCK,
+        FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, true>), blocks, ATTENTION_BLOCK,
                          (ForwardMemory<S, true>::SIZE * sizeof(T)), stream, p, out, tiles);
     if (!tf32)
-      FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, false>), grid, ATTENTION_BLOCK,
+      FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, false>), blocks, ATTENTION_BLOCK,
                        (ForwardMemory<S, false>::SIZE * sizeof(T)), stream, p, out, tiles);
   }
   if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);

@@ -321,7 +321,7 @@ void launch_additive_attention_split(const AttentionProblem<S>& p, const SplitPl
   using T = gpu::Arithmetic<S>;
   const int64_t rows = p.heads() * plan.splits * p.Tq;
   const SplitParts<T> parts{workspace, workspace + rows * p.Dv, workspace + rows * (p.Dv + 1)};
-  const unsigned blocks = static_cast<unsigned>(p.heads() * plan.splits);
+  const int64_t blocks = p.heads() * plan.splits;
   if (p.Tq == 1)
     FUSEDATTN_LAUNCH((additive_attention_fwd_kernel_split<S, 1>), blocks, ATTENTION_BLOCK, plan.shared, stream, p,
                      plan, parts, scores);
@@ -329,9 +329,8 @@ void launch_additive_attention_split(const AttentionProblem<S>& p, const SplitPl
     FUSEDATTN_LAUNCH((additive_attention_fwd_kernel_split<S, SPLIT_QUERIES>), blocks, ATTENTION_BLOCK, plan.shared,
                      stream, p, plan, parts, scores);
   const int64_t tiles = p.Dv == 0 ? 1 : gpu::ceil_div(p.Dv, gpu::WARP);
-  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_merge<S>, static_cast<unsigned>(p.heads() * p.Tq * tiles),
-                   ATTENTION_BLOCK, 2 * ATTENTION_BLOCK * sizeof(T), stream, parts, plan.splits, p.Tq, p.Dv, tiles,
-                   context, lse);
+  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_merge<S>, p.heads() * p.Tq * tiles, ATTENTION_BLOCK,
+                   2 * ATTENTION_BLOCK * sizeof(T), stream, parts, plan.splits, p.Tq, p.Dv, tiles, context, lse);
 }
 
 }  // namespace fusedattn

@@ -13,12 +13,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 #else
 #include "cuda_emulator.h"
 #endif
@@ -53,6 +52,14 @@ constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 99 << 10;
 
 FUSEDATTN_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline unsigned checked_blocks(const char* name, int64_t blocks) {
+  constexpr int64_t MOST = 2147483647;  // of a grid's first dimension, on every GPU
+  if (blocks > MOST)
+    throw std::runtime_error(std::string(name) + ": expected at most " + std::to_string(MOST) +
+                             " blocks, but these sizes need " + std::to_string(blocks));
+  return static_cast<unsigned>(blocks);
+}
+
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t error, const char* what) {
@@ -60,8 +67,9 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <typename... P, typename... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, dim3 block, size_t shared_bytes,
             cudaStream_t stream, A&&... arguments) {
+  const dim3 grid(checked_blocks(name, blocks));
   if (shared_bytes > SHARED_DEFAULT)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -73,8 +81,9 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
 #else
 
 template <typename... P, typename... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, dim3 block, size_t shared_bytes, cudaStream_t,
             A&&... arguments) {
+  const dim3 grid(checked_blocks(name, blocks));
   cuda_emulator::launch(name, grid, block, shared_bytes, [&] { kernel(static_cast<P>(arguments)...); });
 }
 

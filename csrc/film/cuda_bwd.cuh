@@ -173,9 +173,8 @@ void launch_film_bwd(const FilmProblem<S>& problem, const S* dy, S* dx, S* dgamm
   const auto finish = [&](const T* of, int64_t stride_b, S* out) {
     if (out == nullptr) return;
     const int64_t outputs = stride_b == 0 ? p.C : p.B * p.C;
-    FUSEDATTN_LAUNCH(film_bwd_kernel_sums<S>,
-                     static_cast<unsigned>(gpu::ceil_div(outputs, FILM_BLOCK / gpu::WARP)), FILM_BLOCK, 0, stream,
-                     of, p.B, p.C, parts.P, outputs, out);
+    FUSEDATTN_LAUNCH(film_bwd_kernel_sums<S>, gpu::ceil_div(outputs, FILM_BLOCK / gpu::WARP), FILM_BLOCK, 0,
+                     stream, of, p.B, p.C, parts.P, outputs, out);
   };
   finish(parts.dz_x, problem.gamma_stride_b, dgamma);
   finish(parts.dz, problem.beta_stride_b, dbeta);

@@ -109,7 +109,7 @@ struct RunCut {
     pieces = gpu::ceil_div(N, piece);
     tasks = p.B * p.M * p.C * pieces;
   }
-  dim3 grid() const { return static_cast<unsigned>(gpu::ceil_div(tasks, FILM_BLOCK / group)); }
+  int64_t grid() const { return gpu::ceil_div(tasks, FILM_BLOCK / group); }
 };
 
 // The part of a run that the calling thread's group works on; none for the groups that are left over at the end.
@@ -176,7 +176,7 @@ struct RowCut {
     tasks = p.B * pieces;
   }
   dim3 block() const { return dim3(columns, rows, groups); }
-  dim3 grid() const { return static_cast<unsigned>(gpu::ceil_div(tasks, groups) * across); }
+  int64_t grid() const { return gpu::ceil_div(tasks, groups) * across; }
 };
 
 struct RowTask {

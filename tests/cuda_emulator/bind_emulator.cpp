@@ -74,7 +74,7 @@ BINDINGS(emulator, module) {
   module.def("collectives", [](const py::array& out) {
     FUSEDATTN_LAUNCH(collectives_kernel, 1, 64, 0, nullptr, data<int64_t>(out));
   });
-  module.def("misuse", [](int kind, unsigned grid, unsigned block, size_t shared_bytes) {
+  module.def("misuse", [](int kind, int64_t grid, unsigned block, size_t shared_bytes) {
     FUSEDATTN_LAUNCH(misuse_kernel, grid, block, shared_bytes, nullptr, kind);
   });
 }
