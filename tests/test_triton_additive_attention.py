@@ -1,6 +1,6 @@
 """The Triton kernels of additive attention in Triton's interpreter: values and all gradients, as for the C++ ones.
 
-What runs on a GPU is the compiled kernel; ``tests/test_triton_compile.py`` compiles each, ``tests/ptx`` runs the
+What runs on a GPU is the compiled kernel; ``make gates`` compiles each, ``tests/ptx`` runs the
 compiled code. A step of the interpreter takes a millisecond whatever its tile: few channels, any number of rows.
 """
 

@@ -1,6 +1,7 @@
-"""FiLM's Triton kernels compile for every supported GPU, with neither GPU nor driver.
+"""What is compiled of the Triton kernels, with neither GPU nor driver: every activation, and few specialisations.
 
-What the interpreter accepts may not compile. Machine code itself is judged by ``make gates``.
+What the interpreter accepts may not compile. ``make gates`` compiles every kernel for every supported GPU and
+judges the machine code.
 """
 
 import importlib.util
@@ -17,24 +18,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from fusedattn.triton import additive_attention, film
 from fusedattn.triton._common import recorded
-
-TARGETS = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("cuda", 120), ("hip", "gfx942"), ("hip", "gfx950")]
-
-
-def target_id(value):
-    return f"sm_{value[1]}" if value[0] == "cuda" else value[1]
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=target_id)
-@pytest.mark.parametrize("kernel", film.kernels(), ids=lambda kernel: kernel.name)
-def test_compiles(kernel, target):
-    compiled = kernel.compile(*target)
-    if target[0] == "cuda":
-        assert compiled.asm["ptx"].count(".entry") == 1
-    else:
-        # Triton drops NVIDIA's inline asm on AMD without a word: the values would be undefined.
-        assert "asm " not in compiled.asm["llir"]
-        assert ".amdhsa_kernel" in compiled.asm["amdgcn"]
 
 
 def film_call(shape, channel_dim, activation=0, shared=False, dtype=torch.float32):

@@ -18,7 +18,7 @@ from .kernel import Kernel
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = {"CUDA C++": cuda_kernels, "Triton": triton_kernels}
-# What CI has time for: the architecture of the plan, the one that spills soonest, one of AMD.
+# For a quick look: the architecture of the plan, the one that spills soonest, one of AMD.
 QUICK = ("sm_80", "sm_90", "gfx942")
 
 

@@ -98,6 +98,8 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
     except Exception as error:  # Triton's own do not all survive the way back from this process
         raise tools.ToolError(f"{name}, {arch_name(arch)}: does not compile: {error}") from None
     if backend == "hip":
+        if "asm " in compiled.asm["llir"]:  # Triton drops it without a word: the values would be undefined
+            raise tools.ToolError(f"{name}, {arch_name(arch)}: inline assembly, which AMD does not get")
         return read_amdgcn(op, name, arch, compiled.metadata.num_warps * 64, compiled.asm["amdgcn"])
     code, usage, _ = tools.disassemble(compiled.asm["cubin"])
     entry = compiled.metadata.name

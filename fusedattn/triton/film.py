@@ -19,7 +19,7 @@ What decides: N a multiple of 16 lets Triton load 16 bytes a thread; other N are
 index, aligned for every N, would cost two integer divisions an element; it was left out for that reason.
 
 Symbols: B, M, C, N as above; R runs; BLOCK_R, BLOCK_N, BLOCK_C extents of a tile. Definition and reference:
-``fusedattn/ops/film.py``. Tests: ``tests/test_triton_film.py``, ``tests/test_triton_compile.py``.
+``fusedattn/ops/film.py``. Tests: ``tests/test_triton_film.py``, ``tests/test_triton_compile.py``, ``make gates``.
 """
 
 import math
