@@ -152,7 +152,7 @@ Tensor reduced(const Tensor& like, const Layout& in, const std::vector<T>& parts
   for (int64_t row = 0; row < rows; ++row) {
     std::fill(sum.begin(), sum.end(), 0.0);
     for (int64_t n = 0; n < added * summands; ++n)
-      if (each == 1)
+      if (each == 1)  // the loop that the compiler turns into vectors
         for (int64_t c = 0; c < C; ++c) sum[c] += *part++;
       else
         for (int64_t c = 0; c < C; ++c)

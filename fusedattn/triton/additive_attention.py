@@ -741,11 +741,8 @@ class _Problem:
     def value_gradient(self, scores, lse, grad_context, first):
         """float32 (B, H, Tk, Dv): what the queries from first on give."""
         out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
-        block_q, block_k, block_v = (
-            DOT_BYTES // grad_context.itemsize,
-            32,
-            min(64, max(16, triton.next_power_of_2(self.Dv))),
-        )
+        block_q, block_k = DOT_BYTES // grad_context.itemsize, 32
+        block_v = min(64, max(16, triton.next_power_of_2(self.Dv)))
         launch(
             additive_attention_bwd_kernel_value,
             (triton.cdiv(self.Tk, block_k) * self.BH, triton.cdiv(self.Dv, block_v), 1),
