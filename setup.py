@@ -37,7 +37,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] += ["-mprefer-vector-width=512"]
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", f"-I{CSRC}", "-Wall", "-Wno-psabi", *STABLE_ABI]
 # Multiply-adds may fuse; nothing else about floating point is relaxed.
 # GCC 12 takes the undefined source operand inside its own AVX-512 intrinsics for ours.
@@ -145,7 +145,7 @@ class Build(BuildExtension):
 extensions = [
     CppExtension(
         "fusedattn._C",
-        ["csrc/module.cpp", "csrc/library.cpp", "csrc/common/cpu_level.cpp"]
+        ["csrc/module.cpp", "csrc/library.cpp", "csrc/common/cpu_level.cpp", "csrc/common/memory.cpp"]
         + [f"csrc/{op}/cpu.cpp" for op in OPS],
         extra_compile_args={"cxx": list(CXX_FLAGS)},
         extra_link_args=LINK_FLAGS,

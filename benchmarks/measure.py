@@ -218,15 +218,17 @@ def _write_fresh(size: int) -> None:
 def ceiling_seconds(case: Case, mode: str, ceiling: dict[str, float], cache_bytes: int) -> tuple[float, str]:
     """The least time the measured ceilings allow a case, and which of them sets it.
 
-    Within the cache outputs go to memory that exists; beyond it they are fresh.
+    Within the cache everything goes to memory that exists. Beyond it the output of the forward pass is fresh, and
+    gradients are not: what those of the last step took is kept for them.
     """
-    read, written = case.bytes_read(mode), case.bytes_written(mode)
     if case.bytes_moved(mode) <= cache_bytes:
         fastest = max(ceiling["copy cache"], ceiling["clone cache"], ceiling["read cache"])
         seconds = case.bytes_moved(mode) / fastest
     else:
         fastest = max(ceiling["copy memory"], ceiling["read memory"])
-        seconds = read / fastest + written / max(ceiling["fresh memory"], ceiling["clone memory"])
+        fresh = case.bytes_written("forward")
+        seconds = (case.bytes_moved(mode) - fresh) / fastest
+        seconds += fresh / max(ceiling["fresh memory"], ceiling["clone memory"])
     bounds = {"bytes": seconds / 1e9}
     if isinstance(case, AttentionCase):
         bounds["compute"] = case.vector_operations(mode) / ceiling["multiply-add"] / 1e9

@@ -3,7 +3,8 @@
 Measured as the process's peak resident memory, because a profiler sees only what PyTorch's allocator hands
 out and not what kernels take elsewhere. Linux resets that peak on demand (/proc/self/clear_refs), so one
 process can measure many steps. It must not keep freed memory, which would hide the next step's: blocks from
-64 KiB up are mapped and unmapped one by one, which costs time, hence a process apart from the timing.
+64 KiB up are mapped and unmapped one by one, and gradients' memory is not kept for the next. Both cost time, hence
+a process apart from the timing.
 Every step runs once before, so that code and thread stacks are not counted. Resolution: about 1 MiB.
 """
 
@@ -21,7 +22,12 @@ from . import contenders
 from .cases import Case, from_json, to_json
 from .machine import ROOT
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "FUSEDATTN_REUSE_MEMORY": "0",
+}
 
 
 def measure(jobs: list[tuple[Case, str, list[str]]]) -> Iterator[tuple[str, str, str, int | None]]:

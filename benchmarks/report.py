@@ -105,7 +105,7 @@ LEGEND = (
     "float32, median ms. eager and compile are the faster of tanh(q + k) @ w and (tanh(q + k) * w).sum(-1); "
     "--quick compiles the first form alone. "
     "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the longer of the bytes that must be read "
-    "and written afresh and the kernel's arithmetic, at rates measured in the same run; "
+    "and written (the output in fresh memory) and the kernel's arithmetic, at rates measured in the same run; "
     "vs clone: GB/s against x.clone()."
 )
 

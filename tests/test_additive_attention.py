@@ -137,6 +137,15 @@ def test_matches_the_reference(sizes, dtype):
     check(make_inputs(sizes, dtype))
 
 
+@pytest.mark.parametrize("sizes", [shape(8, 1, 1027, 1024), shape(9, 3, 1000, 1024, 1008)], ids=shape_id)
+def test_gradients_beyond_the_caches(sizes):
+    """From 32 MiB up, whole aligned rows of gradients are written past the caches."""
+    inputs = make_inputs(sizes)
+    assert inputs[1].numel() * 4 >= 32 << 20
+    check(inputs)
+    check(inputs, key_lengths=torch.arange(1, sizes["B"] + 1) * 100)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

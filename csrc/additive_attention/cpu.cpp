@@ -8,8 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -45,21 +43,6 @@ constexpr ScalarType scalar_type() {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Cache-line aligned working memory.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size = 0)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * (size + 1), std::align_val_t(64)))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // body(first, last, scratch) over [0, tasks); grain is how many tasks are worth a thread.
 template <typename T, typename Body>
@@ -98,17 +81,12 @@ View<const T> view(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// Straight from the C interface: torch::stable::empty goes through the dispatcher, which a small call notices.
-Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t n = shape.size(); n-- > 1;) strides[n - 1] = strides[n] * std::max<int64_t>(shape[n], 1);
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor t(handle);
-  advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
-  return t;
+// A gradient that no cache holds until it is read again goes past the caches.
+Output first_output(const Tensor& gradient) {
+  constexpr int64_t CACHES = int64_t{32} << 20, LINE = 64;
+  const int64_t row = gradient.size(-1) * gradient.element_size();
+  const bool aligned = row % LINE == 0 && reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % LINE == 0;
+  return aligned && gradient.numel() * gradient.element_size() >= CACHES ? Output::STREAMED : Output::WRITTEN;
 }
 
 // Inputs in the arithmetic dtype, the problem that points into them, and its working memory.
@@ -206,6 +184,12 @@ struct Inputs {
     return sizes;
   }
 
+  // A tensor of shape(rest) that every step makes anew.
+  Tensor lent(std::initializer_list<int64_t> rest) const {
+    const std::vector<int64_t> sizes = shape(rest);
+    return empty_lent(sizes, contiguous_strides(sizes), scalar_type<T>());
+  }
+
   int64_t rows() const { return p.B * p.H * p.Tq; }
 
   // body(chunk, first row of the chunk among all B H Tq rows)
@@ -277,7 +261,7 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
       const int64_t keys = std::min(visible - first_key, part_keys);
       T* out = splits > 1 ? parts.get() + n * QUERY_BLOCK * p.Dv : context + (head * chunk.queries + r) * p.Dv;
       kernels<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk, 1,
-                          p.value.row(b, h, first_key), p.value.stride_t, out, p.Dv, false);
+                          p.value.row(b, h, first_key), p.value.stride_t, out, p.Dv, Output::WRITTEN);
     }
   });
   if (splits == 1) return;
@@ -303,7 +287,7 @@ Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool 
   const ScalarType acc = scalar_type<T>();
   Tensor context = empty(in.shape({p.Tq, p.Dv}), acc), lse = empty(in.shape({p.Tq}), acc);
   Tensor weights = return_weights ? empty(in.shape({p.Tq, p.Tk}), acc) : empty({0}, type);
-  Tensor scores = keep_scores ? empty(in.shape({p.Tq, p.Tk}), acc) : empty({0}, acc);
+  Tensor scores = keep_scores ? in.lent({p.Tq, p.Tk}) : empty({0}, acc);
   const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
   const Buffer<T> buffer(return_weights ? 0 : buffer_size);
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
@@ -377,14 +361,14 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
 }
 
 template <typename T>
-Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                       const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores) {
-  const auto& p = in.p;
+  auto& p = in.p;
   const auto& kernel = kernels<T>();
   const ScalarType acc = scalar_type<T>();
-  const Gradients<T> grads{empty(in.shape({p.Tq, p.D}), acc), empty(in.shape({p.Tk, p.D}), acc),
-                           empty(in.shape({p.Tk, p.Dv}), acc),
+  const Gradients<T> grads{in.lent({p.Tq, p.D}), in.lent({p.Tk, p.D}), in.lent({p.Tk, p.Dv}),
                            in.flat ? empty({p.D}, acc) : empty({p.H, p.D}, acc)};
+  p.key_output = first_output(grads.key), p.value_output = first_output(grads.value);
   T* grad_value = grads.value.template mutable_data_ptr<T>();
   if (p.Tq == 0 || grads.query.numel() == 0) {
     Tensor key = grads.key, value = grads.value;
@@ -436,7 +420,8 @@ Gradients<T> backward(const Inputs<T>& in, const OptionalTensor& grad_context, c
         kernel.matmul(std::min(KEY_BLOCK, p.Tk - first_key), p.Dv, chunk.queries,
                       probabilities.get() + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
                       dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t,
-                      grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv, chunk.first_query > 0);
+                      grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv,
+                      chunk.first_query > 0 ? Output::ADDED : p.value_output);
       });
     }
     backward_scores(in, chunk, first_row, g.get(), splits, grads, partial_query.get(), partial_weight.get());
@@ -493,8 +478,7 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
       if (!t) return std::nullopt;
       return torch::stable::contiguous(prepared(*t, acc));
     };
-    const Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale,
-                       softcap);
+    Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
     if (grad_lse) check_shape(*grad_lse, "grad_lse", in.shape({p.Tq}));

@@ -35,7 +35,9 @@ FUSEDATTN_INLINE void prefetch(const T* p, int64_t bytes_ahead = 8192) {
 }
 
 constexpr int TILE_KEYS = VECTOR_REGISTERS >= 32 ? 4 : 2;
-constexpr int TILE_QUERIES = 2;
+// A product needs fewer registers than a tanh.
+template <Mode mode>
+constexpr int TILE_QUERIES = mode == Mode::DOT && VECTOR_REGISTERS >= 32 ? 4 : 2;
 
 FUSEDATTN_INLINE float log_of(float x) { return logf(x); }
 FUSEDATTN_INLINE double log_of(double x) { return log(x); }
@@ -162,6 +164,9 @@ FUSEDATTN_INLINE void pairwise_tile(const T* q, int64_t q_row, const T* k, int64
     const Vec<T> wd = mode == Mode::DOT ? Vec<T>{} : load(w + d);
     for (int j = 0; j < KEYS; ++j) {
       const Vec<T> kd = load(k + j * k_row + d);
+      // Several queries find in cache what the first of them has met.
+      if (mode == Mode::DOT && QUERIES == 1)
+        prefetch(k + j * k_row + d, KEYS * k_row * static_cast<int64_t>(sizeof(T)));
       for (int i = 0; i < QUERIES; ++i) {
         const Vec<T> qd = load(q + i * q_row + d);
         if constexpr (mode == Mode::DOT)
@@ -197,13 +202,20 @@ __attribute__((noinline)) void pairwise_rows(const T* q, int64_t q_row, const T*
   }
 }
 
-template <Mode mode, typename T>
-FUSEDATTN_INLINE void pairwise(int64_t queries, const T* q, int64_t q_row, const T* k, int64_t k_row, int64_t keys,
+// How many of `queries` rows, TILE_QUERIES or a half or quarter of it, the next tile takes.
+template <Mode mode>
+FUSEDATTN_INLINE int64_t tile_rows(int64_t queries) {
+  int64_t rows = TILE_QUERIES<mode>;
+  while (rows > queries) rows /= 2;
+  return rows;
+}
+
+template <Mode mode, typename T, int QUERIES = TILE_QUERIES<mode>>
+FUSEDATTN_INLINE void pairwise(int64_t rows, const T* q, int64_t q_row, const T* k, int64_t k_row, int64_t keys,
                                const T* w, int64_t D_padded, T* sums) {
-  if (queries == TILE_QUERIES)
-    pairwise_rows<mode, TILE_QUERIES>(q, q_row, k, k_row, keys, w, D_padded, sums);
-  else
-    pairwise_rows<mode, 1>(q, q_row, k, k_row, keys, w, D_padded, sums);
+  if constexpr (QUERIES > 1)
+    if (rows < QUERIES) return pairwise<mode, T, QUERIES / 2>(rows, q, q_row, k, k_row, keys, w, D_padded, sums);
+  pairwise_rows<mode, QUERIES>(q, q_row, k, k_row, keys, w, D_padded, sums);
 }
 
 template <typename T>
@@ -274,9 +286,9 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
   const bool finite = weight_sum - weight_sum == 0;
   bool raw_copied = !padded;
-  T sums[TILE_QUERIES * KEY_BLOCK] = {};
+  T sums[TILE_QUERIES<Mode::QUAD> * KEY_BLOCK] = {};
   for (int64_t r = start, rows; r < chunk.queries; r += rows) {
-    rows = r + TILE_QUERIES <= chunk.queries ? TILE_QUERIES : 1;
+    rows = tile_rows<Mode::QUAD>(chunk.queries - r);
     const T* q = p.query_exp + (head * chunk.queries + r) * p.D_padded;
     const T* query_bound = p.query_bound + head * chunk.queries + r;
     T bound = query_bound[0];
@@ -344,10 +356,22 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
   }
 }
 
+// n lanes of x to where they belong; STREAMED only whole vectors.
+template <typename T>
+FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {
+  const bool whole = n == LANES<T>;
+  if (output == Output::STREAMED) return stream(out, x);
+  if (output == Output::ADDED) x += whole ? load(out) : load_partial(out, n);
+  if (whole)
+    store(out, x);
+  else
+    store_partial(out, x, n);
+}
+
 // A ROWS x (VECTORS lanes) block of the product, in registers; `ahead` bytes further on lies what comes next.
 template <int ROWS, int VECTORS, typename T>
 FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                  int64_t b_row, T* out, int64_t out_row, bool accumulate, int64_t ahead) {
+                                  int64_t b_row, T* out, int64_t out_row, Output output, int64_t ahead) {
   constexpr int W = LANES<T>;
   Vec<T> acc[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < K; ++k) {
@@ -362,40 +386,34 @@ FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t 
     }
   }
   for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < VECTORS; ++v) {
-      T* o = out + m * out_row + v * W;
-      store(o, accumulate ? load(o) + acc[m][v] : acc[m][v]);
-    }
+    for (int v = 0; v < VECTORS; ++v) write<T>(out + m * out_row + v * W, acc[m][v], W, output);
 }
 
 template <int ROWS, typename T>
 void matmul_rows(int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
-                 T* out, int64_t out_row, bool accumulate, int64_t ahead) {
+                 T* out, int64_t out_row, Output output, int64_t ahead) {
   constexpr int W = LANES<T>;
   int64_t n = 0;
   for (; n + 2 * W <= N; n += 2 * W)
-    matmul_tile<ROWS, 2>(K, a, a_row, a_column, b + n, b_row, out + n, out_row, accumulate, ahead);
+    matmul_tile<ROWS, 2>(K, a, a_row, a_column, b + n, b_row, out + n, out_row, output, ahead);
   for (; n + W <= N; n += W)
-    matmul_tile<ROWS, 1>(K, a, a_row, a_column, b + n, b_row, out + n, out_row, accumulate, ahead);
+    matmul_tile<ROWS, 1>(K, a, a_row, a_column, b + n, b_row, out + n, out_row, output, ahead);
   if (n == N) return;
   Vec<T> acc[ROWS] = {};
   for (int64_t k = 0; k < K; ++k) {
     const Vec<T> bk = load_partial(b + k * b_row + n, N - n);
     for (int m = 0; m < ROWS; ++m) acc[m] += a[m * a_row + k * a_column] * bk;
   }
-  for (int m = 0; m < ROWS; ++m) {
-    T* o = out + m * out_row + n;
-    store_partial(o, accumulate ? load_partial(o, N - n) + acc[m] : acc[m], N - n);
-  }
+  for (int m = 0; m < ROWS; ++m) write<T>(out + m * out_row + n, acc[m], N - n, output);
 }
 
 // One row of A: four rows of B at a time, each read from end to end, the sums in cache. B is read once, so
 // the order in which memory sees it matters more than the arithmetic.
 template <typename T>
 void matmul_one_row(int64_t N, int64_t K, const T* a, int64_t a_column, const T* b, int64_t b_row, T* out,
-                    bool accumulate) {
+                    Output output) {
   constexpr int W = LANES<T>;
-  if (!accumulate)
+  if (output != Output::ADDED)
     for (int64_t n = 0; n < N; ++n) out[n] = 0;
   int64_t k = 0;
   for (; k + 4 <= K; k += 4) {
@@ -430,11 +448,12 @@ FUSEDATTN_INLINE void matmul_up_to(int64_t rows, Arguments... arguments) {
 // B is taken in blocks of rows, each read once from memory, in order, and again from cache by the next tile.
 template <typename T>
 void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
-            int64_t b_row, T* out, int64_t out_row, bool accumulate) {
+            int64_t b_row, T* out, int64_t out_row, Output output) {
   constexpr int ROWS = VECTOR_REGISTERS >= 32 ? 8 : 4;
   constexpr int64_t BLOCK_K = 32;
-  if (M == 1) return matmul_one_row(N, K, a, a_column, b, b_row, out, accumulate);
+  if (M == 1) return matmul_one_row(N, K, a, a_column, b, b_row, out, output);
   const int64_t tiles = (M + ROWS - 1) / ROWS;
+  if (output == Output::STREAMED && K > BLOCK_K) output = Output::WRITTEN;  // and added to, from cache
   int64_t k = 0;
   do {  // K = 0 still writes zeros
     const int64_t depth = lower(BLOCK_K, K - k);
@@ -442,11 +461,13 @@ void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t 
     for (int64_t tile = 0, m = 0, rows; tile < tiles; ++tile, m += rows) {
       rows = (M - m) / (tiles - tile);
       matmul_up_to<ROWS, T>(rows, N, depth, a + m * a_row + k * a_column, a_row, a_column, b + k * b_row, b_row,
-                            out + m * out_row, out_row, accumulate || k > 0, ahead);
+                            out + m * out_row, out_row, output, ahead);
       ahead = 0;
     }
     k += BLOCK_K;
+    output = Output::ADDED;
   } while (k < K);
+  stream_fence();
 }
 
 template <typename T>
@@ -462,9 +483,9 @@ void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head
   Rows<T> x{p.value.row(at.b, at.h, first_key), p.value.stride_t};
   if (padded) x = copied(x, keys, p.Dv, scratch, Dv_padded);
   products += head * chunk.queries * p.Tk + first_key;
-  T sums[TILE_QUERIES * KEY_BLOCK];
+  T sums[TILE_QUERIES<Mode::DOT> * KEY_BLOCK];
   for (int64_t r = 0, rows; r < chunk.queries; r += rows) {
-    rows = r + TILE_QUERIES <= chunk.queries ? TILE_QUERIES : 1;
+    rows = tile_rows<Mode::DOT>(chunk.queries - r);
     Rows<T> dc{grad_context.row(at.b, at.h, chunk.first_query + r), grad_context.stride_t};
     if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
     pairwise<Mode::DOT, T>(rows, dc.data, dc.stride, x.data, x.stride, keys, nullptr, Dv_padded, sums);
@@ -528,121 +549,105 @@ FUSEDATTN_INLINE void backward_pairs(Vec<T> q, const Vec<T>* k, const T* g, Vec<
     else
       return qd * kd + 1;
   };
-  Vec<T> r[KEYS];
   if constexpr (KEYS == 1) {
-    r[0] = reciprocal(denominator(q, k[0]));
+    const Vec<T> r = reciprocal(denominator(q, k[0])), gr = g[0] * r, h = score_gradient(gr, r);
+    dq += h;
+    dk[0] += h;
+    dw += gr;
   } else {
     for (int j = 0; j < KEYS; j += 2) {
       const Vec<T> t0 = denominator(q, k[j]), t1 = denominator(q, k[j + 1]);
       const Vec<T> shared = reciprocal(t0 * t1);
-      r[j] = t1 * shared;
-      r[j + 1] = t0 * shared;
+      const Vec<T> r0 = t1 * shared, r1 = t0 * shared;
+      const Vec<T> gr0 = g[j] * r0, gr1 = g[j + 1] * r1;
+      const Vec<T> h0 = score_gradient(gr0, r0), h1 = score_gradient(gr1, r1);
+      dq += h0 + h1;
+      dk[j] += h0;
+      dk[j + 1] += h1;
+      dw += gr0 + gr1;
     }
-  }
-  for (int j = 0; j < KEYS; ++j) {
-    const Vec<T> gr = g[j] * r[j];
-    const Vec<T> h = score_gradient(gr, r[j]);
-    dq += h;
-    dk[j] += h;
-    dw += gr;
   }
 }
 
 constexpr int BACKWARD_KEYS = VECTOR_REGISTERS >= 32 ? 8 : 4;
 
-// KEYS whole rows of keys against every query of the chunk: reads keys and writes their gradients once, in
-// the order of memory, which is what few queries are bound by.
+// backward_pairs for queries first .. last, whose vectors of channels lie next to each other at q and dq.
 template <bool sum_form, int KEYS, typename T>
-void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const T* const* key,
-                       const T* const* key_exp, const T* q, const T* g, T* dq, T* const* dk, T* dw, const T* w) {
+FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, int64_t Tk, int64_t first,
+                                      int64_t last, T* dq, Vec<T>* dk, Vec<T>& dw) {
   constexpr int W = LANES<T>;
-  const bool accumulate = chunk.first_query > 0;
+  for (int64_t i = first; i < last; ++i) {
+    Vec<T> dqd = load(dq + i * W);
+    backward_pairs<sum_form, KEYS, T>(load(q + i * W), k, g + i * Tk, dqd, dk, dw);
+    store(dq + i * W, dqd);
+  }
+}
+
+// KEYS whole rows of keys from j against every query of the chunk: reads keys and writes their gradients once, in
+// the order of memory, which is what few queries are bound by. `limit`: of |k|, for the product of exponentials.
+template <int KEYS, typename T>
+void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const Place& at, int64_t j, T limit,
+                       const T* q, const T* g, T* dq, T* grad_key, T* dw, T* raw_query) {
+  constexpr int W = LANES<T>;
+  const Output output = chunk.first_query > 0 ? Output::ADDED : p.key_output;
+  const bool exponentials = p.key_exp != nullptr && p.key_bound <= limit;
+  const T* key = exponentials ? p.key_exp + (at.n * p.Tk + j) * p.D : p.key.row(at.b, at.h, j);
+  const int64_t key_row = exponentials ? p.D : p.key.stride_t;
+  const T* w = p.weight + at.h * p.D_padded;
+  T* dk = grad_key + (at.n * p.Tk + j) * p.D;
   for (int64_t d = 0; d < p.D; d += W) {
     const int64_t n = lower(W, p.D - d);
-    Vec<T> k[KEYS], sum[KEYS] = {}, dwd = load(dw + d);
-    for (int j = 0; j < KEYS; ++j) {
-      if (!sum_form && key_exp != nullptr) {
-        k[j] = n == W ? load(key_exp[j] + d) : load_partial(key_exp[j] + d, n);
-      } else {
-        k[j] = n == W ? load(key[j] + d) : load_partial(key[j] + d, n);
-        if (!sum_form) k[j] = exp_unclamped<2>(k[j]);
-      }
+    Vec<T> k[KEYS], sum[KEYS] = {}, bound{}, dwd{};
+    for (int c = 0; c < KEYS; ++c) {
+      const T* x = key + c * key_row + d;
+      prefetch(x, KEYS * key_row * static_cast<int64_t>(sizeof(T)));
+      k[c] = n == W ? load(x) : load_partial(x, n);
+      bound = max(abs(k[c]), bound);
     }
-    for (int64_t i = 0; i < chunk.queries; ++i) {
-      Vec<T> dqd = load(dq + i * p.D_padded + d);
-      T gi[KEYS];
-      for (int j = 0; j < KEYS; ++j) gi[j] = g[i * p.Tk + j];
-      backward_pairs<sum_form, KEYS, T>(load(q + i * p.D_padded + d), k, gi, dqd, sum, dwd);
-      store(dq + i * p.D_padded + d, dqd);
+    if (!exponentials && any(bound > limit)) {
+      for (int64_t i = 0; i < chunk.queries; ++i)
+        store(raw_query + i * W, load_partial(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
+      backward_column<true, KEYS>(raw_query, k, g + j, p.Tk, 0, chunk.queries, dq + d * chunk.queries, sum, dwd);
+    } else {
+      for (int c = 0; c < KEYS && !exponentials; ++c) k[c] = exp_unclamped<2>(k[c]);
+      backward_column<false, KEYS>(q + d * chunk.queries, k, g + j, p.Tk, 0, chunk.queries, dq + d * chunk.queries,
+                                   sum, dwd);
     }
-    store(dw + d, dwd);
+    store(dw + d, load(dw + d) + dwd);
     const Vec<T> w4 = 4 * load(w + d);
-    for (int j = 0; j < KEYS; ++j) {
-      const Vec<T> x = w4 * sum[j];
-      if (n == W)
-        store(dk[j] + d, accumulate ? load(dk[j] + d) + x : x);
-      else
-        store_partial(dk[j] + d, accumulate ? load_partial(dk[j] + d, n) + x : x, n);
-    }
-  }
-}
-
-template <typename T>
-FUSEDATTN_INLINE T row_bound(const T* x, int64_t n) {
-  constexpr int W = LANES<T>;
-  Vec<T> bound{};
-  int64_t d = 0;
-  for (; d + W <= n; d += W) {
-    prefetch(x + d);
-    bound = max(abs(load(x + d)), bound);
-  }
-  if (d < n) bound = max(abs(load_partial(x + d, n - d)), bound);
-  return horizontal_max<T>(bound);
-}
-
-template <int KEYS, typename T>
-FUSEDATTN_INLINE void backward_key_block(const AttentionProblem<T>& p, const Chunk& chunk, const Place& at,
-                                         int64_t head, int64_t j, T query_bound, const T* g, T* dq, T* grad_key,
-                                         T* dw, T* scratch) {
-  const T *key[KEYS], *key_exp[KEYS];
-  T* dk[KEYS];
-  T bound = p.key_exp != nullptr ? p.key_bound : 0;
-  for (int c = 0; c < KEYS; ++c) {
-    key[c] = p.key.row(at.b, at.h, j + c);
-    key_exp[c] = p.key_exp + (at.n * p.Tk + j + c) * p.D;
-    dk[c] = grad_key + (at.n * p.Tk + j + c) * p.D;
-    if (p.key_exp == nullptr) {
-      const T row = row_bound(key[c], p.D);
-      bound = row > bound ? row : bound;
-    }
-  }
-  const T* w = p.weight + at.h * p.D_padded;
-  if (query_bound + bound <= ScoreRange<T>::PAIR) {
-    backward_key_rows<false, KEYS, T>(p, chunk, key, p.key_exp != nullptr ? key_exp : nullptr,
-                                      p.query_exp + head * chunk.queries * p.D_padded, g + j, dq, dk, dw, w);
-  } else {
-    for (int64_t i = 0; i < chunk.queries; ++i)
-      copy_padded(p.query.row(at.b, at.h, chunk.first_query + i), p.D, scratch + i * p.D_padded);
-    backward_key_rows<true, KEYS, T>(p, chunk, key, nullptr, scratch, g + j, dq, dk, dw, w);
+    for (int c = 0; c < KEYS; ++c) write<T>(dk + c * p.D + d, w4 * sum[c], n, output);
   }
 }
 
 template <typename T>
 void backward_rows(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key,
                    int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch) {
+  constexpr int W = LANES<T>;
   const Place at = place_of(p, chunk, head);
-  g += head * chunk.queries * p.Tk;
+  const int64_t Tq = chunk.queries;
+  // (vector of channels, query): what a column of pairs needs is in one piece, and in many sets of the cache.
+  T *q = scratch, *dq = q + Tq * p.D_padded, *raw_query = dq + Tq * p.D_padded;
   T query_bound = 0;
-  for (int64_t i = 0; i < chunk.queries; ++i) {
-    const T bound = p.query_bound[head * chunk.queries + i];
-    query_bound = bound > query_bound ? bound : query_bound;
+  for (int64_t i = 0; i < Tq; ++i) {
+    const int64_t row = head * Tq + i;
+    query_bound = p.query_bound[row] > query_bound ? p.query_bound[row] : query_bound;
+    for (int64_t d = 0; d < p.D_padded; d += W) {
+      store(q + d * Tq + i * W, load(p.query_exp + row * p.D_padded + d));
+      store(dq + d * Tq + i * W, Vec<T>{});
+    }
   }
-  for (int64_t n = 0; n < chunk.queries * p.D_padded; ++n) grad_query[n] = 0;
+  const T limit = ScoreRange<T>::PAIR - query_bound;
+  g += head * Tq * p.Tk;
   int64_t j = first_key;
-  for (; j + 4 <= last_key; j += 4)
-    backward_key_block<4>(p, chunk, at, head, j, query_bound, g, grad_query, grad_key, grad_weight, scratch);
+  for (; j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
+    backward_key_rows<BACKWARD_KEYS>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query);
+  for (; j + 2 <= last_key; j += 2)
+    backward_key_rows<2>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query);
   for (; j < last_key; ++j)
-    backward_key_block<1>(p, chunk, at, head, j, query_bound, g, grad_query, grad_key, grad_weight, scratch);
+    backward_key_rows<1>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query);
+  stream_fence();
+  for (int64_t i = 0; i < Tq; ++i)
+    for (int64_t d = 0; d < p.D_padded; d += W) store(grad_query + i * p.D_padded + d, load(dq + d * Tq + i * W));
 }
 
 template <bool sum_form, int KEYS, typename T>
@@ -652,20 +657,10 @@ FUSEDATTN_INLINE void backward_strip_keys(const AttentionProblem<T>& p, const Ch
   constexpr int W = LANES<T>;
   Vec<T> kd[KEYS], sum[KEYS] = {}, dwd{};
   for (int c = 0; c < KEYS; ++c) kd[c] = load(k + (j + c) * W);
-  for (int64_t i = higher(0, j + diagonal); i < chunk.queries; ++i) {
-    Vec<T> dqd = load(dq + i * W);
-    backward_pairs<sum_form, KEYS, T>(load(q + i * W), kd, g + i * p.Tk + j, dqd, sum, dwd);
-    store(dq + i * W, dqd);
-  }
+  backward_column<sum_form, KEYS>(q, kd, g + j, p.Tk, higher(0, j + diagonal), chunk.queries, dq, sum, dwd);
   dw += dwd;  // block by block: a long sum in one register would lose bits
-  for (int c = 0; c < KEYS; ++c) {
-    T* out = dk + (j + c) * p.D;
-    const Vec<T> x = w4 * sum[c];
-    if (n == W)
-      store(out, chunk.first_query > 0 ? load(out) + x : x);
-    else
-      store_partial(out, chunk.first_query > 0 ? load_partial(out, n) + x : x, n);
-  }
+  const Output output = chunk.first_query > 0 ? Output::ADDED : Output::WRITTEN;
+  for (int c = 0; c < KEYS; ++c) write<T>(dk + (j + c) * p.D, w4 * sum[c], n, output);
 }
 
 // Queries before `diagonal` + the number of a key do not see it.

@@ -19,6 +19,9 @@ struct View {
   }
 };
 
+// How a result reaches its memory: over what is there, added to it, or past the caches (common/simd.h).
+enum class Output { WRITTEN, ADDED, STREAMED };
+
 // Symbols as everywhere: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width;
 // i query, j key, d channel. D_padded is D rounded up to whole vectors, padding holds zeros.
 template <typename T>
@@ -36,8 +39,11 @@ struct AttentionProblem {
   const T* weight_scaled;  // (H, D_padded): weight / weight_max, so that no product overflows
   const T* weight_max;     // (H,)
   const T* weight_sum;     // (H,): sum of weight_scaled
-  T* query_exp;            // (rows of the chunk, D_padded): exp(2 query)
-  T* query_bound;          // (rows of the chunk,): max |query|
+  Output key_output = Output::WRITTEN,
+         value_output =
+             Output::WRITTEN;  // of their gradients, first written; STREAMED rows are whole aligned vectors
+  T* query_exp;                // (rows of the chunk, D_padded): exp(2 query)
+  T* query_bound;              // (rows of the chunk,): max |query|
 
   // Keys at or after this one are invisible to every query of the batch element.
   __attribute__((always_inline)) int64_t visible_keys(int64_t b) const {
@@ -69,9 +75,9 @@ struct AttentionKernels {
   // Softmax of n rows of length Tk: p may be scores itself. A row of -inf gives zeros and lse = -inf.
   void (*softmax)(int64_t n, int64_t Tk, const T* scores, T* p, T* lse);
 
-  // out (M, N) = or += A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column].
+  // out (M, N) from A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column].
   void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                 int64_t b_row, T* out, int64_t out_row, bool accumulate);
+                 int64_t b_row, T* out, int64_t out_row, Output output);
 
   // products (chunk rows, Tk) = grad_context . value of one head and one block of keys.
   void (*grad_weights)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
@@ -96,7 +102,7 @@ static inline int64_t score_scratch(const AttentionProblem<T>& p, int64_t lanes)
 }
 template <typename T>
 static inline int64_t backward_scratch(const AttentionProblem<T>& p, const Chunk& chunk, int64_t lanes) {
-  const int64_t strip = (2 * chunk.queries + p.Tk) * lanes, rows = chunk.queries * p.D_padded;
+  const int64_t strip = (2 * chunk.queries + p.Tk) * lanes, rows = chunk.queries * (2 * p.D_padded + lanes);
   return strip > rows ? strip : rows;
 }
 

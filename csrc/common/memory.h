@@ -1,29 +1,54 @@
-// Huge pages for large fresh outputs.
+// Memory of large results and of large working sets: what the system charges for fresh pages, and how not to pay
+// it at every step.
 #pragma once
+
+#include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
 #include <cstdint>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <utility>
+#include <vector>
 
 namespace fusedattn {
 
 // Writing fresh memory 4 KiB page by page is bound by page faults, not by bandwidth. Before its first write,
 // asks for huge pages in the aligned inside of a large block; only a hint, so failure changes nothing.
-inline void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
-  if (bytes < 2 * HUGE_PAGE) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t last = (begin + bytes) / HUGE_PAGE * HUGE_PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
+void advise_huge_pages(void* data, size_t bytes);
+
+// Uninitialised memory, aligned to cache lines. A large block is one that was given back, where there is one that
+// fits, and what is given back is kept for the next (memory.cpp).
+struct Block {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+Block lend(size_t bytes);
+void take_back(Block block) noexcept;
+
+// lend() for as long as the object lives.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0) : block_(lend(sizeof(T) * size)) {}
+  Buffer(Buffer&& other) noexcept : block_(other.block_) { other.block_ = {}; }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(block_, other.block_);
+    return *this;
+  }
+  ~Buffer() { take_back(block_); }
+  T* get() const { return static_cast<T*>(block_.data); }
+
+ private:
+  Block block_;
+};
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
+
+// An uninitialised tensor on the CPU, in huge pages if it is large.
+torch::stable::Tensor empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type);
+
+// The same in memory that is lent: for what every step of training makes anew, gradients before all. Its storage
+// cannot be resized.
+torch::stable::Tensor empty_lent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                                 torch::headeronly::ScalarType type);
 
 }  // namespace fusedattn

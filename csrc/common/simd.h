@@ -92,6 +92,24 @@ FUSEDATTN_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
 
+// A whole vector at an aligned place, for results too large for the caches: where a vector is a cache line, it
+// goes to memory without reading first what it overwrites, and without driving out what is still needed.
+template <typename T>
+FUSEDATTN_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#else
+  store(p, v);
+#endif
+}
+
+// After the last stream(), before another thread may read.
+FUSEDATTN_INLINE void stream_fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // max, min: b where either is NaN. So max(x, running) skips NaNs and keeps infinities, and max(limit, x)
 // clamps x and lets a NaN through. multiply_add: a * b + c, rounded once where the CPU can.
 #if defined(__AVX512F__)
@@ -124,6 +142,22 @@ FUSEDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> 
 
 FUSEDATTN_INLINE Vec<float> abs(Vec<float> a) { return (Vec<float>)((IntVec<float>)a & 0x7FFFFFFF); }
 FUSEDATTN_INLINE Vec<double> abs(Vec<double> a) { return (Vec<double>)((IntVec<double>)a & 0x7FFFFFFFFFFFFFFF); }
+
+// Whether a comparison holds in any lane.
+#if defined(__AVX512F__)
+FUSEDATTN_INLINE bool any(IntVec<float> v) { return _mm512_movepi32_mask((__m512i)v) != 0; }
+FUSEDATTN_INLINE bool any(IntVec<double> v) { return _mm512_movepi64_mask((__m512i)v) != 0; }
+#elif defined(__AVX2__)
+FUSEDATTN_INLINE bool any(IntVec<float> v) { return _mm256_movemask_ps((__m256)v) != 0; }
+FUSEDATTN_INLINE bool any(IntVec<double> v) { return _mm256_movemask_pd((__m256d)v) != 0; }
+#else
+template <typename V>
+FUSEDATTN_INLINE bool any(V v) {
+  bool found = false;
+  for (unsigned l = 0; l < sizeof(v) / sizeof(v[0]); ++l) found |= v[l] != 0;
+  return found;
+}
+#endif
 
 template <typename T>
 FUSEDATTN_INLINE T horizontal_sum(Vec<T> v) {

@@ -170,12 +170,12 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
   const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(gamma_offset), T(1));
   const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
   const Tensor grad = in.like(grad_output);
-  Tensor dx = torch::stable::empty_like(in.x);
+  const auto sizes = in.x.sizes(), strides = in.x.strides();
+  Tensor dx = empty_lent({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, in.x.scalar_type());
   const int64_t size = in.x.element_size();
   const char* x = static_cast<const char*>(in.x.const_data_ptr());
   const char* dy = static_cast<const char*>(grad.const_data_ptr());
   char* out = static_cast<char*>(dx.mutable_data_ptr());
-  advise_huge_pages(out, dx.numel() * size);
 
   const bool runs = in.N > 1;
   int64_t pieces;
