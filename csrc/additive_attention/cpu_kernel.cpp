@@ -4,7 +4,7 @@
 // one reciprocal (13 more operations per four). A tile of queries x keys keeps its sums in registers and
 // folds the lanes once at the end. Where |q| + |k| could overflow the product, two channels share one.
 // Beyond that range 1 / (1 + exp(2(q + k))) is taken of the sum, clamped where tanh is 1: any input is safe.
-// (Tried for a single query too, which meets every key once: slower than staging the exponentials.)
+// A single query meets every key once: its keys are read, exponentiated and used in one go.
 //
 // Backward, per pair: two keys share a reciprocal; a lane owns a channel, so grad_query, grad_key and
 // grad_weight accumulate without any reduction between lanes. 8 multiply-type operations per tanh, of which
@@ -247,6 +247,46 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& a
   }
 }
 
+// sums[j] over d of w r for one query and KEYS keys that are not exponentials yet; returns max |k|. Beyond
+// ScoreRange::QUAD the sums are anything.
+template <int KEYS, typename T>
+FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const T* w, int64_t D, T* sums) {
+  constexpr int W = LANES<T>;
+  Vec<T> acc[KEYS] = {}, bound{};
+  const auto denominator = [&](int j, int64_t d, int64_t n) {
+    const T* x = k + j * k_row + d;
+    prefetch(x, KEYS * k_row * static_cast<int64_t>(sizeof(T)));
+    const Vec<T> kd = n < W ? load_partial(x, n) : load(x);
+    bound = max(abs(kd), bound);
+    return load(q + d) * exp_unclamped<2>(kd) + 1;
+  };
+  int64_t d = 0;
+  for (; d + 4 * W <= D; d += 4 * W)
+    for (int j = 0; j < KEYS; ++j) {
+      Vec<T> t[4];
+      for (int c = 0; c < 4; ++c) t[c] = denominator(j, d + c * W, W);
+      const auto sum = add(sum_of_quotients(load(w + d), t[0], load(w + d + W), t[1]),
+                           sum_of_quotients(load(w + d + 2 * W), t[2], load(w + d + 3 * W), t[3]));
+      acc[j] += sum.numerator * reciprocal(sum.denominator);
+    }
+  for (; d < D; d += W)
+    for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, D - d));
+  for (int j = 0; j < KEYS; ++j) sums[j] = horizontal_sum<T>(acc[j]);
+  return horizontal_max<T>(bound);
+}
+
+template <typename T>
+__attribute__((noinline)) T one_query(const T* q, const T* k, int64_t k_row, int64_t keys, const T* w, int64_t D,
+                                      T* sums) {
+  T bound = 0;
+  const auto include = [&](T tile) { bound = tile > bound ? tile : bound; };
+  int64_t j = 0;
+  for (; j + TILE_KEYS <= keys; j += TILE_KEYS)
+    include(one_query_tile<TILE_KEYS>(q, k + j * k_row, k_row, w, D, sums + j));
+  for (; j < keys; ++j) include(one_query_tile<1>(q, k + j * k_row, k_row, w, D, sums + j));
+  return bound;
+}
+
 template <typename T>
 void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key, T* scores,
            T* scratch) {
@@ -260,6 +300,21 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   for (int64_t r = 0; r < start; ++r)
     for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
   if (start == chunk.queries) return;
+
+  const T* w = p.weight_scaled + at.h * p.D_padded;
+  const T factor = p.scale * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
+  // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
+  const bool finite = weight_sum - weight_sum == 0;
+  const auto finish = [&](int64_t r, const T* sums) {
+    finish_scores(p, at, chunk.first_query + r, first_key, keys, width, finite ? -2 * factor : factor,
+                  finite ? factor * weight_sum : T(0), sums, scores + r * p.Tk);
+  };
+  T sums[TILE_QUERIES<Mode::QUAD> * KEY_BLOCK] = {};
+  if (chunk.queries == 1 && p.key_exp == nullptr && finite) {
+    const T bound = one_query(p.query_exp + head * p.D_padded, p.key.row(at.b, at.h, first_key), p.key.stride_t,
+                              keys, w, p.D, sums);
+    if (bound + p.query_bound[head] <= ScoreRange<T>::QUAD) return finish(0, sums);
+  }
 
   // An odd number of vectors between rows keeps tall columns out of one cache set.
   const int64_t row_size = p.D_padded + LANES<T>;
@@ -281,12 +336,7 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
     }
   }
 
-  const T* w = p.weight_scaled + at.h * p.D_padded;
-  const T factor = p.scale * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
-  // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
-  const bool finite = weight_sum - weight_sum == 0;
   bool raw_copied = !padded;
-  T sums[TILE_QUERIES<Mode::QUAD> * KEY_BLOCK] = {};
   for (int64_t r = start, rows; r < chunk.queries; r += rows) {
     rows = tile_rows<Mode::QUAD>(chunk.queries - r);
     const T* q = p.query_exp + (head * chunk.queries + r) * p.D_padded;
@@ -308,9 +358,7 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
       else
         pairwise<Mode::TANH>(rows, queries.data, queries.stride, raw.data, raw.stride, keys, w, p.D_padded, sums);
     }
-    for (int64_t i = 0; i < rows; ++i)
-      finish_scores(p, at, chunk.first_query + r + i, first_key, keys, width, finite ? -2 * factor : factor,
-                    finite ? factor * weight_sum : T(0), sums + i * KEY_BLOCK, scores + (r + i) * p.Tk);
+    for (int64_t i = 0; i < rows; ++i) finish(r + i, sums + i * KEY_BLOCK);
   }
 }
 

@@ -31,6 +31,7 @@ constexpr size_t CACHE_LINE = 64;
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 constexpr size_t LEAST_KEPT = size_t{1} << 20;  // smaller blocks the C library keeps by itself
 constexpr size_t LEAST_HUGE = 2 * HUGE_PAGE;
+constexpr size_t LEAST_OFFERED = size_t{32} << 20;  // smaller ones are not worth the call
 
 std::align_val_t alignment(size_t bytes) { return std::align_val_t(bytes < LEAST_HUGE ? CACHE_LINE : HUGE_PAGE); }
 
@@ -45,7 +46,7 @@ void release(Block block) noexcept { ::operator delete(block.data, alignment(blo
 // The system may take the pages now, and clears those it took when they are written again.
 void offer_pages(Block block) {
 #if defined(__linux__) && defined(MADV_FREE)
-  if (block.bytes >= LEAST_HUGE) madvise(block.data, block.bytes / HUGE_PAGE * HUGE_PAGE, MADV_FREE);
+  if (block.bytes >= LEAST_OFFERED) madvise(block.data, block.bytes / HUGE_PAGE * HUGE_PAGE, MADV_FREE);
 #else
   (void)block;
 #endif
