@@ -493,30 +493,35 @@ FUSEDATTN_INLINE void matmul_up_to(int64_t rows, Arguments... arguments) {
   matmul_rows<MOST, T>(arguments...);
 }
 
-// B is taken in blocks of rows, each read once from memory, in order, and again from cache by the next tile.
+// B is taken in blocks of rows, some 128 KiB, each read once from memory, in order, and again from cache by the
+// next tile.
 template <typename T>
 void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
             int64_t b_row, T* out, int64_t out_row, Output output) {
   constexpr int ROWS = VECTOR_REGISTERS >= 32 ? 8 : 4;
-  constexpr int64_t BLOCK_K = 32;
+  const int64_t block = higher(32, 32768 / higher(N, 1));
   if (M == 1) return matmul_one_row(N, K, a, a_column, b, b_row, out, output);
   const int64_t tiles = (M + ROWS - 1) / ROWS;
-  if (output == Output::STREAMED && K > BLOCK_K) output = Output::WRITTEN;  // and added to, from cache
+  if (output == Output::STREAMED && K > block) output = Output::WRITTEN;  // and added to, from cache
   int64_t k = 0;
   do {  // K = 0 still writes zeros
-    const int64_t depth = lower(BLOCK_K, K - k);
-    int64_t ahead = k + BLOCK_K < K ? BLOCK_K * b_row * static_cast<int64_t>(sizeof(T)) : 0;
+    const int64_t depth = lower(block, K - k);
+    int64_t ahead = k + block < K ? block * b_row * static_cast<int64_t>(sizeof(T)) : 0;
     for (int64_t tile = 0, m = 0, rows; tile < tiles; ++tile, m += rows) {
       rows = (M - m) / (tiles - tile);
       matmul_up_to<ROWS, T>(rows, N, depth, a + m * a_row + k * a_column, a_row, a_column, b + k * b_row, b_row,
                             out + m * out_row, out_row, output, ahead);
       ahead = 0;
     }
-    k += BLOCK_K;
+    k += block;
     output = Output::ADDED;
   } while (k < K);
   stream_fence();
 }
+
+// From so many queries on, sums over channels are taken as a matrix product with the values transposed: what that
+// costs is less than folding the lanes of every sum.
+constexpr int64_t TRANSPOSED_QUERIES = 64;
 
 template <typename T>
 void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key,
@@ -527,10 +532,16 @@ void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head
   // What lies in the padding is not looked at: it may be NaN.
   const int64_t keys = higher(0, lower(width, p.visible_keys(at.b) - first_key));
   const int64_t Dv_padded = (p.Dv + W - 1) / W * W;
-  const bool padded = p.Dv != Dv_padded;
   Rows<T> x{p.value.row(at.b, at.h, first_key), p.value.stride_t};
-  if (padded) x = copied(x, keys, p.Dv, scratch, Dv_padded);
   products += head * chunk.queries * p.Tk + first_key;
+  if (chunk.queries >= TRANSPOSED_QUERIES) {
+    for (int64_t d = 0; d < p.Dv; ++d)
+      for (int64_t c = 0; c < width; ++c) scratch[d * KEY_BLOCK + c] = c < keys ? x.data[c * x.stride + d] : 0;
+    return matmul(chunk.queries, width, p.Dv, grad_context.row(at.b, at.h, chunk.first_query),
+                  grad_context.stride_t, 1, scratch, KEY_BLOCK, products, p.Tk, Output::WRITTEN);
+  }
+  const bool padded = p.Dv != Dv_padded;
+  if (padded) x = copied(x, keys, p.Dv, scratch, Dv_padded);
   T sums[TILE_QUERIES<Mode::DOT> * KEY_BLOCK];
   for (int64_t r = 0, rows; r < chunk.queries; r += rows) {
     rows = tile_rows<Mode::DOT>(chunk.queries - r);
