@@ -70,6 +70,7 @@ def stamp() -> dict:
         "caches": caches(),
         "memory": available_memory(),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0],
+        "variables": {name: value for name, value in os.environ.items() if name.startswith("FUSEDATTN_")},
         "cpu_capability": cpu_capability(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -83,8 +84,9 @@ def stamp() -> dict:
 def describe(machine: dict) -> str:
     """One line for tables, plots and the README."""
     commit = (machine["commit"] or "no commit")[:10] + (" (modified)" if machine["dirty"] else "")
+    variables = "".join(f"{name}={value}, " for name, value in machine.get("variables", {}).items())
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, level "
         f"{machine['cpu_capability']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"fusedattn {machine['fusedattn']} {commit}, {machine['date'][:10]}"
+        f"{variables}fusedattn {machine['fusedattn']} {commit}, {machine['date'][:10]}"
     )
