@@ -1,5 +1,6 @@
 """Agreement, time and ceilings. Peak memory is in memory.py: it needs a process of its own."""
 
+import itertools
 import mmap
 import statistics
 import time
@@ -80,7 +81,7 @@ def alternate(
     """Seconds per call of each step, one sample a round.
 
     Rounds run forwards, backwards, and shifted by one each time after that, so that a drift of the machine
-    meets all steps alike. A sample repeats a short step until it has run for min_seconds. Memory that lies
+    meets all steps alike. A sample is the median of as many calls as take min_seconds. Memory that lies
     free for seconds a virtual machine hands back to its host, and whoever touches it next would pay ten times
     a page fault; so one call that is not timed goes before every sample, or, before a long step, working_set
     bytes are written. ``warm`` says that every step has run before. Of each group of rivals, which compute
@@ -124,10 +125,12 @@ def _without_slower(
 
 
 def _seconds(run: Callable, repeats: int) -> float:
-    start = time.perf_counter()
+    """The median of ``repeats`` calls: what interrupts one of many short ones is not their time."""
+    ticks = [time.perf_counter()]
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - start) / repeats
+        ticks.append(time.perf_counter())
+    return statistics.median(after - before for before, after in itertools.pairwise(ticks))
 
 
 def time_case(
