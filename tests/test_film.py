@@ -96,6 +96,27 @@ def test_matches_the_reference(shape, channel_dim, dtype):
     check(make_inputs(shape, channel_dim, dtype), channel_dim=channel_dim, activation="silu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape, channel_dim", [((4, 16, 256, 528), 1), ((4, 4224, 512), 2)], ids=shape_id)
+def test_tensors_beyond_the_caches(shape, channel_dim, dtype):
+    """From 32 MiB up, results are written past the caches; those of one element of the batch are not."""
+    torch.manual_seed(0)
+    x, residual, grad = (torch.randn(shape).to(dtype) for _ in range(3))
+    gamma, beta = (torch.randn(shape[0], shape[channel_dim]).to(dtype) for _ in range(2))
+
+    def run(part):
+        inputs = [t[part].requires_grad_() for t in (x, gamma, beta, residual)]
+        y = film(*inputs[:3], channel_dim=channel_dim, activation="silu", residual=inputs[3])
+        return y.detach(), torch.autograd.grad(y, inputs[0], grad[part])[0]
+
+    whole = run(slice(None))
+    size = whole[0].numel() * whole[0].element_size()
+    assert size >= 32 << 20 > size // shape[0]
+    for b in range(shape[0]):
+        for all_of_them, one in zip(whole, run(slice(b, b + 1)), strict=True):
+            assert torch.equal(all_of_them[b], one[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, dtype):

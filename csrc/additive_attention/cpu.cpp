@@ -81,14 +81,6 @@ View<const T> view(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// A gradient that no cache holds until it is read again goes past the caches.
-Output first_output(const Tensor& gradient) {
-  constexpr int64_t CACHES = int64_t{32} << 20, LINE = 64;
-  const int64_t row = gradient.size(-1) * gradient.element_size();
-  const bool aligned = row % LINE == 0 && reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % LINE == 0;
-  return aligned && gradient.numel() * gradient.element_size() >= CACHES ? Output::STREAMED : Output::WRITTEN;
-}
-
 // Inputs in the arithmetic dtype, the problem that points into them, and its working memory.
 template <typename T>
 struct Inputs {
@@ -368,6 +360,9 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
   const ScalarType acc = scalar_type<T>();
   const Gradients<T> grads{in.lent({p.Tq, p.D}), in.lent({p.Tk, p.D}), in.lent({p.Tk, p.Dv}),
                            in.flat ? empty({p.D}, acc) : empty({p.H, p.D}, acc)};
+  const auto first_output = [](const Tensor& t) {
+    return passes_caches(t, t.size(-1) * t.element_size()) ? Output::STREAMED : Output::WRITTEN;
+  };
   p.key_output = first_output(grads.key), p.value_output = first_output(grads.value);
   T* grad_value = grads.value.template mutable_data_ptr<T>();
   if (p.Tq == 0 || grads.query.numel() == 0) {

@@ -163,6 +163,12 @@ void take_back(Block block) noexcept {
     release(block);
 }
 
+bool passes_caches(const Tensor& result, int64_t row_bytes) {
+  constexpr int64_t CACHES = int64_t{32} << 20;
+  const bool aligned = reinterpret_cast<uintptr_t>(result.const_data_ptr()) % CACHE_LINE == 0;
+  return result.numel() * result.element_size() >= CACHES && aligned && row_bytes % int64_t{CACHE_LINE} == 0;
+}
+
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t n = sizes.size(); n-- > 1;) strides[n - 1] = strides[n] * std::max<int64_t>(sizes[n], 1);

@@ -41,6 +41,10 @@ class Buffer {
   Block block_;
 };
 
+// Whether a result is better written past the caches: no cache holds all of it until it is read again, and its
+// rows are whole aligned cache lines.
+bool passes_caches(const torch::stable::Tensor& result, int64_t row_bytes);
+
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
 
 // An uninitialised tensor on the CPU, in huge pages if it is large.

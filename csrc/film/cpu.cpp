@@ -113,6 +113,7 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
   const char* r = addend ? static_cast<const char*>(addend->const_data_ptr()) : nullptr;
   char* out = static_cast<char*>(y.mutable_data_ptr());
   advise_huge_pages(out, y.numel() * size);
+  const bool streamed = passes_caches(y, (in.N > 1 ? in.N : in.C) * size);
   const auto at = [&](int64_t element) { return r == nullptr ? nullptr : r + element * size; };
 
   if (in.N > 1) {
@@ -122,7 +123,7 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
         const Runs::Task t = runs.task(n);
         kernels().forward_runs(type, activation, t.channels, t.length, x + t.element * size,
                                scale.row(t.b) + t.c * sizeof(T), shift.row(t.b) + t.c * sizeof(T), at(t.element),
-                               out + t.element * size);
+                               out + t.element * size, streamed);
       }
     });
   } else {
@@ -131,7 +132,7 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
       for (int64_t n = first; n < last; ++n) {
         const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
         kernels().forward_rows(type, activation, std::min(rows, in.M - begin), in.C, x + element * size,
-                               scale.row(b), shift.row(b), at(element), out + element * size);
+                               scale.row(b), shift.row(b), at(element), out + element * size, streamed);
       }
     });
   }
@@ -178,6 +179,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
   char* out = static_cast<char*>(dx.mutable_data_ptr());
 
   const bool runs = in.N > 1;
+  const bool streamed = passes_caches(dx, (runs ? in.N : in.C) * size);
   int64_t pieces;
   std::vector<T> dz_x, dz;
   if (runs) {
@@ -190,7 +192,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
         kernels().backward_runs(type, activation, t.channels, t.length, dy + t.element * size,
                                 x + t.element * size, scale.row(t.b) + t.c * sizeof(T),
                                 shift.row(t.b) + t.c * sizeof(T), out + t.element * size, &dz_x[t.part],
-                                &dz[t.part]);
+                                &dz[t.part], streamed);
       }
     });
   } else {
@@ -204,7 +206,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
         const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
         kernels().backward_rows(type, activation, std::min(rows, in.M - begin), in.C, dy + element * size,
                                 x + element * size, scale.row(b), shift.row(b), out + element * size,
-                                &dz_x[n * in.C], &dz[n * in.C]);
+                                &dz_x[n * in.C], &dz[n * in.C], streamed);
       }
     });
   }

@@ -35,6 +35,14 @@ FUSEDATTN_INLINE void store_tail(S* p, Vec<Arithmetic<S>> v, int64_t n) {
   __builtin_memcpy(p, tail, n * sizeof(S));
 }
 
+// A whole vector, past the caches if asked.
+template <typename S>
+FUSEDATTN_INLINE void put(S* p, Vec<Arithmetic<S>> v, bool streamed) {
+  if constexpr (sizeof(S) == sizeof(Arithmetic<S>))
+    if (streamed) return stream(p, v);
+  store(p, v);
+}
+
 // erfc(z) / 2 for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2), relative error 1.2e-7 (Chebyshev fit,
 // Numerical Recipes, section 6.2).
 FUSEDATTN_INLINE Vec<float> half_erfc(Vec<float> z) {
@@ -73,13 +81,14 @@ struct Run {
   using T = Arithmetic<S>;
   static constexpr int W = LANES<T>;
 
-  static void forward(int64_t n, const S* x, const T* scale, const T* shift, const S* residual, S* y) {
+  static void forward(int64_t n, const S* x, const T* scale, const T* shift, const S* residual, S* y,
+                      bool streamed) {
     const Vec<T> a = splat(*scale), b = splat(*shift);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
       Vec<T> v = activate<activation, M>(load(x + i) * a + b);
       if (residual != nullptr) v += load(residual + i);
-      store(y + i, v);
+      put(y + i, v, streamed);
     }
     if (i == n) return;
     Vec<T> v = activate<activation, M>(load_tail(x + i, n - i) * a + b);
@@ -88,13 +97,13 @@ struct Run {
   }
 
   static void forward_rows(int64_t rows, int64_t C, const S* x, const T* scale, const T* shift, const S* residual,
-                           S* y) {
+                           S* y, bool streamed) {
     for (int64_t r = 0; r < rows; ++r, x += C, y += C) {
       int64_t c = 0;
       for (; c + W <= C; c += W) {
         Vec<T> v = activate<activation, M>(load(x + c) * load(scale + c) + load(shift + c));
         if (residual != nullptr) v += load(residual + c);
-        store(y + c, v);
+        put(y + c, v, streamed);
       }
       if (c < C) {
         const int64_t n = C - c;
@@ -116,7 +125,7 @@ struct Run {
   }
 
   static void backward(int64_t n, const S* dy, const S* x, const T* scale, const T* shift, S* dx, T* sum_dz_x,
-                       T* sum_dz) {
+                       T* sum_dz, bool streamed) {
     constexpr int SUMS = 4;  // one sum alone would wait for each addition
     const Vec<T> a = splat(*scale), b = splat(*shift);
     Vec<T> dz_x[SUMS] = {}, dz_sum[SUMS] = {};
@@ -124,9 +133,10 @@ struct Run {
     for (; i + SUMS * W <= n; i += SUMS * W)
       for (int u = 0; u < SUMS; ++u) {
         const int64_t k = i + u * W;
-        store(dx + k, gradient(load(dy + k), load(x + k), a, b, dz_x[u], dz_sum[u]));
+        put(dx + k, gradient(load(dy + k), load(x + k), a, b, dz_x[u], dz_sum[u]), streamed);
       }
-    for (; i + W <= n; i += W) store(dx + i, gradient(load(dy + i), load(x + i), a, b, dz_x[0], dz_sum[0]));
+    for (; i + W <= n; i += W)
+      put(dx + i, gradient(load(dy + i), load(x + i), a, b, dz_x[0], dz_sum[0]), streamed);
     if (i < n) {  // dy is zero above the tail
       const Vec<T> tail = gradient(load_tail(dy + i, n - i), load_tail(x + i, n - i), a, b, dz_x[0], dz_sum[0]);
       store_tail(dx + i, tail, n - i);
@@ -136,13 +146,13 @@ struct Run {
   }
 
   static void backward_rows(int64_t rows, int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
-                            S* dx, T* sum_dz_x, T* sum_dz) {
+                            S* dx, T* sum_dz_x, T* sum_dz, bool streamed) {
     for (int64_t c = 0; c < C; ++c) sum_dz_x[c] = sum_dz[c] = 0;
     for (int64_t r = 0; r < rows; ++r, x += C, dy += C, dx += C) {  // several at once: slower beyond the cache
       int64_t c = 0;
       for (; c + W <= C; c += W) {
         Vec<T> dz_x = load(sum_dz_x + c), dz = load(sum_dz + c);
-        store(dx + c, gradient(load(dy + c), load(x + c), load(scale + c), load(shift + c), dz_x, dz));
+        put(dx + c, gradient(load(dy + c), load(x + c), load(scale + c), load(shift + c), dz_x, dz), streamed);
         store(sum_dz_x + c, dz_x);
         store(sum_dz + c, dz);
       }
@@ -201,46 +211,51 @@ FUSEDATTN_INLINE const To* as(const void* p) {
 }
 
 void forward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, const void* x, const void* scale,
-                  const void* shift, const void* residual, void* y) {
+                  const void* shift, const void* residual, void* y, bool streamed) {
   with_type(type, activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     for (int64_t c = 0; c < runs; ++c)
       decltype(run)::forward(n, as<S>(x) + c * n, as<T>(scale) + c, as<T>(shift) + c,
-                             residual == nullptr ? nullptr : as<S>(residual) + c * n, static_cast<S*>(y) + c * n);
+                             residual == nullptr ? nullptr : as<S>(residual) + c * n, static_cast<S*>(y) + c * n,
+                             streamed);
   });
+  stream_fence();
 }
 
 void forward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, const void* x, const void* scale,
-                  const void* shift, const void* residual, void* y) {
+                  const void* shift, const void* residual, void* y, bool streamed) {
   with_type(type, activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
-    decltype(run)::forward_rows(rows, C, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual),
-                                static_cast<S*>(y));
+    decltype(run)::forward_rows(rows, C, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual), static_cast<S*>(y),
+                                streamed);
   });
+  stream_fence();
 }
 
 void backward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, const void* dy, const void* x,
-                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz) {
+                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz, bool streamed) {
   with_type(type, activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     for (int64_t c = 0; c < runs; ++c)
       decltype(run)::backward(n, as<S>(dy) + c * n, as<S>(x) + c * n, as<T>(scale) + c, as<T>(shift) + c,
                               static_cast<S*>(dx) + c * n, static_cast<T*>(sum_dz_x) + c,
-                              static_cast<T*>(sum_dz) + c);
+                              static_cast<T*>(sum_dz) + c, streamed);
   });
+  stream_fence();
 }
 
 void backward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, const void* dy, const void* x,
-                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz) {
+                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz, bool streamed) {
   with_type(type, activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     decltype(run)::backward_rows(rows, C, as<S>(dy), as<S>(x), as<T>(scale), as<T>(shift), static_cast<S*>(dx),
-                                 static_cast<T*>(sum_dz_x), static_cast<T*>(sum_dz));
+                                 static_cast<T*>(sum_dz_x), static_cast<T*>(sum_dz), streamed);
   });
+  stream_fence();
 }
 
 }  // namespace
