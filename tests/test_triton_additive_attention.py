@@ -17,7 +17,7 @@ from fusedattn import UnsupportedError, additive_attention, additive_attention_r
 from fusedattn.triton import additive_attention as kernels
 
 attention = functools.partial(additive_attention, backend="triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = [
     shape(1, 1, 1, 1),
     shape(2, 3, 63, 31, 17),  # few queries

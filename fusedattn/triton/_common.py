@@ -20,12 +20,14 @@ NVIDIA = torch.version.hip is None
 
 @triton.jit
 def fast_reciprocal(x, NVIDIA: tl.constexpr):
-    """1 / x by the hardware's approximation (1 ulp); float32 only.
+    """1 / x by the hardware's approximation (1 ulp), which float64 does not have: it is divided.
 
     ``/`` never becomes a bare MUFU.RCP. Inline asm does, but on AMD it is silently dropped; there fast_dividef is
     v_rcp_f32 and a multiplication.
     """
-    if NVIDIA:
+    if x.dtype == tl.float64:
+        r = 1.0 / x
+    elif NVIDIA:
         r = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
