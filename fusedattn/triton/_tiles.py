@@ -36,6 +36,7 @@ class Tile:
         warps: that share it; of 32 threads on NVIDIA, 64 on AMD.
         most: the largest size that takes it untuned; 0 for rows that only tuning tries.
         gpus: kinds of GPU it is for.
+        doubles: what the last extent is divided by in float64, whose numbers take two registers each.
     """
 
     kernel: str
@@ -43,6 +44,10 @@ class Tile:
     warps: int
     most: float = math.inf
     gpus: tuple[str, ...] = EVERY
+    doubles: int = 2
+
+    def extents_in(self, dtype: torch.dtype) -> tuple[int, ...]:
+        return *self.extents[:-1], self.extents[-1] // (self.doubles if dtype == torch.float64 else 1)
 
 
 TABLE = (
@@ -65,9 +70,10 @@ TABLE = (
     Tile("context", (16, 64), 4, 64),
     Tile("context", (16, 32), 4),
     # Held rows x channels; size: channels. One warp has all rows of four channels a thread: nothing is exchanged.
-    Tile("inputs", (16, 64), 1, 64),
-    Tile("inputs", (8, 128), 1),
-    Tile("inputs", (16, 128), 2, 0),
+    # In float64 half of them would take every register.
+    Tile("inputs", (16, 64), 1, 64, doubles=4),
+    Tile("inputs", (8, 128), 1, doubles=4),
+    Tile("inputs", (16, 128), 2, 0, doubles=4),
     # Elements: 8 a thread on NVIDIA, one or two loads of 16 bytes. Four warps, with 16 elements a thread, took 250
     # registers in the backward of short runs.
     Tile("film", (2048,), 8),

@@ -644,10 +644,11 @@ def _pack(t, channels, block, by_row=False):
     (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
     empty = functools.partial(torch.empty, dtype=_arithmetic(t.dtype), device=t.device)
     packed, bounds = empty(B, H, tiles, channels * block), empty(B, H, tiles)
+    block_d = min(128, 8192 // block) // packed.itemsize  # whole sectors of a row; 16 numbers of float32 a thread
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, *t.stride(), H, T, tiles,
-        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=min(32, 2048 // block), BY_ROW=by_row, num_warps=4,
+        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row, num_warps=4,
     )  # fmt: skip
     return packed, bounds
 
@@ -704,7 +705,7 @@ class _Problem:
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         n = end - first
         if self.few:
-            block_k, block_d = tile.extents
+            block_k, block_d = tile.extents_in(query.dtype)
             launch(
                 additive_attention_fwd_kernel_few, (n * triton.cdiv(self.Tk, block_k) * self.BH,),
                 query, self.key, self.weight, mask, self.key_lengths, out,
@@ -713,7 +714,7 @@ class _Problem:
                 NVIDIA=NVIDIA, num_warps=tile.warps,
             )  # fmt: skip
             return
-        block_q, block_k = tile.extents
+        block_q, block_k = tile.extents_in(query.dtype)
         if block_k not in self.key_packed:
             self.key_packed[block_k] = _pack(self.key, self.channels, block_k)
         key_exp, key_bound = self.key_packed[block_k]
@@ -737,7 +738,7 @@ class _Problem:
         self._tiled("context", self.Dv, sizes, lambda tile: self._attend(tile, *arguments))
 
     def _attend(self, tile, scores, context, lse, first, allow_tf32):
-        n, (block_q, block_k) = lse.shape[2], tile.extents
+        n, (block_q, block_k) = lse.shape[2], tile.extents_in(lse.dtype)
         block_v = min(128, max(16, triton.next_power_of_2(self.Dv)))
         q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(self.Dv, block_v))
         wanted = _programs_wanted(self.query.device) // (q_tiles * v_tiles * self.BH)
@@ -776,13 +777,15 @@ class _Problem:
         n, block_q, block_k = lse.shape[2], 32, 32
         q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, self.Tk))
         g, g_transposed = self.empty(self.BH, n, k_padded), self.empty(self.BH, self.Tk, q_padded)
+        # Where no tensor core takes float64 (sm_120), its products spill beside the operands of a second stage.
+        warps, stages = (8, 1) if g.dtype == torch.float64 else (4, 2)
         launch(
             additive_attention_bwd_kernel_gradient,
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
             *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
             Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=_dot_terms(context.dtype), PAD=PAD,
-            NVIDIA=NVIDIA, num_warps=4,
+            NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return g, g_transposed
 
@@ -824,7 +827,7 @@ class _Problem:
     def _input_gradient(
         self, tile, g, first, held, passing, held_exp, passing_exp, held_bound, passing_bound, of_query
     ):
-        T, passing_T, (block_t, block_d) = held.shape[2], passing.shape[2], tile.extents
+        T, passing_T, (block_t, block_d) = held.shape[2], passing.shape[2], tile.extents_in(held.dtype)
         tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(self.D, block_d))
         # A program is one warp: a multiprocessor wants many.
         wanted = 8 * _programs_wanted(held.device) // (tiles * channel_tiles * self.BH)
