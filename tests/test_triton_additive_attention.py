@@ -51,25 +51,28 @@ def test_masks_and_their_combinations(Tq, kind, lengths, is_causal):
         assert (actual["context"][1] == 0).all() and (actual["lse"][1] == -math.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 0.3])
-@pytest.mark.parametrize("scale", [0.25, -1.5])
-def test_scale_and_softcap(scale, softcap):
-    inputs = make_inputs(shape(2, 9, 35, 6, 9))
+@pytest.mark.parametrize("scale", [0.3, -1.5, 0.0])
+def test_scale_and_softcap(scale, softcap, dtype):
+    inputs = make_inputs(shape(2, 9, 35, 6, 9), dtype)
     check(inputs, attention, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("Tq", [1, 5])
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_magnitudes(magnitude, Tq):
-    query, key, value, weight = make_inputs(shape(1, Tq, 21, 3, 3))
+def test_magnitudes(magnitude, Tq, dtype):
+    query, key, value, weight = make_inputs(shape(1, Tq, 21, 3, 3), dtype)
     q, k = MAGNITUDES[magnitude]
     query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
     key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
     check([query, key, value, weight], attention)
 
 
-def test_magnitudes_differ_between_tiles():
-    query, key, value, weight = make_inputs(shape(1, 40, 150, 4, 5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_magnitudes_differ_between_tiles(dtype):
+    query, key, value, weight = make_inputs(shape(1, 40, 150, 4, 5), dtype)
     query[0, 3] *= 30
     key[0, 140] *= 100
     check([query, key, value, weight], attention)
@@ -147,14 +150,16 @@ def test_several_chunks_of_queries(monkeypatch):
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("Tq", [1, 17])
-def test_keys_split_over_programs(Tq):
-    check(make_inputs(shape(1, Tq, 1000, 2, 3)), attention, key_lengths=torch.tensor([700]))
+def test_keys_split_over_programs(Tq, dtype):
+    check(make_inputs(shape(1, Tq, 1000, 2, 3), dtype), attention, key_lengths=torch.tensor([700]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("outputs", [("weights",), ("lse",)], ids="-".join)
-def test_gradients_of_each_output_alone(outputs):
-    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 5, 40, 3, 6))]
+def test_gradients_of_each_output_alone(outputs, dtype):
+    inputs = [t.requires_grad_() for t in make_inputs(shape(2, 5, 40, 3, 6), dtype)]
 
     def gradients(function):
         results = dict(
@@ -200,5 +205,5 @@ def test_operators_are_well_formed():
 
 
 def test_unsupported_inputs():
-    with pytest.raises(UnsupportedError, match="float64"):
-        attention(*make_inputs(shape(1, 2, 3, 4), torch.float64))
+    with pytest.raises(UnsupportedError, match="triton: .*float8"):
+        attention(*(t.to(torch.float8_e5m2) for t in make_inputs(shape(1, 2, 3, 4))))

@@ -24,8 +24,8 @@ Backward needs the scores (kept, or made again per chunk) and runs::
 The two passes over inputs cost 12.3 issue slots and 1 MUFU a tanh (5.5 for the keys, 6.8 for queries and weight).
 One joint pass would take fewer, but needs atomics: its results would differ from run to run.
 
-float64 takes the same loops: scratch and sums are in the dtype of the arithmetic, from whose pointers kernels know
-it. Its reciprocal is a division and its exponentials are functions of tens of instructions, so it is exact, not fast.
+float64 takes the same loops. Kernels read the dtype of their arithmetic off their scratch; a reciprocal takes two
+steps of Newton from float32's, and an exponential is a function of tens of instructions.
 
 Counts are of sm_90 machine code, disassembled; none is a time. Tiles (``_tiles.py``) are chosen by counting, too.
 """
@@ -179,7 +179,7 @@ def _plain_sums(
 
 @triton.jit
 def _number(x, dtype: tl.constexpr):
-    """An argument from ``_scalar``."""
+    """A float argument, from ``_scalar``."""
     if dtype == tl.float64:
         x = x.to(tl.int64).to(tl.float64, bitcast=True)
     return x
@@ -949,12 +949,11 @@ register(
 # For tools
 
 
-def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
+def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
+    shapes = ((4, 512, 512, 256), False), ((64, 1, 1024, 512), False), ((128, 10, 128, 1024), True)
     found = {}
-    for dtype, (shape, masked) in itertools.product(
-        dtypes, (((4, 512, 512, 256), False), ((64, 1, 1024, 512), False), ((128, 10, 128, 1024), True))
-    ):
+    for dtype, (shape, masked) in itertools.product(dtypes, shapes):
         for kernel in recorded(lambda: _typical_call(*shape, dtype, masked), target):  # noqa: B023, called at once
             found.setdefault(kernel.specialisation, kernel)
     return list(found.values())
