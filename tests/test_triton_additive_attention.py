@@ -11,7 +11,18 @@ import math
 
 import pytest
 import torch
-from test_additive_attention import INPUTS, MAGNITUDES, MASKS, check, make_inputs, run, shape, shape_id
+from test_additive_attention import (
+    INPUTS,
+    MAGNITUDES,
+    MASKS,
+    check,
+    check_infinite,
+    check_minus_infinity,
+    make_inputs,
+    run,
+    shape,
+    shape_id,
+)
 
 from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
 from fusedattn.triton import additive_attention as kernels
@@ -86,14 +97,12 @@ def test_magnitudes_of_the_weight(size, Tq):
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("name", INPUTS[:3])
+@pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("Tq", [3, 20])
 def test_nan_and_infinity_behave_as_in_the_reference(Tq, name, special):
     inputs = make_inputs(shape(2, Tq, 9, 4, 4))
     inputs[INPUTS.index(name)].view(-1)[1] = special
-    actual = attention(*inputs, return_weights=True, return_lse=True)
-    expected = additive_attention_ref(*inputs, return_weights=True, return_lse=True)
-    torch.testing.assert_close(actual, expected, equal_nan=True)
+    check_infinite(inputs, attention)
 
 
 @pytest.mark.parametrize("special", [math.inf, -math.inf], ids=["inf", "-inf"])
@@ -103,10 +112,32 @@ def test_an_infinite_weight_gives_an_infinite_lse_and_nan_beside_it(Tq, Tk, spec
     inputs = make_inputs(shape(2, Tq, Tk, 4, 4))
     inputs[0][..., 1] *= 0.1  # so that every row has scores of both infinities
     inputs[3][1] = special
-    actual = attention(*inputs, return_weights=True, return_lse=True)
-    expected = additive_attention_ref(*inputs, return_weights=True, return_lse=True)
-    assert (expected[2] == math.inf).all()
-    torch.testing.assert_close(actual, expected, equal_nan=True)
+    actual = check_infinite(inputs, attention)
+    assert (actual["lse"] == math.inf).all()
+
+
+@pytest.mark.parametrize(("Tk", "dtype"), [(70, torch.float32), (600, torch.float32), (70, torch.float64)])
+@pytest.mark.parametrize("Tq", [3, 20])
+def test_minus_infinity_is_not_a_mask(Tq, Tk, dtype):
+    check_minus_infinity(Tq, Tk, dtype, attention)
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf], ids=["nan", "inf"])
+def test_masked_keys_have_no_weight_beside_nan(special):
+    inputs = make_inputs(shape(2, 20, 35, 4, 4))
+    inputs[3][1] = special
+    mask = MASKS["full"](2, None, 20, 35)
+    weights = attention(*inputs, mask=mask, return_weights=True)[1]
+    assert (weights[~mask] == 0).all() and weights[mask].isnan().any()
+
+
+def test_a_range_of_keys_at_minus_infinity_leaves_the_others_theirs():
+    """Scores that overflow: softmax is NaN only where no range has a finite one."""
+    query, key, value, weight = make_inputs(shape(1, 3, 600, 4, 4))
+    query[..., :2], key[..., :2], weight[:2] = 0, -30, 3e38
+    key[:, 300:, :2] = 0
+    actual = check_infinite([query, key, value, weight], attention)
+    assert (actual["weights"][:, :, :300] == 0).all() and (actual["weights"][:, :, 300:] > 0).all()
 
 
 def test_layouts():

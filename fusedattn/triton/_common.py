@@ -23,8 +23,8 @@ def fast_reciprocal(x, NVIDIA: tl.constexpr):
     """1 / x by the hardware's approximation (1 ulp); x and 1 / x must be normal float32 numbers, or x NaN.
 
     ``/`` never becomes a bare MUFU.RCP. Inline asm does, but on AMD it is silently dropped; there fast_dividef is
-    v_rcp_f32 and a multiplication. In float64 two steps of Newton make 23 bits all of them; ``/`` takes longer, and
-    calls a function for what is out of range: registers spill around it.
+    v_rcp_f32 and a multiplication. In float64 two steps of Newton make 23 bits all of them; ``/`` takes longer,
+    and calls a function for what is out of range: registers spill around it.
     """
     y = x.to(tl.float32)
     if NVIDIA:

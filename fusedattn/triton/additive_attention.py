@@ -104,9 +104,31 @@ def _exp_of_difference(x, top):
 
 
 @triton.jit
-def _shift(lse):
-    """What to take from scores for their weights: 0 where no key is visible, NaN where softmax is: one is +inf."""
-    return tl.where(lse == float("inf"), float("nan"), tl.where(lse == float("-inf"), 0.0, lse))
+def _lowest(dtype: tl.constexpr):
+    """Stands for a visible score of -inf, which only an infinite weight makes.
+
+    Softmax of a row of them is NaN, while a row of masked ones, -inf, is zero.
+    """
+    return -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+
+
+@triton.jit
+def _stored(s, visible):
+    """Scores as they are kept: -inf where a key is not visible."""
+    return tl.where(visible, tl.where(s == float("-inf"), _lowest(s.dtype), s), float("-inf"))
+
+
+@triton.jit
+def _only_lowest(top, total):
+    """Whether the visible scores of a row are all -inf; total is NaN where one is NaN."""
+    return (top == _lowest(top.dtype)) & (total > 0.0)
+
+
+@triton.jit
+def _probability(s, lse):
+    """exp(s - lse); 0 where not visible. NaN for all visible keys of a row with an infinite lse, as softmax is."""
+    p = tl.exp2((s - tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)) * LOG2E)
+    return tl.where(s == float("-inf"), 0.0, p)
 
 
 # Forward
@@ -248,7 +270,7 @@ def additive_attention_fwd_kernel_scores(
         at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
         visible = visible & (tl.load(at, mask=inside, other=0) != 0)
     out = scores + (bh * Tq + first_i) * Tk + first_j + row64[:, None] * Tk + column64[None, :]
-    tl.store(out, tl.where(visible, s, float("-inf")), mask=inside)
+    tl.store(out, _stored(s, visible), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -303,7 +325,7 @@ def additive_attention_fwd_kernel_few(
     if mask is not None:
         at = mask + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_mq + j64 * stride_mk
         visible = visible & (tl.load(at, mask=j < Tk, other=0) != 0)
-    tl.store(out, tl.where(visible, s, float("-inf")), mask=j < Tk)
+    tl.store(out, _stored(s, visible), mask=j < Tk)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -358,13 +380,15 @@ def additive_attention_fwd_kernel_context(
 
     # total is NaN, not 0, where a score is.
     empty = total == 0.0
+    # Where keys are split, that is for combine to say: other keys may have more.
+    lowest = _only_lowest(top, total) & (tl.num_programs(1) == 1)
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    acc = tl.where((top == float("inf"))[:, None], float("nan"), acc)
+    acc = tl.where(((top == float("inf")) | lowest)[:, None], float("nan"), acc)
     out = context + split * stride_cs + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
     tl.store(out, acc.to(context.dtype.element_ty), mask=in_q[:, None] & in_v[None, :])
     if tl.program_id(2) == 0:
         lse_at = lse + split * stride_ls + b * stride_lb + h * stride_lh + i64
-        tl.store(lse_at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=in_q)
+        tl.store(lse_at, tl.where(empty | lowest, float("-inf"), top + tl.log(total)), mask=in_q)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -382,8 +406,8 @@ def additive_attention_fwd_kernel_combine(
     top = tl.max(parts_lse, 0)
     p = _exp_of_difference(parts_lse, tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(p, 0)
-    empty = total == 0.0
-    p = p / tl.where(empty, 1.0, total)
+    empty, lowest = total == 0.0, _only_lowest(top, total)
+    p = tl.where(lowest, float("nan"), p / tl.where(empty, 1.0, total))
     for start in range(0, Dv, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         at = parts + (s[:, None] * rows + row) * Dv + v[None, :]
@@ -391,7 +415,7 @@ def additive_attention_fwd_kernel_combine(
         c_at = context + b * stride_cb + h * stride_ch + i * Dv + v
         tl.store(c_at, c.to(context.dtype.element_ty), mask=v < Dv)
     lse += b * stride_lb + h * stride_lh + i
-    tl.store(lse, tl.where(empty, float("-inf"), top + tl.log(total)))
+    tl.store(lse, tl.where(empty | lowest, float("-inf"), top + tl.log(total)))
 
 
 # Backward
@@ -421,7 +445,7 @@ def additive_attention_bwd_kernel_gradient(
 
     s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
     row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
-    p = tl.exp2((s - _shift(row_lse)[:, None]) * LOG2E)
+    p = _probability(s, row_lse[:, None])
     a = tl.zeros((BLOCK_Q, BLOCK_K), ARITHMETIC)
     mean = tl.zeros((BLOCK_Q,), ARITHMETIC)
     if grad_context is not None:
@@ -488,7 +512,7 @@ def additive_attention_bwd_kernel_value(
         s_at = scores + i64[None, :] * Tk + j64[:, None]
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
-        p = tl.exp2((s - _shift(row_lse)[None, :]) * LOG2E)
+        p = _probability(s, row_lse[None, :])
         dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         precision: tl.constexpr = "tf32x3" if NVIDIA else "ieee"
@@ -850,8 +874,9 @@ class _Problem:
 
 
 def _weights(scores, lse, dtype):
-    shift = lse.masked_fill(lse == float("-inf"), 0.0).masked_fill(lse == float("inf"), float("nan"))
-    return torch.exp(scores - shift.unsqueeze(-1)).to(dtype)
+    """What ``_probability`` makes of them."""
+    p = scores - lse.masked_fill(lse.isinf(), float("nan")).unsqueeze(-1)
+    return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
 
 def additive_attention_fwd(
