@@ -50,9 +50,9 @@ class Tile:
         return *self.extents[:-1], self.extents[-1] // (self.doubles if dtype == torch.float64 else 1)
 
 
-# Three kernels have one tile, which other things decide. ``pack`` writes the tiles of its readers, as many channels
-# at a time as fill 128 bytes. ``gradient`` pads its rows to its own extents. ``value`` sums over as few queries as
-# tl.dot takes, because products of three TF32 terms hold their operands three times.
+# Three kernels have one tile, which other things decide. ``pack`` writes the tiles of its readers, as many
+# channels at a time as fill 128 bytes. ``gradient`` pads its rows to its own extents. ``value`` sums over as few
+# queries as tl.dot takes, because products in three TF32 terms hold their operands three times.
 TABLE = (
     # Queries x keys; size: queries. Slots a tanh on sm_90: 4.2 and 4.0, at 128 registers or fewer. 64 x 64 took
     # 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows reuse more of each

@@ -126,9 +126,8 @@ def _only_lowest(top, total):
 
 @triton.jit
 def _probability(s, lse):
-    """exp(s - lse); 0 where not visible. NaN for all visible keys of a row with an infinite lse, as softmax is."""
-    p = tl.exp2((s - tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)) * LOG2E)
-    return tl.where(s == float("-inf"), 0.0, p)
+    """exp(s - lse), NaN where lse is infinite, as softmax is; there of masked keys, too, whose s is -inf."""
+    return tl.exp2((s - tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)) * LOG2E)
 
 
 # Forward
@@ -512,7 +511,7 @@ def additive_attention_bwd_kernel_value(
         s_at = scores + i64[None, :] * Tk + j64[:, None]
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
-        p = _probability(s, row_lse[None, :])
+        p = tl.where(s == float("-inf"), 0.0, _probability(s, row_lse[None, :]))
         dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         precision: tl.constexpr = "tf32x3" if NVIDIA else "ieee"
@@ -874,7 +873,7 @@ class _Problem:
 
 
 def _weights(scores, lse, dtype):
-    """What ``_probability`` makes of them."""
+    """exp(scores - lse), 0 for masked keys."""
     p = scores - lse.masked_fill(lse.isinf(), float("nan")).unsqueeze(-1)
     return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
