@@ -57,7 +57,7 @@ PAIR_RANGE = tl.constexpr(21.0)
 WEIGHT_RANGE = tl.constexpr(1e18)
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Integers that change from call to call, and would else be compiled anew for 1 and for multiples of 16.
+# Integers, or bits of float64, that change from call to call: else compiled anew for 1 and multiples of 16.
 UNSPECIALISED = [
     *(f"stride_{t}{dim}" for t in "qkvclhp" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
@@ -105,7 +105,7 @@ def _exp_of_difference(x, top):
 
 @triton.jit
 def _lowest(dtype: tl.constexpr):
-    """Stands for a visible score of -inf, which only an infinite weight makes.
+    """Stands for a visible score of -inf, from an infinite weight or a sum that overflows.
 
     Softmax of a row of them is NaN, while a row of masked ones, -inf, is zero.
     """
