@@ -130,6 +130,11 @@ def test_attention_beyond_the_range_of_exponentials(spread, dtype):
         check_attention("tall_tiles", dtype, spread)
 
 
+def test_attention_at_minus_infinity():
+    with on_ptx(80):
+        test_additive_attention.check_minus_infinity(20, 35, torch.float32, on_triton(additive_attention))
+
+
 # What the executor must find in these kernels
 
 

@@ -183,8 +183,7 @@ def test_several_chunks_of_queries(monkeypatch):
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("Tq", [1, 17])
+@pytest.mark.parametrize(("Tq", "dtype"), [(1, torch.float32), (17, torch.float32), (1, torch.float64)])
 def test_keys_split_over_programs(Tq, dtype):
     check(make_inputs(shape(1, Tq, 1000, 2, 3), dtype), attention, key_lengths=torch.tensor([700]))
 
