@@ -331,21 +331,52 @@ def test_unusual_weights(values):
     check([query, key, value, weight])
 
 
+def check_infinite(inputs, kernel=additive_attention, **options):
+    """NaN and infinities stand where they do in the reference; gradients hide none of its.
+
+    Two are its own: it multiplies the zeros of masked pairs with infinite weights in gradients; and in a row whose
+    softmax is NaN its weights of masked keys are 0, where a kernel's may be NaN.
+    """
+    actual = run(kernel, inputs, **options)
+    eager = run(additive_attention_ref, inputs, **options)
+    row_is_nan = eager["weights"].isnan().any(-1, keepdim=True)
+    weights = torch.where(row_is_nan & actual["weights"].isnan(), eager["weights"], actual["weights"])
+    torch.testing.assert_close(weights, eager["weights"], equal_nan=True)
+    for name in ("context", "lse"):
+        torch.testing.assert_close(actual[name], eager[name], equal_nan=True)
+    for gradient in () if "mask" in options else ("grad_query", "grad_key", "grad_value", "grad_weight"):
+        hidden = actual[gradient].isfinite() & ~eager[gradient].isfinite()
+        assert not hidden.any(), f"{gradient}: finite where the reference is not"
+    return actual
+
+
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("sizes", [shape(2, 3, 9, 5, 4), shape(2, 20, 35, 40, 18)], ids=shape_id)
 def test_nan_and_infinity_behave_as_in_the_reference(sizes, name, special):
     inputs = make_inputs(sizes)
     inputs[INPUTS.index(name)].view(-1)[1] = special
-    actual = run(additive_attention, inputs)
-    eager = run(additive_attention_ref, inputs)
-    for name in ("context", "weights", "lse"):
-        finite = eager[name].isfinite()
-        assert torch.equal(actual[name].isfinite(), finite), name
-        torch.testing.assert_close(actual[name][finite], eager[name][finite])
-    for gradient in ("grad_query", "grad_key", "grad_value", "grad_weight"):
-        hidden = actual[gradient].isfinite() & ~eager[gradient].isfinite()
-        assert not hidden.any(), f"{gradient}: finite where the reference is not"
+    check_infinite(inputs)
+
+
+def check_minus_infinity(Tq, Tk, dtype, kernel=additive_attention):
+    """Visible scores of -inf are not masked ones: where there are no others, softmax is NaN and lse -inf."""
+    query, key, value, weight = make_inputs(shape(2, Tq, Tk, 4, 3), dtype)
+    query[..., 1] = -9
+    query[0, 0, 1] = 0  # one row with infinities of both signs
+    weight[1] = math.inf
+    mask = torch.ones(Tq, Tk, dtype=torch.bool)
+    mask[:, :2], mask[1] = False, False
+    options = {"mask": mask, "key_lengths": torch.tensor([Tk, Tk // 2 + 1])}
+    for masked in ({}, options):
+        actual = check_infinite([query, key, value, weight], kernel, **masked)
+        assert actual["context"][:, 2:].isnan().all() and (actual["lse"][:, 2:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("Tq", "Tk"), [(3, 9), (20, 35), (3, 1000)])
+def test_minus_infinity_is_not_a_mask(Tq, Tk, dtype):
+    check_minus_infinity(Tq, Tk, dtype)
 
 
 def test_opposite_infinities_give_nan():

@@ -247,15 +247,12 @@ def test_magnitudes_of_the_weight(module, size):
 def test_nan_and_infinity_behave_as_in_the_reference(module, sizes, of, special):
     inputs = make_inputs(sizes)
     inputs[INPUTS.index(of)].view(-1)[1] = special
-    actual = cases.run(functools.partial(emulated_attention, module), inputs)
-    eager = cases.run(cases.additive_attention_ref, inputs)
-    for output in ("context", "weights", "lse"):
-        finite = eager[output].isfinite()
-        assert torch.equal(actual[output].isfinite(), finite), output
-        torch.testing.assert_close(actual[output][finite], eager[output][finite])
-    for gradient in ("grad_query", "grad_key", "grad_value", "grad_weight"):
-        hidden = actual[gradient].isfinite() & ~eager[gradient].isfinite()
-        assert not hidden.any(), f"{gradient}: finite where the reference is not"
+    cases.check_infinite(inputs, functools.partial(emulated_attention, module))
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), [(3, 9), (20, 75), (3, 700)])
+def test_minus_infinity_is_not_a_mask(module, Tq, Tk):
+    cases.check_minus_infinity(Tq, Tk, torch.float32, functools.partial(emulated_attention, module))
 
 
 @pytest.mark.parametrize("strides", STRIDES)

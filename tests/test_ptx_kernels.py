@@ -90,22 +90,33 @@ def check_attention(sizes, dtype=torch.float32, spread=1.0, **options):
     test_additive_attention.check(inputs, on_triton(additive_attention), **options)
 
 
-@pytest.mark.parametrize("arch, dtype", [(80, torch.float32), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
-def test_every_attention_kernel(arch, dtype):
+@pytest.mark.parametrize(
+    "arch, dtype, cases",
+    [
+        (80, torch.float32, SIZES),
+        (90, torch.bfloat16, SIZES),
+        (80, torch.float64, ["few_queries", "split_keys"]),
+    ],
+    ids=["sm_80-float32", "sm_90-bfloat16", "sm_80-float64"],
+)
+def test_every_attention_kernel(arch, dtype, cases):
     with on_ptx(arch) as launches:
-        for sizes in SIZES:
+        for sizes in cases:
             check_attention(sizes, dtype)
     assert set(launches.executed) == names_of_kernels(attention_kernels)
 
 
-@pytest.mark.parametrize("sizes", ["tiles", "few_queries"])
-def test_attention_with_everything_masked_that_can_be(sizes):
+# In float64 scale and soft cap have more bits than a kernel's argument of float32.
+@pytest.mark.parametrize(
+    "sizes, dtype", [("tiles", torch.float32), ("few_queries", torch.float32), ("few_queries", torch.float64)]
+)
+def test_attention_with_everything_masked_that_can_be(sizes, dtype):
     B, _, Tq, Tk, *_ = SIZES[sizes].values()
     mask = torch.rand(B, Tq, Tk, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[:, 1] = False
     options = {"mask": mask, "key_lengths": torch.tensor([Tk - 9, 3]), "is_causal": True}
     with on_ptx(90):
-        check_attention(sizes, scale=0.7, softcap=2.0, **options)
+        check_attention(sizes, dtype, scale=0.7, softcap=2.1, **options)
 
 
 def test_attention_of_half_precision():
@@ -113,10 +124,15 @@ def test_attention_of_half_precision():
         check_attention("tiles", torch.float16)
 
 
-@pytest.mark.parametrize("spread", [9.0, 50.0])
-def test_attention_beyond_the_range_of_exponentials(spread):
+@pytest.mark.parametrize("spread, dtype", [(9.0, torch.float32), (50.0, torch.float32), (9.0, torch.float64)])
+def test_attention_beyond_the_range_of_exponentials(spread, dtype):
     with on_ptx(80):
-        check_attention("tall_tiles", spread=spread)
+        check_attention("tall_tiles", dtype, spread)
+
+
+def test_attention_at_minus_infinity():
+    with on_ptx(80):
+        test_additive_attention.check_minus_infinity(20, 35, torch.float32, on_triton(additive_attention))
 
 
 # What the executor must find in these kernels

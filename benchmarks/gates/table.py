@@ -20,7 +20,8 @@ A cell with several values has one per architecture, in the order of the heading
 - shared: KiB of a block, of its largest launch
 - occupancy: resident warps, of the most that a multiprocessor holds
 - local: stack bytes / instructions that touch local memory
-- slots, MUFU: instructions of the score loop, per tanh; on AMD vector instructions, reciprocals and exponentials
+- slots, MUFU: instructions of the score loop, per tanh; on AMD vector instructions, reciprocals and exponentials;
+  not counted in float64
 - spilled: vector registers, to memory / scalar registers, to lanes of vector registers
 - bytes: widths of the global accesses in FiLM's main loop; of the stores where a kernel has no loop
 

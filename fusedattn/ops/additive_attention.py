@@ -474,13 +474,6 @@ def _check_lengths(key_lengths, B, Tk, device):
             _fail("key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
 
 
-def _triton_reasons(device, dtype) -> list[str]:
-    reasons = triton_reasons(device, dtype)
-    if dtype == torch.float64:
-        reasons.append("GPUs have no fast float64 reciprocal, on which these kernels rest")
-    return reasons
-
-
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -625,7 +618,7 @@ def attend(
         {
             "cpu": lambda: cpu_reasons(device, dtype),
             "cuda": lambda: cuda_reasons(device, dtype),
-            "triton": lambda: _triton_reasons(device, dtype),
+            "triton": lambda: triton_reasons(device, dtype),
         },
         lambda: (
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {dtype}, {device}"

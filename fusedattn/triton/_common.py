@@ -20,17 +20,23 @@ NVIDIA = torch.version.hip is None
 
 @triton.jit
 def fast_reciprocal(x, NVIDIA: tl.constexpr):
-    """1 / x by the hardware's approximation (1 ulp); float32 only.
+    """1 / x by the hardware's approximation (1 ulp); x and 1 / x must be normal float32 numbers, or x NaN.
 
     ``/`` never becomes a bare MUFU.RCP. Inline asm does, but on AMD it is silently dropped; there fast_dividef is
-    v_rcp_f32 and a multiplication.
+    v_rcp_f32 and a multiplication. In float64 two steps of Newton make 23 bits all of them; ``/`` takes longer,
+    and calls a function for what is out of range: registers spill around it.
     """
+    y = x.to(tl.float32)
     if NVIDIA:
         r = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        r = libdevice.fast_dividef(1.0, x)
+        r = libdevice.fast_dividef(1.0, y)
+    if x.dtype == tl.float64:
+        r = r.to(tl.float64)
+        r = tl.fma(tl.fma(-x, r, 1.0), r, r)
+        r = tl.fma(tl.fma(-x, r, 1.0), r, r)
     return r
 
 

@@ -36,6 +36,7 @@ class Tile:
         warps: that share it; of 32 threads on NVIDIA, 64 on AMD.
         most: the largest size that takes it untuned; 0 for rows that only tuning tries.
         gpus: kinds of GPU it is for.
+        doubles: what the last extent is divided by in float64, whose numbers take two registers each.
     """
 
     kernel: str
@@ -43,15 +44,22 @@ class Tile:
     warps: int
     most: float = math.inf
     gpus: tuple[str, ...] = EVERY
+    doubles: int = 2
+
+    def extents_in(self, dtype: torch.dtype) -> tuple[int, ...]:
+        return *self.extents[:-1], self.extents[-1] // (self.doubles if dtype == torch.float64 else 1)
 
 
+# Three kernels have one tile, which other things decide. ``pack`` writes the tiles of its readers, as many
+# channels at a time as fill 128 bytes. ``gradient`` pads its rows to its own extents. ``value`` sums over as few
+# queries as tl.dot takes, because products in three TF32 terms hold their operands three times.
 TABLE = (
     # Queries x keys; size: queries. Slots a tanh on sm_90: 4.2 and 4.0, at 128 registers or fewer. 64 x 64 took
     # 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows reuse more of each
-    # key; a tall tile would be mostly empty for few.
+    # key; a tall tile would be mostly empty for few. In float64 half of it spilled where there is a soft cap.
     Tile("scores", (16, 128), 4, 16, NVIDIA),
-    Tile("scores", (32, 64), 2, gpus=NVIDIA),
-    Tile("scores", (32, 128), 4, 0, NVIDIA),
+    Tile("scores", (32, 64), 2, gpus=NVIDIA, doubles=4),
+    Tile("scores", (32, 128), 4, 0, NVIDIA, doubles=4),
     # A wave of 64 threads holds whole rows, whose addresses and masks are scalar registers: more than four rows a
     # thread spill where there is a mask.
     Tile("scores", (16, 64), 4, 16, (AMD,)),
@@ -65,9 +73,10 @@ TABLE = (
     Tile("context", (16, 64), 4, 64),
     Tile("context", (16, 32), 4),
     # Held rows x channels; size: channels. One warp has all rows of four channels a thread: nothing is exchanged.
-    Tile("inputs", (16, 64), 1, 64),
-    Tile("inputs", (8, 128), 1),
-    Tile("inputs", (16, 128), 2, 0),
+    # In float64 half of them would take every register.
+    Tile("inputs", (16, 64), 1, 64, doubles=4),
+    Tile("inputs", (8, 128), 1, doubles=4),
+    Tile("inputs", (16, 128), 2, 0, doubles=4),
     # Elements: 8 a thread on NVIDIA, one or two loads of 16 bytes. Four warps, with 16 elements a thread, took 250
     # registers in the backward of short runs.
     Tile("film", (2048,), 8),

@@ -24,21 +24,31 @@ Backward needs the scores (kept, or made again per chunk) and runs::
 The two passes over inputs cost 12.3 issue slots and 1 MUFU a tanh (5.5 for the keys, 6.8 for queries and weight).
 One joint pass would take fewer, but needs atomics: its results would differ from run to run.
 
-float64 is left to the other backends: these kernels' scratch, range test and sums are float32, and their loop is a
-fast reciprocal, which float64 does not have. Exact division would need a second loop in every kernel.
+float64 takes the same loops. Kernels read the dtype of their arithmetic off their scratch; a reciprocal takes two
+steps of Newton from float32's, and an exponential is a function of tens of instructions.
 
 Counts are of sm_90 machine code, disassembled; none is a time. Tiles (``_tiles.py``) are chosen by counting, too.
 """
 
 import functools
 import itertools
+import struct
 
 import torch
 import triton
 import triton.language as tl
 
 from fusedattn.triton import _tiles
-from fusedattn.triton._common import NVIDIA, Kernel, fast_reciprocal, launch, on_device_of, recorded, register
+from fusedattn.triton._common import (
+    NVIDIA,
+    Kernel,
+    fast_reciprocal,
+    launch,
+    load_wide,
+    on_device_of,
+    recorded,
+    register,
+)
 
 # Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
 # reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
@@ -47,23 +57,27 @@ PAIR_RANGE = tl.constexpr(21.0)
 WEIGHT_RANGE = tl.constexpr(1e18)
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Integers that change from call to call, and would else be compiled anew for 1 and for multiples of 16.
+# Integers, or bits of float64, that change from call to call: else compiled anew for 1 and multiples of 16.
 UNSPECIALISED = [
     *(f"stride_{t}{dim}" for t in "qkvclhp" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
-    "split_keys", "splits",
+    "split_keys", "splits", "scale", "softcap",
 ]  # fmt: skip
 
 
 @triton.jit
 def _exp_twice(x):
     """exp(2x) to a few ulp; ex2.approx of a rounded 2x log2(e) would lose |x| ulp."""
-    n = tl.floor(tl.fma(x, 2.8853900817779268, 0.5))
-    fraction = tl.fma(x, 3.851925407e-08, tl.fma(x, 2.885390043258667, -n))
-    power = (tl.minimum(tl.maximum(n, -126.0), 127.0).to(tl.int32) + 127) << 23
-    return tl.exp2(fraction) * power.to(tl.float32, bitcast=True)
+    if x.dtype == tl.float64:
+        e = tl.exp(x * 2.0)
+    else:
+        n = tl.floor(tl.fma(x, 2.8853900817779268, 0.5))
+        fraction = tl.fma(x, 3.851925407e-08, tl.fma(x, 2.885390043258667, -n))
+        power = (tl.minimum(tl.maximum(n, -126.0), 127.0).to(tl.int32) + 127) << 23
+        e = tl.exp2(fraction) * power.to(tl.float32, bitcast=True)
+    return e
 
 
 @triton.jit
@@ -90,9 +104,30 @@ def _exp_of_difference(x, top):
 
 
 @triton.jit
-def _shift(lse):
-    """What to take from scores for their weights: 0 where no key is visible, NaN where softmax is: one is +inf."""
-    return tl.where(lse == float("inf"), float("nan"), tl.where(lse == float("-inf"), 0.0, lse))
+def _lowest(dtype: tl.constexpr):
+    """Stands for a visible score of -inf, from an infinite weight or a sum that overflows.
+
+    Softmax of a row of them is NaN, while a row of masked ones, -inf, is zero.
+    """
+    return -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+
+
+@triton.jit
+def _stored(s, visible):
+    """Scores as they are kept: -inf where a key is not visible."""
+    return tl.where(visible, tl.where(s == float("-inf"), _lowest(s.dtype), s), float("-inf"))
+
+
+@triton.jit
+def _only_lowest(top, total):
+    """Whether the visible scores of a row are all -inf; total is NaN where one is NaN."""
+    return (top == _lowest(top.dtype)) & (total > 0.0)
+
+
+@triton.jit
+def _probability(s, lse):
+    """exp(s - lse), NaN where lse is infinite, as softmax is; there of masked keys, too, whose s is -inf."""
+    return tl.exp2((s - tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)) * LOG2E)
 
 
 # Forward
@@ -113,11 +148,11 @@ def additive_attention_pack_kernel(
     t = tile * BLOCK_T + row
     at = source + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t
     packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
-    bound = tl.zeros((BLOCK_T,), tl.float32)
+    bound = tl.zeros((BLOCK_T,), bounds.dtype.element_ty)
     for start in range(0, CHANNELS, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (t[:, None] < T) & (d[None, :] < D)
-        x = tl.load(at + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+        x = load_wide(at + d.to(tl.int64)[None, :] * stride_d, inside)
         bound = tl.maximum(bound, tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1))
         e = tl.where(inside, _exp_twice(x), 0.0)  # [BLOCK_T, BLOCK_D]
         if BY_ROW:
@@ -133,7 +168,7 @@ def _paired_sums(
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """sum_d w_d r_d, [BLOCK_Q, BLOCK_K], from packed exponentials; two channels share a reciprocal."""
-    s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    s = tl.zeros((BLOCK_Q, BLOCK_K), w.dtype.element_ty)
     for d in tl.range(0, CHANNELS, 2 * UNROLL):
         for u in tl.static_range(UNROLL):
             w1 = tl.load(w + d + 2 * u)
@@ -154,19 +189,28 @@ def _plain_sums(
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """sum_d w_d tanh(q_d + k_d), [BLOCK_Q, BLOCK_K], from the inputs themselves, whatever their range."""
-    s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    s = tl.zeros((BLOCK_Q, BLOCK_K), w.dtype.element_ty)
     for d in tl.range(0, D):
-        x = tl.load(q + d * stride_qd, mask=in_q, other=0.0).to(tl.float32)
-        y = tl.load(k + d * stride_kd, mask=in_k, other=0.0).to(tl.float32)
+        x = load_wide(q + d * stride_qd, in_q)
+        y = load_wide(k + d * stride_kd, in_k)
         r = _reciprocal_of_sum(x[:, None] + y[None, :], NVIDIA)
         s = tl.fma(tl.fma(r, -2.0, 1.0), tl.load(w + d), s)
     return s
 
 
 @triton.jit
+def _number(x, dtype: tl.constexpr):
+    """A float argument, from ``_scalar``."""
+    if dtype == tl.float64:
+        x = x.to(tl.int64).to(tl.float64, bitcast=True)
+    return x
+
+
+@triton.jit
 def _capped(s, scale, softcap, NVIDIA: tl.constexpr):
-    s *= scale
+    s *= _number(scale, s.dtype)
     if softcap is not None:
+        softcap = _number(softcap, s.dtype)
         s = softcap * tl.fma(_reciprocal_of_sum(s / softcap, NVIDIA), -2.0, 1.0)
     return s
 
@@ -206,7 +250,7 @@ def additive_attention_fwd_kernel_scores(
     tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
     if first_j >= last:  # no key is visible
-        s = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+        s = tl.zeros((BLOCK_Q, BLOCK_K), scores.dtype.element_ty)
     elif paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
         q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
         k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
@@ -225,7 +269,7 @@ def additive_attention_fwd_kernel_scores(
         at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
         visible = visible & (tl.load(at, mask=inside, other=0) != 0)
     out = scores + (bh * Tq + first_i) * Tk + first_j + row64[:, None] * Tk + column64[None, :]
-    tl.store(out, tl.where(visible, s, float("-inf")), mask=inside)
+    tl.store(out, _stored(s, visible), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -239,6 +283,7 @@ def additive_attention_fwd_kernel_few(
 
     exp(2 (q + k)) is taken of the sum: for a query or two that is no more work than of every key; no range.
     """
+    ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     i = tl.program_id(0) % Tq
     k_tile = (tl.program_id(0) // Tq) % k_tiles
@@ -253,24 +298,24 @@ def additive_attention_fwd_kernel_few(
     if IS_CAUSAL:
         last = tl.minimum(last, first_query + i + 1)
     if k_tile * BLOCK_K >= last:
-        tl.store(out, tl.full((BLOCK_K,), float("-inf"), tl.float32), mask=j < Tk)
+        tl.store(out, tl.full((BLOCK_K,), float("-inf"), ARITHMETIC), mask=j < Tk)
         return
 
     query += b * stride_qb + h * stride_qh + i.to(tl.int64) * stride_qt
     keys = key + b * stride_kb + h * stride_kh + j64[:, None] * stride_kt
     weight += h * stride_wh
-    sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_K, BLOCK_D), ARITHMETIC)
     for start in tl.range(0, D, 2 * BLOCK_D):
         d1 = start + tl.arange(0, BLOCK_D)
         d2 = d1 + BLOCK_D
-        q1 = tl.load(query + d1 * stride_qd, mask=d1 < D, other=0.0).to(tl.float32)
-        q2 = tl.load(query + d2 * stride_qd, mask=d2 < D, other=0.0).to(tl.float32)
+        q1 = load_wide(query + d1 * stride_qd, d1 < D)
+        q2 = load_wide(query + d2 * stride_qd, d2 < D)
         w1 = tl.load(weight + d1, mask=d1 < D, other=0.0)
         w2 = tl.load(weight + d2, mask=d2 < D, other=0.0)
         k1 = tl.load(keys + d1[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
         k2 = tl.load(keys + d2[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
-        t1 = 1.0 + tl.exp2(_at_most(q1[None, :] + k1.to(tl.float32), PAIR_RANGE) * (2.0 * LOG2E))
-        t2 = 1.0 + tl.exp2(_at_most(q2[None, :] + k2.to(tl.float32), PAIR_RANGE) * (2.0 * LOG2E))
+        t1 = 1.0 + tl.exp2(_at_most(q1[None, :] + k1.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
+        t2 = 1.0 + tl.exp2(_at_most(q2[None, :] + k2.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
         r = -2.0 * fast_reciprocal(t1 * t2, NVIDIA)
         sums = tl.fma(tl.fma(t2, r, 1.0), w1[None, :], sums)
         sums = tl.fma(tl.fma(t1, r, 1.0), w2[None, :], sums)
@@ -279,7 +324,7 @@ def additive_attention_fwd_kernel_few(
     if mask is not None:
         at = mask + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_mq + j64 * stride_mk
         visible = visible & (tl.load(at, mask=j < Tk, other=0) != 0)
-    tl.store(out, tl.where(visible, s, float("-inf")), mask=j < Tk)
+    tl.store(out, _stored(s, visible), mask=j < Tk)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -294,6 +339,7 @@ def additive_attention_fwd_kernel_context(
 
     Grid: (query tiles * B * H, splits, value tiles).
     """
+    ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     q_tiles = tl.cdiv(Tq, BLOCK_Q)
     q_tile = tl.program_id(0) % q_tiles
     bh, b, h = _batch_and_head(tl.program_id(0) // q_tiles, H)
@@ -312,9 +358,9 @@ def additive_attention_fwd_kernel_context(
     if IS_CAUSAL:
         last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
 
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    acc = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
+    top = tl.full((BLOCK_Q,), float("-inf"), ARITHMETIC)
+    total = tl.zeros((BLOCK_Q,), ARITHMETIC)
+    acc = tl.zeros((BLOCK_Q, BLOCK_V), ARITHMETIC)
     for start in tl.range(first, last, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         in_k = j < last
@@ -328,18 +374,20 @@ def additive_attention_fwd_kernel_context(
         shrink = _exp_of_difference(top, safe_top)
         total = total * shrink + tl.sum(p, 1)
         precision: tl.constexpr = "ieee" if not NVIDIA else "tf32" if TF32 else "tf32x3"
-        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=precision)
+        acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=precision, out_dtype=ARITHMETIC)
         top = new_top
 
     # total is NaN, not 0, where a score is.
     empty = total == 0.0
+    # Where keys are split, that is for combine to say: other keys may have more.
+    lowest = _only_lowest(top, total) & (tl.num_programs(1) == 1)
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    acc = tl.where((top == float("inf"))[:, None], float("nan"), acc)
+    acc = tl.where(((top == float("inf")) | lowest)[:, None], float("nan"), acc)
     out = context + split * stride_cs + b * stride_cb + h * stride_ch + i64[:, None] * Dv + v[None, :]
     tl.store(out, acc.to(context.dtype.element_ty), mask=in_q[:, None] & in_v[None, :])
     if tl.program_id(2) == 0:
         lse_at = lse + split * stride_ls + b * stride_lb + h * stride_lh + i64
-        tl.store(lse_at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=in_q)
+        tl.store(lse_at, tl.where(empty | lowest, float("-inf"), top + tl.log(total)), mask=in_q)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -357,8 +405,8 @@ def additive_attention_fwd_kernel_combine(
     top = tl.max(parts_lse, 0)
     p = _exp_of_difference(parts_lse, tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(p, 0)
-    empty = total == 0.0
-    p = p / tl.where(empty, 1.0, total)
+    empty, lowest = total == 0.0, _only_lowest(top, total)
+    p = tl.where(lowest, float("nan"), p / tl.where(empty, 1.0, total))
     for start in range(0, Dv, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         at = parts + (s[:, None] * rows + row) * Dv + v[None, :]
@@ -366,7 +414,7 @@ def additive_attention_fwd_kernel_combine(
         c_at = context + b * stride_cb + h * stride_ch + i * Dv + v
         tl.store(c_at, c.to(context.dtype.element_ty), mask=v < Dv)
     lse += b * stride_lb + h * stride_lh + i
-    tl.store(lse, tl.where(empty, float("-inf"), top + tl.log(total)))
+    tl.store(lse, tl.where(empty | lowest, float("-inf"), top + tl.log(total)))
 
 
 # Backward
@@ -383,6 +431,7 @@ def additive_attention_bwd_kernel_gradient(
 
     shift is sum_j p_ij dp_ij - dL_i, or None. Grid: (query tiles * key tiles * B * H,).
     """
+    ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
@@ -395,11 +444,11 @@ def additive_attention_bwd_kernel_gradient(
 
     s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
     row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
-    p = tl.exp2((s - _shift(row_lse)[:, None]) * LOG2E)
-    a = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    mean = tl.zeros((BLOCK_Q,), tl.float32)
+    p = _probability(s, row_lse[:, None])
+    a = tl.zeros((BLOCK_Q, BLOCK_K), ARITHMETIC)
+    mean = tl.zeros((BLOCK_Q,), ARITHMETIC)
     if grad_context is not None:
-        terms = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
+        terms = tl.zeros((BLOCK_Q, BLOCK_V), ARITHMETIC)
         base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
         values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
         for start in tl.range(0, Dv, BLOCK_V):
@@ -409,17 +458,18 @@ def additive_attention_bwd_kernel_gradient(
             c = tl.load(context + base + v[None, :], mask=rows, other=0.0)
             x_at = values + v.to(tl.int64)[:, None] * stride_vd
             x = tl.load(x_at, mask=in_k[None, :] & (v < Dv)[:, None], other=0.0)  # [BLOCK_V, BLOCK_K]
-            a = tl.dot(dc, x, a, input_precision="tf32x3" if NVIDIA else "ieee")
-            terms = tl.fma(dc.to(tl.float32), c.to(tl.float32), terms)
+            a = tl.dot(dc, x, a, input_precision="tf32x3" if NVIDIA else "ieee", out_dtype=ARITHMETIC)
+            terms = tl.fma(dc.to(ARITHMETIC), c.to(ARITHMETIC), terms)
         # Summed across threads once. A product summed at once would become an FMA in each thread, and what threads
         # add would not be the same number: copies of a sum would differ in the last bit.
         mean = tl.sum(terms, 1)
     if grad_weights is not None:
-        a += tl.load(grad_weights + at, mask=inside, other=0.0).to(tl.float32)
+        a += load_wide(grad_weights + at, inside)
     if shift is not None:
         mean += tl.load(shift + bh * Tq + i64, mask=in_q, other=0.0)
-    gradient = p * (a - mean[:, None]) * scale
+    gradient = p * (a - mean[:, None]) * _number(scale, ARITHMETIC)
     if softcap is not None:
+        softcap = _number(softcap, ARITHMETIC)
         gradient *= 1.0 - (s / softcap) * (s / softcap)
     gradient = tl.where(s == float("-inf"), 0.0, gradient)
     q_padded, k_padded = tl.cdiv(Tq, PAD) * PAD, tl.cdiv(Tk, PAD) * PAD
@@ -435,7 +485,8 @@ def additive_attention_bwd_kernel_value(
     IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """dx_j = sum_i p_ij dc_i, float32 (B, H, Tk, Dv). Grid: (key tiles * B * H, value tiles)."""
+    """dx_j = sum_i p_ij dc_i, (B, H, Tk, Dv) in the arithmetic's dtype. Grid: (key tiles * B * H, value tiles)."""
+    ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     k_tile = tl.program_id(0) % k_tiles
     bh, b, h = _batch_and_head(tl.program_id(0) // k_tiles, H)
@@ -452,7 +503,7 @@ def additive_attention_bwd_kernel_value(
     scores += bh * Tq * Tk
     lse += bh * Tq
     grad_context += b * stride_cb + h * stride_ch
-    acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_V), ARITHMETIC)
     for start in tl.range(first, last, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
         i64 = i.to(tl.int64)
@@ -460,10 +511,11 @@ def additive_attention_bwd_kernel_value(
         s_at = scores + i64[None, :] * Tk + j64[:, None]
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
-        p = tl.exp2((s - _shift(row_lse)[None, :]) * LOG2E)
+        p = tl.where(s == float("-inf"), 0.0, _probability(s, row_lse[None, :]))
         dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
-        acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision="tf32x3" if NVIDIA else "ieee")
+        precision: tl.constexpr = "tf32x3" if NVIDIA else "ieee"
+        acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision=precision, out_dtype=ARITHMETIC)
     out = grad_value + (bh * Tk + j64)[:, None] * Dv + v[None, :]
     tl.store(out, acc, mask=in_k[:, None] & in_v[None, :])
 
@@ -483,6 +535,7 @@ def additive_attention_bwd_kernel_inputs(
     r1 = t2 / (t1 t2), and g is one number for all channels: nothing is summed across threads. One warp holds the
     tile: every thread has all BLOCK_T rows of 4 channels. Grid: (held tiles * B * H, channel tiles, splits).
     """
+    ARITHMETIC: tl.constexpr = g.dtype.element_ty
     tiles = tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0) % tiles
     bh, b, h = _batch_and_head(tl.program_id(0) // tiles, H)
@@ -508,9 +561,9 @@ def additive_attention_bwd_kernel_inputs(
     padded = tl.cdiv(T, PAD) * PAD
     g += bh * passing_T * padded + t64
     held_tile = b * held_tiles_b + h * held_tiles_h
-    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # of g r
-    total = tl.zeros((BLOCK_T,), tl.float32)  # of g
+    acc = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)
+    sums = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)  # of g r
+    total = tl.zeros((BLOCK_T,), ARITHMETIC)  # of g
     if tl.load(held_bound + held_tile + tile * BLOCK_T // PAD) + tl.load(passing_bound + bh) <= PAIR_RANGE:
         e_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
         e = tl.load(e_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
@@ -535,10 +588,10 @@ def additive_attention_bwd_kernel_inputs(
         x_at = (
             held + b * stride_hb + h * stride_hh + t64[:, None] * stride_ht + d.to(tl.int64)[None, :] * stride_hd
         )
-        x = tl.load(x_at, mask=(t < T)[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+        x = load_wide(x_at, (t < T)[:, None] & in_d[None, :])
         y_at = passing + b * stride_pb + h * stride_ph + d.to(tl.int64) * stride_pd
         for n in tl.range(first, last):
-            y = tl.load(y_at + n * stride_pt, mask=in_d, other=0.0).to(tl.float32)
+            y = load_wide(y_at + n * stride_pt, in_d)
             g1 = tl.load(g + n * padded)
             r1 = _reciprocal_of_sum(x + y[None, :], NVIDIA)
             if grad_weight is not None:
@@ -567,7 +620,8 @@ CHUNK = 1 << 23
 # Up to here reading the keys once per query costs less than packing them.
 FEW_QUERIES = 4
 # What a step of tl.dot in backward sums over, 16 numbers of float32: with 32, three TF32 products spill on sm_80.
-DOT_BYTES = 64
+# Triton 3.6 takes no fewer than 16.
+DOT_BYTES, DOT_TERMS = 64, 16
 # Rows of scratch for backward are padded to this many numbers, so that wide loads are aligned.
 PAD = 32
 
@@ -591,25 +645,42 @@ def _strides(t, block=1):
     return tuple(0 if t.shape[dim] == 1 else t.stride(dim) // block for dim in (0, 1))
 
 
+def _arithmetic(dtype):
+    """The dtype of scratch and sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _dot_terms(dtype):
+    return max(DOT_TERMS, DOT_BYTES // dtype.itemsize)
+
+
+def _scalar(x, dtype):
+    """A float argument of a kernel: Triton passes floats in single precision, so double goes as its bits."""
+    if x is None or dtype != torch.float64:
+        return x
+    return struct.unpack("q", struct.pack("d", x))[0]
+
+
 def _pack(t, channels, block, by_row=False):
     """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded."""
     t = _unexpanded(t)
     (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
-    packed = torch.empty(B, H, tiles, channels * block, dtype=torch.float32, device=t.device)
-    bounds = torch.empty(B, H, tiles, dtype=torch.float32, device=t.device)
+    empty = functools.partial(torch.empty, dtype=_arithmetic(t.dtype), device=t.device)
+    packed, bounds = empty(B, H, tiles, channels * block), empty(B, H, tiles)
+    block_d = min(128, 8192 // block) // packed.itemsize  # whole sectors of a row; 16 numbers of float32 a thread
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, *t.stride(), H, T, tiles,
-        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=min(32, 2048 // block), BY_ROW=by_row, num_warps=4,
+        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row, num_warps=4,
     )  # fmt: skip
     return packed, bounds
 
 
 def _packed_weight(weight, channels):
-    """float32 (H or 1, channels), padded with 0."""
+    """(H or 1, channels) in the dtype of the arithmetic, padded with 0."""
     if weight.shape[0] > 1 and weight.stride(0) == 0:
         weight = weight[:1]
-    weight = torch.nn.functional.pad(weight.float(), (0, channels - weight.shape[1]))
+    weight = torch.nn.functional.pad(weight.to(_arithmetic(weight.dtype)), (0, channels - weight.shape[1]))
     return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
 
 
@@ -626,7 +697,9 @@ class _Problem:
         self.query, self.key, self.value = query, key, value
         self.mask = None if mask is None else mask.expand(self.B, self.H, self.Tq, self.Tk).view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
-        self.is_causal, self.scale, self.softcap = is_causal, scale, softcap
+        self.is_causal = is_causal
+        self.scale, self.softcap = (_scalar(x, query.dtype) for x in (scale, softcap))
+        self.empty = functools.partial(torch.empty, dtype=_arithmetic(query.dtype), device=query.device)
         self.BH = self.B * self.H
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)
@@ -655,7 +728,7 @@ class _Problem:
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         n = end - first
         if self.few:
-            block_k, block_d = tile.extents
+            block_k, block_d = tile.extents_in(query.dtype)
             launch(
                 additive_attention_fwd_kernel_few, (n * triton.cdiv(self.Tk, block_k) * self.BH,),
                 query, self.key, self.weight, mask, self.key_lengths, out,
@@ -664,7 +737,7 @@ class _Problem:
                 NVIDIA=NVIDIA, num_warps=tile.warps,
             )  # fmt: skip
             return
-        block_q, block_k = tile.extents
+        block_q, block_k = tile.extents_in(query.dtype)
         if block_k not in self.key_packed:
             self.key_packed[block_k] = _pack(self.key, self.channels, block_k)
         key_exp, key_bound = self.key_packed[block_k]
@@ -688,7 +761,7 @@ class _Problem:
         self._tiled("context", self.Dv, sizes, lambda tile: self._attend(tile, *arguments))
 
     def _attend(self, tile, scores, context, lse, first, allow_tf32):
-        n, (block_q, block_k) = lse.shape[2], tile.extents
+        n, (block_q, block_k) = lse.shape[2], tile.extents_in(lse.dtype)
         block_v = min(128, max(16, triton.next_power_of_2(self.Dv)))
         q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(self.Dv, block_v))
         wanted = _programs_wanted(self.query.device) // (q_tiles * v_tiles * self.BH)
@@ -696,8 +769,8 @@ class _Problem:
         splits = triton.cdiv(self.Tk, split_keys)
         parts, lse_parts, stride_s = context, lse, (0, 0)
         if splits > 1:
-            parts = torch.empty(splits, self.B, self.H, n, self.Dv, dtype=torch.float32, device=lse.device)
-            lse_parts = torch.empty(parts.shape[:-1], dtype=torch.float32, device=lse.device)
+            parts = self.empty(splits, self.B, self.H, n, self.Dv)
+            lse_parts = self.empty(parts.shape[:-1])
             stride_s = (parts.stride(0), lse_parts.stride(0))
         launch(
             additive_attention_fwd_kernel_context, (q_tiles * self.BH, splits, v_tiles),
@@ -726,22 +799,23 @@ class _Problem:
         """g (B, H, n, Tk) and its transpose, rows padded to PAD; context and its gradient are (B, H, n, Dv)."""
         n, block_q, block_k = lse.shape[2], 32, 32
         q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, self.Tk))
-        g = torch.empty(self.BH, n, k_padded, dtype=torch.float32, device=lse.device)
-        g_transposed = torch.empty(self.BH, self.Tk, q_padded, dtype=torch.float32, device=lse.device)
+        g, g_transposed = self.empty(self.BH, n, k_padded), self.empty(self.BH, self.Tk, q_padded)
+        # Where no tensor core takes float64 (sm_120), its products spill beside the operands of a second stage.
+        warps, stages = (8, 1) if g.dtype == torch.float64 else (4, 2)
         launch(
             additive_attention_bwd_kernel_gradient,
             (triton.cdiv(n, block_q) * triton.cdiv(self.Tk, block_k) * self.BH,),
             scores, lse, self.value, context, grad_context, grad_weights, shift, g, g_transposed,
             *self.value.stride(), *context.stride()[:2], self.H, n, self.Tk, self.scale, self.softcap,
-            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=DOT_BYTES // context.itemsize, PAD=PAD,
-            NVIDIA=NVIDIA, num_warps=4,
+            Dv=self.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=_dot_terms(context.dtype), PAD=PAD,
+            NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return g, g_transposed
 
     def value_gradient(self, scores, lse, grad_context, first):
-        """float32 (B, H, Tk, Dv): what the queries from first on give."""
-        out = torch.empty(self.B, self.H, self.Tk, self.Dv, dtype=torch.float32, device=lse.device)
-        block_q, block_k = DOT_BYTES // grad_context.itemsize, 32
+        """(B, H, Tk, Dv): what the queries from first on give."""
+        out = self.empty(self.B, self.H, self.Tk, self.Dv)
+        block_q, block_k = _dot_terms(grad_context.dtype), 32
         block_v = min(64, max(16, triton.next_power_of_2(self.Dv)))
         launch(
             additive_attention_bwd_kernel_value,
@@ -754,7 +828,7 @@ class _Problem:
         return out
 
     def input_gradient(self, g, first, end, of_query):
-        """float32 gradients (B, H, T, D) of queries first to end and (H, D) of weight; or of keys, and None."""
+        """Gradients (B, H, T, D) of queries first to end and (H, D) of weight; or of keys, and None."""
         tiles = slice(first // PAD, triton.cdiv(end, PAD))
         if of_query:
             held, held_exp, held_bound = self.query[:, :, first:end], self.query_rows, self.query_bound
@@ -776,15 +850,14 @@ class _Problem:
     def _input_gradient(
         self, tile, g, first, held, passing, held_exp, passing_exp, held_bound, passing_bound, of_query
     ):
-        T, passing_T, (block_t, block_d) = held.shape[2], passing.shape[2], tile.extents
+        T, passing_T, (block_t, block_d) = held.shape[2], passing.shape[2], tile.extents_in(held.dtype)
         tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(self.D, block_d))
         # A program is one warp: a multiprocessor wants many.
         wanted = 8 * _programs_wanted(held.device) // (tiles * channel_tiles * self.BH)
         split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, min(wanted, 64))), PAD) * PAD
         splits = triton.cdiv(passing_T, split_rows)
-        empty = functools.partial(torch.empty, dtype=torch.float32, device=held.device)
-        grad = empty(splits, self.B, self.H, T, self.D)
-        grad_weight = empty(splits, self.B, self.H, tiles, self.D) if of_query else None
+        grad = self.empty(splits, self.B, self.H, T, self.D)
+        grad_weight = self.empty(splits, self.B, self.H, tiles, self.D) if of_query else None
         launch(
             additive_attention_bwd_kernel_inputs, (tiles * self.BH, channel_tiles, splits),
             held, passing, held_exp, passing_exp, held_bound,
@@ -800,8 +873,9 @@ class _Problem:
 
 
 def _weights(scores, lse, dtype):
-    shift = lse.masked_fill(lse == float("-inf"), 0.0).masked_fill(lse == float("inf"), float("nan"))
-    return torch.exp(scores - shift.unsqueeze(-1)).to(dtype)
+    """exp(scores - lse), 0 for masked keys."""
+    p = scores - lse.masked_fill(lse.isinf(), float("nan")).unsqueeze(-1)
+    return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
 
 def additive_attention_fwd(
@@ -812,10 +886,8 @@ def additive_attention_fwd(
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
-    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-    scores = torch.empty(
-        (*rows, Tk) if keep_scores or return_weights else 0, dtype=torch.float32, device=query.device
-    )
+    empty = functools.partial(torch.empty, dtype=_arithmetic(query.dtype), device=query.device)
+    lse, scores = empty(rows), empty((*rows, Tk) if keep_scores or return_weights else 0)
     if Tk == 0:
         lse.fill_(float("-inf"))
     elif lse.numel():
@@ -859,7 +931,7 @@ def additive_attention_bwd(
         if grad_weights is not None:
             grad_weights = grad_weights.contiguous()
         if grad_lse is not None:
-            grad_lse = grad_lse.reshape(B, H, Tq).float()
+            grad_lse = grad_lse.reshape(B, H, Tq).to(lse.dtype)
         grad_query = torch.empty(B, H, Tq, problem.D, dtype=query.dtype, device=query.device)
         totals = None
         for first, end in problem.chunks(kept or grad_weights is not None):
@@ -870,7 +942,7 @@ def additive_attention_bwd(
                 problem.scores(s, first, end)
             shift = None
             if grad_weights is not None:
-                p = _weights(s.view(B, H, Tq, Tk), lse, torch.float32)
+                p = _weights(s.view(B, H, Tq, Tk), lse, lse.dtype)
                 shift = (p * grad_weights.view(p.shape)).sum(-1)
             if grad_lse is not None:
                 shift = -grad_lse[:, :, part] if shift is None else shift - grad_lse
@@ -901,12 +973,18 @@ register(
 # For tools
 
 
-def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
+def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
+    calls = (
+        ((4, 512, 512, 256), False),
+        ((64, 1, 1024, 512), False),
+        ((128, 10, 128, 1024), True),
+        ((128, 64, 128, 1024), True),
+    )
     found = {}
-    for dtype, (shape, masked) in itertools.product(
-        dtypes, (((4, 512, 512, 256), False), ((64, 1, 1024, 512), False), ((128, 10, 128, 1024), True))
-    ):
+    for dtype, (shape, masked) in itertools.product(dtypes, calls):
+        if dtype == torch.float64 and shape == calls[0][0]:
+            continue  # the others have its kernels, too, and compiling takes its time
         for kernel in recorded(lambda: _typical_call(*shape, dtype, masked), target):  # noqa: B023, called at once
             found.setdefault(kernel.specialisation, kernel)
     return list(found.values())

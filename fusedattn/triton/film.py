@@ -350,9 +350,7 @@ def _strides(*parameters: Tensor | None):
 
 def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
     """Extents of a tile: long enough along memory to coalesce, then as many runs or rows as fill it."""
-    (elements,) = tile.extents
-    if view.x.dtype == torch.float64:
-        elements //= 2
+    (elements,) = tile.extents_in(view.x.dtype)
     if view.N > 1:
         along = _power_of_2(view.N, elements // 2)
         if along < 256:
