@@ -334,15 +334,11 @@ def test_unusual_weights(values):
 def check_infinite(inputs, kernel=additive_attention, **options):
     """NaN and infinities stand where they do in the reference; gradients hide none of its.
 
-    Two are its own: it multiplies the zeros of masked pairs with infinite weights in gradients; and in a row whose
-    softmax is NaN its weights of masked keys are 0, where a kernel's may be NaN.
+    With a mask gradients are not compared: the reference multiplies the zeros of masked pairs with infinite weights.
     """
     actual = run(kernel, inputs, **options)
     eager = run(additive_attention_ref, inputs, **options)
-    row_is_nan = eager["weights"].isnan().any(-1, keepdim=True)
-    weights = torch.where(row_is_nan & actual["weights"].isnan(), eager["weights"], actual["weights"])
-    torch.testing.assert_close(weights, eager["weights"], equal_nan=True)
-    for name in ("context", "lse"):
+    for name in ("context", "weights", "lse"):
         torch.testing.assert_close(actual[name], eager[name], equal_nan=True)
     for gradient in () if "mask" in options else ("grad_query", "grad_key", "grad_value", "grad_weight"):
         hidden = actual[gradient].isfinite() & ~eager[gradient].isfinite()

@@ -368,16 +368,22 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
   constexpr int64_t BLOCK = 64 * W;  // lane sums are folded into float64 so often
   for (int64_t r = 0; r < n; ++r, scores += Tk, p += Tk) {
     Vec<T> top = splat(-INF<T>);
+    IntVec<T> is_nan{};
     int64_t j = 0;
-    for (; j + W <= Tk; j += W) top = max(load(scores + j), top);
+    for (; j + W <= Tk; j += W) {
+      top = max(load(scores + j), top);
+      is_nan |= load(scores + j) != load(scores + j);
+    }
     T m = horizontal_max<T>(top);
-    for (; j < Tk; ++j) m = scores[j] > m ? scores[j] : m;
-    const bool infinite = m == INF<T> || m == -INF<T>;
-    bool nan = false;
-    for (j = 0; infinite && j < Tk; ++j) nan |= scores[j] != scores[j];
-    if ((m == -INF<T> && !nan) || m == VISIBLE_MINUS_INF<T>) {
-      for (j = 0; j < Tk; ++j) p[j] = m == -INF<T> ? 0 : NOT_A_NUMBER<T>;
-      lse[r] = -INF<T>;
+    bool nan = any(is_nan);
+    for (; j < Tk; ++j) {
+      m = scores[j] > m ? scores[j] : m;
+      nan |= scores[j] != scores[j];
+    }
+    // No key is visible, or softmax is NaN.
+    if (nan || m == INF<T> || m == -INF<T> || m == VISIBLE_MINUS_INF<T>) {
+      for (j = 0; j < Tk; ++j) p[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+      lse[r] = nan ? NOT_A_NUMBER<T> : m == INF<T> ? INF<T> : -INF<T>;
       continue;
     }
     double sum = 0;
@@ -400,7 +406,7 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
     }
     const T inverse = static_cast<T>(1 / sum);
     for (j = 0; j < Tk; ++j) p[j] *= inverse;
-    lse[r] = m == INF<T> && !nan ? m : m + log_of(static_cast<T>(sum));
+    lse[r] = m + log_of(static_cast<T>(sum));
   }
 }
 
@@ -557,14 +563,11 @@ void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head
 template <typename T>
 T grad_scores(const AttentionProblem<T>& p, const T* scores, T lse, T grad_lse, T* prob, T* g) {
   constexpr int W = LANES<T>;
-  if (lse == -INF<T>) {
-    T empty = 0;
-    for (int64_t j = 0; j < p.Tk; ++j)
-      if (scores[j] != -INF<T>) empty = NOT_A_NUMBER<T>;
-    for (int64_t j = 0; j < p.Tk; ++j) prob[j] = g[j] = empty;
-    return empty;
+  if (lse - lse != 0) {  // no key is visible, or softmax is NaN
+    T sum = 0;
+    for (int64_t j = 0; j < p.Tk; ++j) sum += prob[j] = g[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+    return sum;
   }
-  if (lse == INF<T>) lse = NOT_A_NUMBER<T>;  // softmax of an infinite score is NaN
   const int64_t whole = p.Tk / W * W;
   Vec<T> lanes{};
   for (int64_t j = 0; j < p.Tk; j += W) {
