@@ -334,7 +334,7 @@ def test_unusual_weights(values):
 def check_infinite(inputs, kernel=additive_attention, **options):
     """NaN and infinities stand where they do in the reference; gradients hide none of its.
 
-    With a mask gradients are not compared: the reference multiplies the zeros of masked pairs with infinite weights.
+    With a mask gradients are not compared: the reference multiplies the zeros of masked pairs with infinities.
     """
     actual = run(kernel, inputs, **options)
     eager = run(additive_attention_ref, inputs, **options)
