@@ -39,11 +39,11 @@ struct AttentionProblem {
   const T* weight_scaled;  // (H, D_padded): weight / weight_max, so that no product overflows
   const T* weight_max;     // (H,)
   const T* weight_sum;     // (H,): sum of weight_scaled
-  Output key_output = Output::WRITTEN,
-         value_output =
-             Output::WRITTEN;  // of their gradients, first written; STREAMED rows are whole aligned vectors
-  T* query_exp;                // (rows of the chunk, D_padded): exp(2 query)
-  T* query_bound;              // (rows of the chunk,): max |query|
+  T* query_exp;            // (rows of the chunk, D_padded): exp(2 query)
+  T* query_bound;          // (rows of the chunk,): max |query|
+  // Of their gradients, when first written. Rows that are STREAMED are whole aligned vectors.
+  Output key_output = Output::WRITTEN;
+  Output value_output = Output::WRITTEN;
 
   // Keys at or after this one are invisible to every query of the batch element.
   __attribute__((always_inline)) int64_t visible_keys(int64_t b) const {
