@@ -293,15 +293,36 @@ MAGNITUDES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("D", [1, 16, 70])
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_magnitudes(magnitude, D, dtype):
-    query, key, value, weight = make_inputs(shape(1, 5, 21, D, 3), dtype)
+@pytest.mark.parametrize("Tq", [1, 5])
+def test_magnitudes(Tq, magnitude, D, dtype):
+    query, key, value, weight = make_inputs(shape(1, Tq, 21, D, 3), dtype)
     q, k = MAGNITUDES[magnitude]
     query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
     key = k + 0.25 * key if abs(k) < 1e6 else k * key.sign()
     check([query, key, value, weight])
 
 
-@pytest.mark.parametrize("Tq", [3, 40])
+@pytest.mark.parametrize("Tq", [1, 3])
+def test_weights_whose_sum_overflows(Tq):
+    """w - 2 w r is finite where the sums of either are not."""
+    inputs = make_inputs(shape(2, Tq, 19, 40))
+    inputs[3] = torch.full_like(inputs[3], 3e38)
+    for t in inputs[:2]:
+        t *= 1e-3
+    actual, eager, exact = (
+        function(*(t.to(dtype) for t in inputs), return_lse=True)[1]
+        for function, dtype in (
+            (additive_attention, torch.float32),
+            (additive_attention_ref, torch.float32),
+            (additive_attention_ref, torch.float64),
+        )
+    )
+    assert exact.abs().max() < torch.finfo(torch.float32).max
+    noise = inputs[3].double().norm() + inputs[3].double().sum()  # as in term_magnitudes
+    assert_close_to_reference(actual, eager, exact, terms=40, scale=noise.item())
+
+
+@pytest.mark.parametrize("Tq", [1, 3, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_magnitudes_mixed_within_tiles(dtype, Tq):
     query, key, value, weight = make_inputs(shape(2, Tq, 43, 37, 5), dtype)

@@ -228,11 +228,12 @@ void prepare_query(const AttentionProblem<T>& p, const Chunk& chunk, int64_t row
 // Rows of scores from sums over d: scaled, capped, masked. `keys` of them are visible, the block has `width`.
 template <typename T>
 FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& at, int64_t i, int64_t j,
-                                    int64_t keys, int64_t width, T factor, T offset, const T* sums, T* out) {
+                                    int64_t keys, int64_t width, T factor, T slope, T offset, const T* sums,
+                                    T* out) {
   constexpr int W = LANES<T>;
   T row[KEY_BLOCK];
   for (int64_t c = 0; c < KEY_BLOCK; c += W) {
-    Vec<T> s = factor * load(sums + c) + offset;
+    Vec<T> s = factor * (slope * load(sums + c) + offset);  // their sum may be finite where neither is
     if (p.softcap != 0) s = p.softcap * tanh(s * (1 / p.softcap));
     s = s == -INF<T> ? splat(VISIBLE_MINUS_INF<T>) : s;
     store(row + c, s);
@@ -306,8 +307,8 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
   const bool finite = weight_sum - weight_sum == 0;
   const auto finish = [&](int64_t r, const T* sums) {
-    finish_scores(p, at, chunk.first_query + r, first_key, keys, width, finite ? -2 * factor : factor,
-                  finite ? factor * weight_sum : T(0), sums, scores + r * p.Tk);
+    finish_scores(p, at, chunk.first_query + r, first_key, keys, width, factor, finite ? T(-2) : T(1),
+                  finite ? weight_sum : T(0), sums, scores + r * p.Tk);
   };
   T sums[TILE_QUERIES<Mode::QUAD> * KEY_BLOCK] = {};
   if (chunk.queries == 1 && p.key_exp == nullptr && finite) {
