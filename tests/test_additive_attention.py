@@ -302,17 +302,16 @@ def test_magnitudes(Tq, magnitude, D, dtype):
     check([query, key, value, weight])
 
 
-@pytest.mark.parametrize("Tq", [1, 3])
-def test_weights_whose_sum_overflows(Tq):
+def check_overflowing_weights(Tq, kernel=additive_attention):
     """w - 2 w r is finite where the sums of either are not."""
     inputs = make_inputs(shape(2, Tq, 19, 40))
     inputs[3] = torch.full_like(inputs[3], 3e38)
     for t in inputs[:2]:
         t *= 1e-3
     actual, eager, exact = (
-        function(*(t.to(dtype) for t in inputs), return_lse=True)[1]
+        function(*(t.to(dtype) for t in inputs), return_weights=True, return_lse=True)[2]
         for function, dtype in (
-            (additive_attention, torch.float32),
+            (kernel, torch.float32),
             (additive_attention_ref, torch.float32),
             (additive_attention_ref, torch.float64),
         )
@@ -320,6 +319,11 @@ def test_weights_whose_sum_overflows(Tq):
     assert exact.abs().max() < torch.finfo(torch.float32).max
     noise = inputs[3].double().norm() + inputs[3].double().sum()  # as in term_magnitudes
     assert_close_to_reference(actual, eager, exact, terms=40, scale=noise.item())
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+def test_weights_whose_sum_overflows(Tq):
+    check_overflowing_weights(Tq)
 
 
 @pytest.mark.parametrize("Tq", [1, 3, 40])

@@ -255,6 +255,11 @@ def test_minus_infinity_is_not_a_mask(module, Tq, Tk):
     cases.check_minus_infinity(Tq, Tk, torch.float32, functools.partial(emulated_attention, module))
 
 
+@pytest.mark.parametrize("Tq", [1, 20])
+def test_weights_whose_sum_overflows(module, Tq):
+    cases.check_overflowing_weights(Tq, functools.partial(emulated_attention, module))
+
+
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("sizes", [shape(2, 5, 33, 20, 7), shape(2, 18, 19, 24, 9, H=3)], ids=shape_id)
 def test_non_contiguous_inputs(module, sizes, strides):

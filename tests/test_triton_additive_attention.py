@@ -19,6 +19,7 @@ from test_additive_attention import (
     check,
     check_infinite,
     check_minus_infinity,
+    check_overflowing_weights,
     make_inputs,
     run,
     shape,
@@ -122,6 +123,11 @@ def test_an_infinite_weight_gives_an_infinite_lse_and_nan_beside_it(Tq, Tk, spec
 @pytest.mark.parametrize("Tq", [3, 20])
 def test_minus_infinity_is_not_a_mask(Tq, Tk, dtype):
     check_minus_infinity(Tq, Tk, dtype, attention)
+
+
+@pytest.mark.parametrize("Tq", [1, 20])
+def test_weights_whose_sum_overflows(Tq):
+    check_overflowing_weights(Tq, attention)
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf], ids=["nan", "inf"])

@@ -330,17 +330,22 @@ FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, bool 
   }
 }
 
+// The scaled score from the sum over its channels, w - 2 w r or w tanh. Multiplied last: it may be finite where
+// neither term is.
+template <typename T>
+FUSEDATTN_DEVICE T scaled_score(const WeightScale<T>& weight, T scale, T sum) {
+  return scale * weight.top * gpu::fma(weight.finite ? T(-2) : T(1), sum, weight.finite ? weight.sum : T(0));
+}
+
 // Scores of the thread's pairs, scaled, capped and masked, from the sums over their channels; -inf where
 // invisible.
 template <typename S, typename T>
 FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
                                     int64_t i0, int64_t j0, int64_t keys_end, T (&score)[TILE_Q][TILE_K]) {
-  const T factor = T(p.scale) * weight.top, slope = weight.finite ? -2 * factor : factor;
-  const T offset = weight.finite ? factor * weight.sum : T(0);
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
-    for (int j = 0; j < TILE_K; ++j) score[i][j] = gpu::fma(slope, score[i][j], offset);
+    for (int j = 0; j < TILE_K; ++j) score[i][j] = scaled_score(weight, T(p.scale), score[i][j]);
   if (p.softcap != 0) {
     const T cap = T(p.softcap), inverse = 1 / cap;
 #pragma unroll
@@ -467,8 +472,7 @@ FUSEDATTN_DEVICE T finished_score(const AttentionProblem<S>& p, const Head& at, 
   if (p.mask != nullptr &&
       !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
     return -INFINITE<T>;
-  const T factor = T(p.scale) * weight.top;
-  T score = weight.finite ? gpu::fma(-2 * factor, sum, factor * weight.sum) : factor * sum;
+  T score = scaled_score(weight, T(p.scale), sum);
   if (p.softcap != 0) score = T(p.softcap) * gpu::tanh(score * (1 / T(p.softcap)));
   return score == -INFINITE<T> ? VISIBLE_MINUS_INF<T> : score;
 }
