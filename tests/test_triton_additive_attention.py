@@ -28,7 +28,7 @@ from test_additive_attention import (
 from torch._inductor.utils import run_and_get_code
 
 from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
-from fusedattn.triton import additive_attention as kernels
+from fusedattn.triton import additive_attention_problem
 
 attention = functools.partial(additive_attention, backend="triton")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -177,7 +177,7 @@ def test_zero_sizes(empty):
 
 def test_several_chunks_of_queries(monkeypatch):
     """Scratch is bounded: the scores of 32 queries at a time, none of them kept."""
-    monkeypatch.setattr(kernels, "CHUNK", 1)
+    monkeypatch.setattr(additive_attention_problem, "CHUNK", 1)
     check(make_inputs(shape(1, 70, 40, 2, 3)), attention, is_causal=True, key_lengths=torch.tensor([37]))
     inputs = [t.requires_grad_() for t in make_inputs(shape(2, 70, 40, 2, 3))]
     monkeypatch.setattr("fusedattn.ops.additive_attention._keeps_scores", lambda *_: False)

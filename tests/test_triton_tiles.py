@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("launches are recorded here, not interpreted", allow_module_level=True)
 
-from fusedattn.triton import _tiles, additive_attention, film
+from fusedattn.triton import _tiles, additive_attention, additive_attention_fwd, film
 
 KERNELS = sorted({tile.kernel for tile in _tiles.TABLE})
 TARGETS = {_tiles.SM_80: ("cuda", 80), _tiles.SM_90: ("cuda", 120), _tiles.AMD: ("hip", "gfx942")}
@@ -51,7 +51,7 @@ def test_launchers_take_the_rows_of_the_target():
     found = {}
     for gpu, target in TARGETS.items():
         for kernel in additive_attention.kernels((torch.float32,), target):
-            if kernel.function is additive_attention.additive_attention_fwd_kernel_scores:
+            if kernel.function is additive_attention_fwd.additive_attention_fwd_kernel_scores:
                 extents = (kernel.constexprs["BLOCK_Q"], kernel.constexprs["BLOCK_K"])
                 found.setdefault(gpu, set()).add((extents, kernel.num_warps))
     for gpu in TARGETS:

@@ -47,7 +47,10 @@ def triton_version() -> str:
 
 
 def ops() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+    """Those of fusedattn/ops; other files of the folder are parts of theirs."""
+    return sorted(
+        path.stem for path in FOLDER.glob("[!_]*.py") if (tools.ROOT / "fusedattn/ops" / path.name).exists()
+    )
 
 
 @cache

@@ -1,0 +1,323 @@
+"""Additive attention in Triton, backward: g_ij, then its sums over pairs. See ``additive_attention.py``."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide
+from fusedattn.triton.additive_attention_problem import (
+    LOG2E,
+    PAIR_RANGE,
+    UNSPECIALISED,
+    batch_and_head,
+    number,
+    pack,
+    programs_wanted,
+    reciprocal_of_sum,
+    strides,
+)
+
+# What a step of tl.dot sums over, 16 numbers of float32: with 32, three TF32 products spill on sm_80. Triton 3.6
+# takes no fewer than 16.
+DOT_BYTES, DOT_TERMS = 64, 16
+# Rows of scratch are padded to this many numbers, so that wide loads are aligned.
+PAD = 32
+
+
+def _dot_terms(dtype):
+    return max(DOT_TERMS, DOT_BYTES // dtype.itemsize)
+
+
+@triton.jit
+def _probability(s, lse):
+    """exp(s - lse), NaN where lse is infinite, as softmax is; there of masked keys, too, whose s is -inf."""
+    return tl.exp2((s - tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)) * LOG2E)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_bwd_kernel_gradient(
+    scores, lse, value, context, grad_context, grad_weights, shift, g, g_transposed,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, H, Tq, Tk, scale, softcap,
+    Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAD: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """g_ij, the gradient of the score before cap and scale, of one tile; rows are padded with 0 to PAD.
+
+    shift is sum_j p_ij dp_ij - dL_i, or None. Grid: (query tiles * key tiles * B * H,).
+    """
+    ARITHMETIC: tl.constexpr = scores.dtype.element_ty
+    q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
+    q_tile = tl.program_id(0) % q_tiles
+    k_tile = (tl.program_id(0) // q_tiles) % k_tiles
+    bh, b, h = batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
+    i, j = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q), k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    i64, j64 = i.to(tl.int64), j.to(tl.int64)
+    in_q, in_k = i < Tq, j < Tk
+    at = (bh * Tq + i64)[:, None] * Tk + j64[None, :]
+    inside = in_q[:, None] & in_k[None, :]
+
+    s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
+    row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
+    p = _probability(s, row_lse[:, None])
+    a = tl.zeros((BLOCK_Q, BLOCK_K), ARITHMETIC)
+    mean = tl.zeros((BLOCK_Q,), ARITHMETIC)
+    if grad_context is not None:
+        terms = tl.zeros((BLOCK_Q, BLOCK_V), ARITHMETIC)
+        base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
+        values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
+        for start in tl.range(0, Dv, BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            rows = in_q[:, None] & (v < Dv)[None, :]
+            dc = tl.load(grad_context + base + v[None, :], mask=rows, other=0.0)
+            c = tl.load(context + base + v[None, :], mask=rows, other=0.0)
+            x_at = values + v.to(tl.int64)[:, None] * stride_vd
+            x = tl.load(x_at, mask=in_k[None, :] & (v < Dv)[:, None], other=0.0)  # [BLOCK_V, BLOCK_K]
+            a = tl.dot(dc, x, a, input_precision="tf32x3" if NVIDIA else "ieee", out_dtype=ARITHMETIC)
+            terms = tl.fma(dc.to(ARITHMETIC), c.to(ARITHMETIC), terms)
+        # Summed across threads once. A product summed at once would become an FMA in each thread, and what threads
+        # add would not be the same number: copies of a sum would differ in the last bit.
+        mean = tl.sum(terms, 1)
+    if grad_weights is not None:
+        a += load_wide(grad_weights + at, inside)
+    if shift is not None:
+        mean += tl.load(shift + bh * Tq + i64, mask=in_q, other=0.0)
+    gradient = p * (a - mean[:, None]) * number(scale, ARITHMETIC)
+    if softcap is not None:
+        softcap = number(softcap, ARITHMETIC)
+        gradient *= 1.0 - (s / softcap) * (s / softcap)
+    gradient = tl.where(s == float("-inf"), 0.0, gradient)
+    q_padded, k_padded = tl.cdiv(Tq, PAD) * PAD, tl.cdiv(Tk, PAD) * PAD
+    out = g + (bh * Tq + i64)[:, None] * k_padded + j64[None, :]
+    tl.store(out, gradient, mask=in_q[:, None] & (j < k_padded)[None, :])
+    out_transposed = g_transposed + (bh * Tk + j64)[:, None] * q_padded + i64[None, :]
+    tl.store(out_transposed, tl.trans(gradient), mask=in_k[:, None] & (i < q_padded)[None, :])
+
+
+def score_gradient(problem, scores, lse, context, grad_context, grad_weights, shift):
+    """g (B, H, n, Tk) and its transpose, rows padded to PAD; context and its gradient are (B, H, n, Dv)."""
+    n, block_q, block_k = lse.shape[2], 32, 32
+    q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, problem.Tk))
+    g, g_transposed = problem.empty(problem.BH, n, k_padded), problem.empty(problem.BH, problem.Tk, q_padded)
+    # Where no tensor core takes float64 (sm_120), its products spill beside the operands of a second stage.
+    warps, stages = (8, 1) if g.dtype == torch.float64 else (4, 2)
+    launch(
+        additive_attention_bwd_kernel_gradient,
+        (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
+        scores, lse, problem.value, context, grad_context, grad_weights, shift, g, g_transposed,
+        *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk, problem.scale, problem.softcap,
+        Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=_dot_terms(context.dtype), PAD=PAD,
+        NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return g, g_transposed
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_bwd_kernel_value(
+    scores, lse, grad_context, key_lengths, grad_value, stride_cb, stride_ch, H, Tq, Tk, first_query,
+    IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """dx_j = sum_i p_ij dc_i, (B, H, Tk, Dv) in the arithmetic's dtype. Grid: (key tiles * B * H, value tiles)."""
+    ARITHMETIC: tl.constexpr = scores.dtype.element_ty
+    k_tiles = tl.cdiv(Tk, BLOCK_K)
+    k_tile = tl.program_id(0) % k_tiles
+    bh, b, h = batch_and_head(tl.program_id(0) // k_tiles, H)
+    j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    j64 = j.to(tl.int64)
+    in_k, in_v = j < Tk, v < Dv
+    first, last = 0, Tq
+    if IS_CAUSAL:  # earlier queries do not see these keys
+        first = tl.maximum(k_tile * BLOCK_K - first_query, 0) // BLOCK_Q * BLOCK_Q
+    if key_lengths is not None:
+        last = tl.where(tl.load(key_lengths + b) <= k_tile * BLOCK_K, first, last)
+
+    scores += bh * Tq * Tk
+    lse += bh * Tq
+    grad_context += b * stride_cb + h * stride_ch
+    acc = tl.zeros((BLOCK_K, BLOCK_V), ARITHMETIC)
+    for start in tl.range(first, last, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
+        i64 = i.to(tl.int64)
+        in_q = i < Tq
+        s_at = scores + i64[None, :] * Tk + j64[:, None]
+        s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
+        row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
+        p = tl.where(s == float("-inf"), 0.0, _probability(s, row_lse[None, :]))
+        dc_at = grad_context + i64[:, None] * Dv + v[None, :]
+        dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
+        precision: tl.constexpr = "tf32x3" if NVIDIA else "ieee"
+        acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision=precision, out_dtype=ARITHMETIC)
+    out = grad_value + (bh * Tk + j64)[:, None] * Dv + v[None, :]
+    tl.store(out, acc, mask=in_k[:, None] & in_v[None, :])
+
+
+def value_gradient(problem, scores, lse, grad_context, first):
+    """(B, H, Tk, Dv): what the queries from first on give."""
+    out = problem.empty(problem.B, problem.H, problem.Tk, problem.Dv)
+    block_q, block_k = _dot_terms(grad_context.dtype), 32
+    block_v = min(64, max(16, triton.next_power_of_2(problem.Dv)))
+    launch(
+        additive_attention_bwd_kernel_value,
+        (triton.cdiv(problem.Tk, block_k) * problem.BH, triton.cdiv(problem.Dv, block_v), 1),
+        scores, lse, grad_context, problem.key_lengths, out, *grad_context.stride()[:2],
+        problem.H, lse.shape[2], problem.Tk, first,
+        IS_CAUSAL=problem.is_causal, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+        NVIDIA=NVIDIA, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_bwd_kernel_inputs(
+    held, passing, held_exp, passing_exp, held_bound, passing_bound, weight, g, key_lengths, grad, grad_weight,
+    stride_hb, stride_hh, stride_ht, stride_hd, stride_pb, stride_ph, stride_pt, stride_pd,
+    held_tiles_b, held_tiles_h, passing_tiles_b, passing_tiles_h, stride_wh, H, BH, T, passing_T, first_query,
+    split_rows,
+    IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAD: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_T held rows (queries or keys), BLOCK_D channels, from a range of the passing rows.
+
+    With held queries, also grad_weight (splits, B, H, tiles, D). Two passing rows share a reciprocal,
+    r1 = t2 / (t1 t2), and g is one number for all channels: nothing is summed across threads. One warp holds the
+    tile: every thread has all BLOCK_T rows of 4 channels. Grid: (held tiles * B * H, channel tiles, splits).
+    """
+    ARITHMETIC: tl.constexpr = g.dtype.element_ty
+    tiles = tl.cdiv(T, BLOCK_T)
+    tile = tl.program_id(0) % tiles
+    bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
+    split = tl.program_id(2).to(tl.int64)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t64 = t.to(tl.int64)
+    in_d, in_pack = d < D, d < CHANNELS
+
+    first = split * split_rows
+    last = tl.minimum(first + split_rows, passing_T)
+    if grad_weight is not None:  # held queries, passing keys
+        if key_lengths is not None:
+            last = tl.minimum(last, tl.load(key_lengths + b))
+        if IS_CAUSAL:
+            last = tl.minimum(last, first_query + (tile + 1) * BLOCK_T)
+    else:
+        if key_lengths is not None:
+            last = tl.where(tl.load(key_lengths + b) <= tile * BLOCK_T, first, last)
+        if IS_CAUSAL:
+            first = tl.maximum(first, tl.maximum(tile * BLOCK_T - first_query, 0) // 2 * 2)
+
+    padded = tl.cdiv(T, PAD) * PAD
+    g += bh * passing_T * padded + t64
+    held_tile = b * held_tiles_b + h * held_tiles_h
+    acc = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)
+    sums = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)  # of g r
+    total = tl.zeros((BLOCK_T,), ARITHMETIC)  # of g
+    if tl.load(held_bound + held_tile + tile * BLOCK_T // PAD) + tl.load(passing_bound + bh) <= PAIR_RANGE:
+        e_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
+        e = tl.load(e_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
+        rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
+        for n in tl.range(first, last, 2):
+            t1 = tl.fma(e, tl.load(rows + n * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
+            t2 = tl.fma(e, tl.load(rows + (n + 1) * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
+            g1 = tl.load(g + n * padded)
+            # no second row after the last one
+            g2 = tl.load(g + (n + 1) * padded, mask=t < tl.minimum(last - n - 1, 1) * padded, other=0.0)
+            r = fast_reciprocal(t1 * t2, NVIDIA)
+            r1, r2 = t2 * r, t1 * r
+            if grad_weight is not None:
+                gr1, gr2 = g1[:, None] * r1, g2[:, None] * r2
+                sums += gr1 + gr2
+                acc = tl.fma(gr1, r1, tl.fma(gr2, r2, acc))
+                total += g1 + g2
+            else:
+                acc = tl.fma(g1[:, None], tl.fma(-r1, r1, r1), acc)
+                acc = tl.fma(g2[:, None], tl.fma(-r2, r2, r2), acc)
+    else:
+        x_at = (
+            held + b * stride_hb + h * stride_hh + t64[:, None] * stride_ht + d.to(tl.int64)[None, :] * stride_hd
+        )
+        x = load_wide(x_at, (t < T)[:, None] & in_d[None, :])
+        y_at = passing + b * stride_pb + h * stride_ph + d.to(tl.int64) * stride_pd
+        for n in tl.range(first, last):
+            y = load_wide(y_at + n * stride_pt, in_d)
+            g1 = tl.load(g + n * padded)
+            r1 = reciprocal_of_sum(x + y[None, :], NVIDIA)
+            if grad_weight is not None:
+                gr1 = g1[:, None] * r1
+                sums += gr1
+                acc = tl.fma(gr1, r1, acc)
+                total += g1
+            else:
+                acc = tl.fma(g1[:, None], tl.fma(-r1, r1, r1), acc)
+
+    part = split * BH + bh
+    if grad_weight is not None:
+        w_at = grad_weight + (part * tiles + tile) * D + d
+        tl.store(w_at, tl.sum(total, 0) - 2.0 * tl.sum(sums, 0), mask=in_d)
+        acc = sums - acc
+    w = tl.load(weight + h * stride_wh + d, mask=in_d, other=0.0)
+    out = grad + (part * T + t64)[:, None] * D + d[None, :]
+    tl.store(out, 4.0 * acc * w[None, :], mask=(t < T)[:, None] & in_d[None, :])
+
+
+class Rows(NamedTuple):
+    """Queries or keys, as the pass over inputs takes them."""
+
+    x: Tensor  # (B, H, T, D)
+    packed: Tensor  # exponentials in tiles of PAD rows, and their bounds; B and H are 1 where x is expanded
+    bounds: Tensor
+
+    def part(self, first, end):
+        tiles = slice(first // PAD, triton.cdiv(end, PAD))
+        return Rows(self.x[:, :, first:end], self.packed[:, :, tiles], self.bounds[:, :, tiles])
+
+
+def packed_rows(problem):
+    """Queries and keys."""
+    return (Rows(x, *pack(x, problem.channels, PAD, by_row=True)) for x in (problem.query, problem.key))
+
+
+def query_gradient(problem, g_transposed, queries, keys, first):
+    """Gradients (B, H, n, D) of the queries from first on, and (H, D) of weight."""
+    return _input_gradient(problem, g_transposed, queries, keys, first, of_query=True)
+
+
+def key_gradient(problem, g, queries, keys, first):
+    """(B, H, Tk, D): what the queries from first on give."""
+    return _input_gradient(problem, g, keys, queries, first, of_query=False)[0]
+
+
+def _input_gradient(problem, g, held, passing, first, of_query):
+    results = []
+
+    def run(tile):
+        results[:] = _input_gradient_by(tile, problem, g, held, passing, first, of_query)
+
+    problem.tiled("inputs", problem.D, (held.x.shape[2], passing.x.shape[2], problem.D), run)
+    return results
+
+
+def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
+    T, passing_T, (block_t, block_d) = held.x.shape[2], passing.x.shape[2], tile.extents_in(held.x.dtype)
+    tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(problem.D, block_d))
+    # A program is one warp: a multiprocessor wants many.
+    wanted = 8 * programs_wanted(held.x.device) // (tiles * channel_tiles * problem.BH)
+    split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, min(wanted, 64))), PAD) * PAD
+    splits = triton.cdiv(passing_T, split_rows)
+    grad = problem.empty(splits, problem.B, problem.H, T, problem.D)
+    grad_weight = problem.empty(splits, problem.B, problem.H, tiles, problem.D) if of_query else None
+    launch(
+        additive_attention_bwd_kernel_inputs, (tiles * problem.BH, channel_tiles, splits),
+        held.x, passing.x, held.packed, passing.packed, held.bounds,
+        passing.bounds.amax(-1).expand(problem.B, problem.H).contiguous(),
+        problem.weight, g, problem.key_lengths, grad, grad_weight,
+        *held.x.stride(), *passing.x.stride(), *strides(held.bounds), *strides(passing.bounds), problem.stride_wh,
+        problem.H, problem.BH, T, passing_T, first, split_rows,
+        IS_CAUSAL=problem.is_causal, D=problem.D, CHANNELS=problem.channels, BLOCK_T=block_t, BLOCK_D=block_d,
+        PAD=PAD, NVIDIA=NVIDIA, num_warps=tile.warps,
+    )  # fmt: skip
+    grad = grad.sum(0) if splits > 1 else grad[0]
+    return grad, (grad_weight.sum((0, 1, 3)) if of_query else None)

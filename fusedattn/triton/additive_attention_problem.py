@@ -1,0 +1,185 @@
+"""Additive attention in Triton: what forward and backward share. See ``additive_attention.py``."""
+
+import functools
+import struct
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedattn.triton import _tiles
+from fusedattn.triton._common import fast_reciprocal, launch, load_wide
+
+# Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
+# reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
+PAIR_RANGE = tl.constexpr(21.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Integers, or bits of float64, that change from call to call: else compiled anew for 1 and multiples of 16.
+UNSPECIALISED = [
+    *(f"stride_{t}{dim}" for t in "qkvclhp" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
+    "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
+    "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
+    "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
+    "split_keys", "splits", "scale", "softcap",
+]  # fmt: skip
+
+
+# Scores held between two kernels: 32 MiB stay in the second-level cache of a large GPU.
+CHUNK = 1 << 23
+# Up to here reading the keys once per query costs less than packing them.
+FEW_QUERIES = 4
+
+
+@triton.jit
+def reciprocal_of_sum(z, NVIDIA: tl.constexpr):
+    """r = 1 / (1 + exp(2z)) for any z, NaN included."""
+    return fast_reciprocal(1.0 + tl.exp2(at_most(z, PAIR_RANGE) * (2.0 * LOG2E)), NVIDIA)
+
+
+@triton.jit
+def at_most(z, limit):
+    return tl.minimum(z, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def batch_and_head(bh, H):
+    """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, and spills."""
+    return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def number(x, dtype: tl.constexpr):
+    """A float argument, from ``_scalar``."""
+    if dtype == tl.float64:
+        x = x.to(tl.int64).to(tl.float64, bitcast=True)
+    return x
+
+
+@triton.jit
+def _exp_twice(x):
+    """exp(2x) to a few ulp; ex2.approx of a rounded 2x log2(e) would lose |x| ulp."""
+    if x.dtype == tl.float64:
+        e = tl.exp(x * 2.0)
+    else:
+        n = tl.floor(tl.fma(x, 2.8853900817779268, 0.5))
+        fraction = tl.fma(x, 3.851925407e-08, tl.fma(x, 2.885390043258667, -n))
+        power = (tl.minimum(tl.maximum(n, -126.0), 127.0).to(tl.int32) + 127) << 23
+        e = tl.exp2(fraction) * power.to(tl.float32, bitcast=True)
+    return e
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_pack_kernel(
+    source, packed, bounds, stride_b, stride_h, stride_t, stride_d, H, T, tiles,
+    D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """exp(2x) as [tile, channel, row], or [row, channel], padded with 0; the largest |x| of every tile.
+
+    Grid: (tiles * B * H,).
+    """
+    tile = tl.program_id(0) % tiles
+    bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
+    row = tl.arange(0, BLOCK_T)
+    t = tile * BLOCK_T + row
+    at = source + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t
+    packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
+    bound = tl.zeros((BLOCK_T,), bounds.dtype.element_ty)
+    for start in range(0, CHANNELS, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (t[:, None] < T) & (d[None, :] < D)
+        x = load_wide(at + d.to(tl.int64)[None, :] * stride_d, inside)
+        bound = tl.maximum(bound, tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1))
+        e = tl.where(inside, _exp_twice(x), 0.0)  # [BLOCK_T, BLOCK_D]
+        if BY_ROW:
+            tl.store(packed + row[:, None] * CHANNELS + d[None, :], e, mask=d[None, :] < CHANNELS)
+        else:
+            tl.store(packed + d[:, None] * BLOCK_T + row[None, :], tl.trans(e), mask=d[:, None] < CHANNELS)
+    tl.store(bounds + bh * tiles + tile, tl.max(bound, 0))
+
+
+def _unexpanded(t):
+    """t with the expanded (stride 0) ones of its first two dimensions reduced to one element."""
+    for dim in (0, 1):
+        if t.shape[dim] > 1 and t.stride(dim) == 0:
+            t = t.narrow(dim, 0, 1)
+    return t
+
+
+def strides(t, block=1):
+    """Strides of the first two dimensions in units of rows of blocks, 0 where a dimension has one element."""
+    return tuple(0 if t.shape[dim] == 1 else t.stride(dim) // block for dim in (0, 1))
+
+
+def arithmetic(dtype):
+    """The dtype of scratch and sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def pack(t, channels, block, by_row=False):
+    """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded."""
+    t = _unexpanded(t)
+    (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
+    empty = functools.partial(torch.empty, dtype=arithmetic(t.dtype), device=t.device)
+    packed, bounds = empty(B, H, tiles, channels * block), empty(B, H, tiles)
+    block_d = min(128, 8192 // block) // packed.itemsize  # whole sectors of a row; 16 numbers of float32 a thread
+    launch(
+        additive_attention_pack_kernel, (tiles * B * H,),
+        t, packed, bounds, *t.stride(), H, T, tiles,
+        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row, num_warps=4,
+    )  # fmt: skip
+    return packed, bounds
+
+
+@functools.cache
+def programs_wanted(device: torch.device) -> int:
+    """Enough programs to fill the device twice."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def _scalar(x, dtype):
+    """A float argument of a kernel: Triton passes floats in single precision, so double goes as its bits."""
+    if x is None or dtype != torch.float64:
+        return x
+    return struct.unpack("q", struct.pack("d", x))[0]
+
+
+def _packed_weight(weight, channels):
+    """(H or 1, channels) in the dtype of the arithmetic, padded with 0."""
+    if weight.shape[0] > 1 and weight.stride(0) == 0:
+        weight = weight[:1]
+    weight = torch.nn.functional.pad(weight.to(arithmetic(weight.dtype)), (0, channels - weight.shape[1]))
+    return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
+
+
+class Problem:
+    """The inputs of a call with heads, and what its kernels share."""
+
+    def __init__(self, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
+        if query.dim() == 3:
+            if mask is not None:
+                mask = mask.expand(*query.shape[:-1], key.shape[-2]).unsqueeze(1)
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+            weight = weight.expand(1, -1)
+        (self.B, self.H, self.Tq, self.D), (self.Tk, self.Dv) = query.shape, value.shape[-2:]
+        self.query, self.key, self.value = query, key, value
+        self.mask = None if mask is None else mask.expand(self.B, self.H, self.Tq, self.Tk).view(torch.uint8)
+        self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
+        self.is_causal = is_causal
+        self.scale, self.softcap = (_scalar(x, query.dtype) for x in (scale, softcap))
+        self.empty = functools.partial(torch.empty, dtype=arithmetic(query.dtype), device=query.device)
+        self.BH = self.B * self.H
+        self.channels = max(4, triton.cdiv(self.D, 4) * 4)
+        self.weight, self.stride_wh = _packed_weight(weight, self.channels)
+        self.few = self.Tq <= FEW_QUERIES
+        self.key_packed = {}  # by BLOCK_K
+
+    def chunks(self, all_at_once):
+        """(first, end) of the queries whose scores are held at the same time."""
+        rows = max(32, CHUNK // (self.BH * self.Tk) // 32 * 32)
+        rows = self.Tq if all_at_once else rows
+        return [(first, min(first + rows, self.Tq)) for first in range(0, self.Tq, rows)]
+
+    def tiled(self, kernel, size, sizes, run):
+        """Runs with the tile that the table, or tuning, has for these sizes."""
+        run(_tiles.choose(kernel, size, self.query, (self.BH, *sizes), run))
