@@ -1,7 +1,7 @@
 """Builds fusedattn._C, operator schemas and the CPU kernels, and fusedattn._C_cuda, the CUDA kernels.
 
 Both against LibTorch's stable ABI: one wheel (cp310-abi3) serves every Python >= 3.10 and torch >= 2.11. Each op's
-cpu_kernel.cpp is compiled once per instruction set, chosen at run time (csrc/common/cpu_level.cpp). CUDA kernels
+cpu_kernel*.cpp are compiled once per instruction set, chosen at run time (csrc/common/cpu_level.cpp). CUDA kernels
 need nvcc, but neither a GPU nor a torch with CUDA: any torch builds the same wheel.
 
 Without a C++ compiler the installation is pure Python: Triton kernels on GPUs, plain PyTorch on the CPU.
@@ -126,9 +126,8 @@ class Build(BuildExtension):
         folder.mkdir(parents=True, exist_ok=True)
         headers = [*CSRC.rglob("*.h"), Path(__file__)]
 
-        def compile_level(op, level):
-            source = CSRC / op / "cpu_kernel.cpp"
-            target = folder / f"{op}_{level}.o"
+        def compile_level(source, level):
+            target = folder / f"{source.parent.name}_{source.stem}_{level}.o"
             newest = max(p.stat().st_mtime for p in [source, *headers])
             if self.force or not target.exists() or target.stat().st_mtime < newest:
                 name = "default_" if level == "default" else level  # `default` is a C++ keyword
@@ -137,9 +136,10 @@ class Build(BuildExtension):
                 self.spawn([*compiler, "-c", str(source), "-o", str(target), *flags])
             return str(target)
 
+        sources = [source for op in OPS for source in sorted(CSRC.glob(f"{op}/cpu_kernel*.cpp"))]
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(lambda job: compile_level(*job), [(o, v) for o in OPS for v in LEVELS]))
+            return list(pool.map(lambda job: compile_level(*job), [(s, v) for s in sources for v in LEVELS]))
 
 
 extensions = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 MODES = ("forward", "training")
 
-# Multiply-type vector instructions of the CPU kernels per tanh (csrc/additive_attention/cpu_kernel.cpp):
+# Multiply-type vector instructions of the CPU kernels per tanh (csrc/additive_attention/cpu_kernel_*.cpp):
 # forward one multiply-add and a quarter of the 13 operations that four channels share; backward 8.
 FORWARD_SLOTS = 4.25
 BACKWARD_SLOTS = 8.0

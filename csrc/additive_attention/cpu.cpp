@@ -27,19 +27,34 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t CHUNK_ELEMENTS = 1 << 20;
 
 template <typename T>
-const AttentionKernels<T>& kernels();
-template <>
-const AttentionKernels<float>& kernels<float>() {
-  return FUSEDATTN_LEVEL_TABLE(attention_f32);
+constexpr bool IS_DOUBLE = sizeof(T) == sizeof(double);
+
+// The kernels of cpu_kernel_fwd.cpp, cpu_kernel_bwd.cpp and cpu_kernel_product.cpp for this machine.
+template <typename T>
+const AttentionFwdKernels<T>& fwd() {
+  if constexpr (IS_DOUBLE<T>)
+    return FUSEDATTN_LEVEL_TABLE(attention_fwd_f64);
+  else
+    return FUSEDATTN_LEVEL_TABLE(attention_fwd_f32);
 }
-template <>
-const AttentionKernels<double>& kernels<double>() {
-  return FUSEDATTN_LEVEL_TABLE(attention_f64);
+template <typename T>
+const AttentionBwdKernels<T>& bwd() {
+  if constexpr (IS_DOUBLE<T>)
+    return FUSEDATTN_LEVEL_TABLE(attention_bwd_f64);
+  else
+    return FUSEDATTN_LEVEL_TABLE(attention_bwd_f32);
+}
+template <typename T>
+const AttentionProducts<T>& products() {
+  if constexpr (IS_DOUBLE<T>)
+    return FUSEDATTN_LEVEL_TABLE(attention_products_f64);
+  else
+    return FUSEDATTN_LEVEL_TABLE(attention_products_f32);
 }
 
 template <typename T>
 constexpr ScalarType scalar_type() {
-  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  return IS_DOUBLE<T> ? ScalarType::Double : ScalarType::Float;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -133,7 +148,7 @@ struct Inputs {
       if (!key_lengths->is_contiguous()) key_lengths = torch::stable::contiguous(*key_lengths);
       p.key_lengths = key_lengths->template const_data_ptr<int64_t>();
     }
-    const int64_t lanes = kernels<T>().lanes;
+    const int64_t lanes = fwd<T>().lanes;
     p.D_padded = ceil_div(p.D, lanes) * lanes;
     set_weight(prepared(weight_, scalar_type<T>()));
 
@@ -195,7 +210,7 @@ struct Inputs {
 
   void prepare_queries(const Chunk& chunk) const {
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.D), 0, [&](int64_t first, int64_t last, T*) {
-      for (int64_t row = first; row < last; ++row) kernels<T>().prepare_query(p, chunk, row);
+      for (int64_t row = first; row < last; ++row) fwd<T>().prepare_query(p, chunk, row);
     });
   }
 
@@ -204,7 +219,7 @@ struct Inputs {
   void for_each_key_block(const Chunk& chunk, int64_t cost, const Body& body) const {
     const int64_t blocks = ceil_div(p.Tk, KEY_BLOCK);
     parallel<T>(chunk.heads * blocks, grain_for(KEY_BLOCK * chunk.queries * cost / 4),
-                score_scratch(p, kernels<T>().lanes), [&](int64_t first, int64_t last, T* scratch) {
+                score_scratch(p, fwd<T>().lanes), [&](int64_t first, int64_t last, T* scratch) {
                   for (int64_t task = first; task < last; ++task)
                     body(task / blocks, task % blocks * KEY_BLOCK, scratch);
                 });
@@ -212,7 +227,7 @@ struct Inputs {
 
   void score(const Chunk& chunk, T* scores) const {
     for_each_key_block(chunk, p.D, [&](int64_t head, int64_t first_key, T* scratch) {
-      kernels<T>().score(p, chunk, head, first_key, scores, scratch);
+      fwd<T>().score(p, chunk, head, first_key, scores, scratch);
     });
   }
 
@@ -252,8 +267,8 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
       const int64_t first_key = std::min(visible, n % splits * part_keys);
       const int64_t keys = std::min(visible - first_key, part_keys);
       T* out = splits > 1 ? parts.get() + n * QUERY_BLOCK * p.Dv : context + (head * chunk.queries + r) * p.Dv;
-      kernels<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk, 1,
-                          p.value.row(b, h, first_key), p.value.stride_t, out, p.Dv, Output::WRITTEN);
+      products<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk,
+                           1, p.value.row(b, h, first_key), p.value.stride_t, out, p.Dv, Output::WRITTEN);
     }
   });
   if (splits == 1) return;
@@ -289,7 +304,7 @@ Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool 
     in.score(chunk, s);
     T* chunk_lse = lse.template mutable_data_ptr<T>() + first_row;
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
-      kernels<T>().softmax(last - first, p.Tk, s + first * p.Tk, probabilities + first * p.Tk, chunk_lse + first);
+      fwd<T>().softmax(last - first, p.Tk, s + first * p.Tk, probabilities + first * p.Tk, chunk_lse + first);
     });
     contexts(in, chunk, probabilities, context.template mutable_data_ptr<T>() + first_row * p.Dv);
   });
@@ -310,9 +325,8 @@ template <typename T>
 void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row, const T* g, int64_t splits,
                      const Gradients<T>& grads, T* partial_query, T* partial_weight) {
   const auto& p = in.p;
-  const auto& kernel = kernels<T>();
   const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
-  const int64_t strips = rowwise ? 1 : p.D_padded / kernel.lanes;
+  const int64_t strips = rowwise ? 1 : p.D_padded / fwd<T>().lanes;
   const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
   T* grad_key = grads.key.template mutable_data_ptr<T>();
   const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
@@ -321,7 +335,7 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
     T* rows = grad_key + (chunk.first_head + head) * p.Tk * p.D;
     std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, T(0));  // padding is not looked at below
   }
-  parallel<T>(chunk.heads * splits * strips, grain_for(cost), backward_scratch(p, chunk, kernel.lanes),
+  parallel<T>(chunk.heads * splits * strips, grain_for(cost), backward_scratch(p, chunk, fwd<T>().lanes),
               [&](int64_t first, int64_t last, T* scratch) {
                 for (int64_t task = first; task < last; ++task) {
                   const int64_t head = task / (splits * strips), split = task / strips % splits;
@@ -330,10 +344,10 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
                   T* dq = partial_query + (head * splits + split) * chunk.queries * p.D_padded;
                   T* dw = partial_weight + ((chunk.first_head + head) * splits + split) * p.D_padded;
                   if (rowwise)
-                    kernel.backward_rows(p, chunk, head, begin, end, g, dq, grad_key, dw, scratch);
+                    bwd<T>().backward_rows(p, chunk, head, begin, end, g, dq, grad_key, dw, scratch);
                   else
-                    kernel.backward_strip(p, chunk, head, task % strips * kernel.lanes, begin, end, g, dq,
-                                          grad_key, dw, scratch);
+                    bwd<T>().backward_strip(p, chunk, head, task % strips * fwd<T>().lanes, begin, end, g, dq,
+                                            grad_key, dw, scratch);
                 }
               });
   T* grad_query = grads.query.template mutable_data_ptr<T>();
@@ -356,7 +370,6 @@ template <typename T>
 Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                       const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores) {
   auto& p = in.p;
-  const auto& kernel = kernels<T>();
   const ScalarType acc = scalar_type<T>();
   const Gradients<T> grads{in.lent({p.Tq, p.D}), in.lent({p.Tk, p.D}), in.lent({p.Tk, p.Dv}),
                            in.flat ? empty({p.D}, acc) : empty({p.H, p.D}, acc)};
@@ -372,7 +385,7 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
   }
   const int64_t heads = p.B * p.H;
   const bool kept = scores.numel() > 0;
-  const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / kernel.lanes;
+  const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / fwd<T>().lanes;
   const int64_t splits = in.key_splits(in.chunk_heads * std::max<int64_t>(strips, 1));
   const int64_t chunk_size = in.chunk_heads * in.chunk_rows;
   const Buffer<T> probabilities(chunk_size * p.Tk), g(chunk_size * p.Tk), row_sums(in.rows());
@@ -391,7 +404,7 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
     if (grad_context) {
       const View<const T> dc = view<T>(*grad_context);
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {
-        kernel.grad_weights(p, chunk, head, first_key, dc, g.get(), scratch);
+        products<T>().grad_weights(p, chunk, head, first_key, dc, g.get(), scratch);
       });
     } else {
       std::fill_n(g.get(), rows * p.Tk, T(0));
@@ -403,7 +416,7 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
         for (int64_t j = 0; extra != nullptr && j < p.Tk; ++j) g_row[j] += extra[row * p.Tk + j];
-        row_sums.get()[first_row + row] = kernel.grad_scores(
+        row_sums.get()[first_row + row] = bwd<T>().grad_scores(
             p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
       }
     });
@@ -412,11 +425,11 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
       const View<const T> dc = view<T>(*grad_context);
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T*) {
         const int64_t n = chunk.first_head + head;
-        kernel.matmul(std::min(KEY_BLOCK, p.Tk - first_key), p.Dv, chunk.queries,
-                      probabilities.get() + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
-                      dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t,
-                      grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv,
-                      chunk.first_query > 0 ? Output::ADDED : p.value_output);
+        products<T>().matmul(std::min(KEY_BLOCK, p.Tk - first_key), p.Dv, chunk.queries,
+                             probabilities.get() + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
+                             dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t,
+                             grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv,
+                             chunk.first_query > 0 ? Output::ADDED : p.value_output);
       });
     }
     backward_scores(in, chunk, first_row, g.get(), splits, grads, partial_query.get(), partial_weight.get());

@@ -1,10 +1,12 @@
-// What the CPU launcher (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per level) share.
+// What the CPU launcher (cpu.cpp) and the kernels (cpu_kernel_*.cpp, compiled once per level) share.
 //
 // The work runs in phases over a chunk of query rows; each phase is a list of independent tasks, and a
 // function below carries out one of them. Only (rows of a chunk) x Tk scores exist between phases.
 #pragma once
 
 #include <cstdint>
+
+#include "common/cpu_level.h"
 
 namespace fusedattn {
 
@@ -62,8 +64,9 @@ constexpr int64_t KEY_BLOCK = 16;        // keys per score task
 constexpr int64_t QUERY_BLOCK = 16;      // query rows per softmax and context task
 constexpr int64_t ROWWISE_QUERIES = 16;  // up to so many queries the backward pass walks whole key rows
 
+// cpu_kernel_fwd.cpp
 template <typename T>
-struct AttentionKernels {
+struct AttentionFwdKernels {
   int64_t lanes;
 
   // query_exp and query_bound of one row of the chunk.
@@ -74,15 +77,11 @@ struct AttentionKernels {
 
   // Softmax of n rows of length Tk: p may be scores itself. A row of -inf gives zeros and lse = -inf.
   void (*softmax)(int64_t n, int64_t Tk, const T* scores, T* p, T* lse);
+};
 
-  // out (M, N) from A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column].
-  void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                 int64_t b_row, T* out, int64_t out_row, Output output);
-
-  // products (chunk rows, Tk) = grad_context . value of one head and one block of keys.
-  void (*grad_weights)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
-                       View<const T> grad_context, T* products, T* scratch);
-
+// cpu_kernel_bwd.cpp
+template <typename T>
+struct AttentionBwdKernels {
   // One row: p = exp(score - lse); g, which holds dL/dp, becomes dL/d(unscaled score). Returns sum_j g.
   T (*grad_scores)(const AttentionProblem<T>&, const T* scores, T lse, T grad_lse, T* p, T* g);
 
@@ -92,6 +91,18 @@ struct AttentionKernels {
                         int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch);
   void (*backward_strip)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t d, int64_t first_key,
                          int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch);
+};
+
+// cpu_kernel_product.cpp
+template <typename T>
+struct AttentionProducts {
+  // out (M, N) from A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column].
+  void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+                 int64_t b_row, T* out, int64_t out_row, Output output);
+
+  // products (chunk rows, Tk) = grad_context . value of one head and one block of keys.
+  void (*grad_weights)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
+                       View<const T> grad_context, T* products, T* scratch);
 };
 
 // Elements of scratch that each phase needs.
@@ -106,17 +117,11 @@ static inline int64_t backward_scratch(const AttentionProblem<T>& p, const Chunk
   return strip > rows ? strip : rows;
 }
 
-namespace default_ {
-extern const AttentionKernels<float> attention_f32;
-extern const AttentionKernels<double> attention_f64;
-}  // namespace default_
-namespace avx2 {
-extern const AttentionKernels<float> attention_f32;
-extern const AttentionKernels<double> attention_f64;
-}  // namespace avx2
-namespace avx512 {
-extern const AttentionKernels<float> attention_f32;
-extern const AttentionKernels<double> attention_f64;
-}  // namespace avx512
+FUSEDATTN_DECLARE_TABLE(AttentionFwdKernels<float>, attention_fwd_f32)
+FUSEDATTN_DECLARE_TABLE(AttentionFwdKernels<double>, attention_fwd_f64)
+FUSEDATTN_DECLARE_TABLE(AttentionBwdKernels<float>, attention_bwd_f32)
+FUSEDATTN_DECLARE_TABLE(AttentionBwdKernels<double>, attention_bwd_f64)
+FUSEDATTN_DECLARE_TABLE(AttentionProducts<float>, attention_products_f32)
+FUSEDATTN_DECLARE_TABLE(AttentionProducts<double>, attention_products_f64)
 
 }  // namespace fusedattn

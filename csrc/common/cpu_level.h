@@ -10,7 +10,19 @@ enum class CpuLevel { DEFAULT = 0, AVX2 = 1, AVX512 = 2 };
 // The best level that this CPU has, lowered by FUSEDATTN_CPU_CAPABILITY=default|avx2|avx512; read once.
 CpuLevel cpu_level();
 
-// Picks one of three kernel tables. On other architectures only the default level exists.
+// Declares the kernel table that every level defines in its namespace.
+#define FUSEDATTN_DECLARE_TABLE(type, table) \
+  namespace default_ {                       \
+  extern const type table;                   \
+  }                                          \
+  namespace avx2 {                           \
+  extern const type table;                   \
+  }                                          \
+  namespace avx512 {                         \
+  extern const type table;                   \
+  }
+
+// Picks one of these. On other architectures only the default level exists.
 #if defined(__x86_64__)
 #define FUSEDATTN_LEVEL_TABLE(table)                                         \
   (::fusedattn::cpu_level() == ::fusedattn::CpuLevel::AVX512 ? avx512::table \

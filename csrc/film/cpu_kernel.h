@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/cpu_level.h"
+
 namespace fusedattn {
 
 // Storage types of x; gamma, beta and the arithmetic are float, or double for DOUBLE.
@@ -28,14 +30,6 @@ struct FilmKernels {
                         bool streamed);
 };
 
-namespace default_ {
-extern const FilmKernels film;
-}
-namespace avx2 {
-extern const FilmKernels film;
-}
-namespace avx512 {
-extern const FilmKernels film;
-}
+FUSEDATTN_DECLARE_TABLE(FilmKernels, film)
 
 }  // namespace fusedattn

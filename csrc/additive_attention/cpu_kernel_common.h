@@ -1,0 +1,129 @@
+// What the CPU kernels of additive attention (cpu_kernel_*.cpp) share: places in the problem, rows of memory, and
+// the walk over pairs of rows in tiles.
+#pragma once
+
+#include "common/simd.h"
+#include "cpu_kernel.h"
+#include "formula.h"
+
+namespace fusedattn {
+namespace FUSEDATTN_LEVEL {
+namespace {
+
+// What is walked once from memory is asked for ahead of time: the hardware's own prefetching stops while the
+// arithmetic in between runs. Into the second level: the first has too few places for loads on their way (one
+// query, where a plain sum reads 30 GB/s: keys at 23 without, 24 into the first level, 32 into the second).
+template <typename T>
+FUSEDATTN_INLINE void prefetch(const T* p, int64_t bytes_ahead = 8192) {
+  constexpr int SECOND_LEVEL = 2;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes_ahead), 0, SECOND_LEVEL);
+}
+
+template <typename T>
+constexpr T INF = static_cast<T>(__builtin_huge_val());
+template <typename T>
+constexpr T NOT_A_NUMBER = static_cast<T>(__builtin_nan(""));
+
+FUSEDATTN_INLINE int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDATTN_INLINE int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One chunk head's place: batch b, head h, and its number among all heads.
+struct Place {
+  int64_t b, h, n;
+};
+template <typename T>
+FUSEDATTN_INLINE Place place_of(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head) {
+  const int64_t n = chunk.first_head + head;
+  return {n / p.H, n % p.H, n};
+}
+
+// Rows of a matrix whose elements lie next to each other.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  __attribute__((always_inline)) Rows from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
+// n elements of x into y, zeros up to whole vectors.
+template <typename T>
+FUSEDATTN_INLINE void copy_padded(const T* x, int64_t n, T* y) {
+  constexpr int W = LANES<T>;
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store(y + d, load(x + d));
+  if (d < n) store(y + d, load_partial(x + d, n - d));
+}
+
+// n rows of `width` elements copied into whole vectors at y.
+template <typename T>
+FUSEDATTN_INLINE Rows<T> copied(Rows<T> x, int64_t n, int64_t width, T* y, int64_t stride) {
+  for (int64_t r = 0; r < n; ++r) copy_padded(x.data + r * x.stride, width, y + r * stride);
+  return {y, stride};
+}
+
+// n lanes of x to where they belong; STREAMED only whole vectors.
+template <typename T>
+FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {
+  const bool whole = n == LANES<T>;
+  if (output == Output::STREAMED) return stream(out, x);
+  if (output == Output::ADDED) x += whole ? load(out) : load_partial(out, n);
+  if (whole)
+    store(out, x);
+  else
+    store_partial(out, x, n);
+}
+
+// 1 + exp(2 min(q + k, limit))
+template <typename T>
+FUSEDATTN_INLINE Vec<T> denominator_of_sum(Vec<T> q, Vec<T> k, T limit) {
+  // From below, where 1 + exp(2x) is 1 to rounding, the limit keeps exp_unclamped in its range.
+  return exp_unclamped<2>(max(splat(-2 * limit), min(splat(limit), q + k))) + 1;
+}
+
+// Pairs of rows are walked in tiles of Tile::QUERIES x TILE_KEYS, or a half or quarter of that, whose sums over d
+// stay in registers: tile.run<QUERIES, KEYS>(q, k, sums) leaves them at sums[i * KEYS + j].
+constexpr int TILE_KEYS = VECTOR_REGISTERS >= 32 ? 4 : 2;
+
+template <int N, typename T>
+FUSEDATTN_INLINE void fold_lanes(const Vec<T> (&lanes)[N], T* sums) {
+  if constexpr (N % 4 == 0) {
+    for (int n = 0; n < N; n += 4) horizontal_sum4<T>(lanes + n, sums + n);
+  } else {
+    for (int n = 0; n < N; ++n) sums[n] = horizontal_sum<T>(lanes[n]);
+  }
+}
+
+// QUERIES rows and any number of keys; sums[i * KEY_BLOCK + j].
+template <int QUERIES, typename Tile, typename T>
+__attribute__((noinline)) void pairwise_rows(Tile tile, Rows<T> q, Rows<T> k, int64_t keys, T* sums) {
+  T part[QUERIES * TILE_KEYS];
+  int64_t j = 0;
+  for (; j + TILE_KEYS <= keys; j += TILE_KEYS) {
+    tile.template run<QUERIES, TILE_KEYS>(q, k.from(j), part);
+    for (int i = 0; i < QUERIES; ++i)
+      for (int c = 0; c < TILE_KEYS; ++c) sums[i * KEY_BLOCK + j + c] = part[i * TILE_KEYS + c];
+  }
+  for (; j < keys; ++j) {
+    tile.template run<QUERIES, 1>(q, k.from(j), part);
+    for (int i = 0; i < QUERIES; ++i) sums[i * KEY_BLOCK + j] = part[i];
+  }
+}
+
+// How many of `queries` rows the next tile takes.
+template <typename Tile>
+FUSEDATTN_INLINE int64_t tile_rows(int64_t queries) {
+  int64_t rows = Tile::QUERIES;
+  while (rows > queries) rows /= 2;
+  return rows;
+}
+
+template <typename Tile, typename T, int QUERIES = Tile::QUERIES>
+FUSEDATTN_INLINE void pairwise(Tile tile, int64_t rows, Rows<T> q, Rows<T> k, int64_t keys, T* sums) {
+  if constexpr (QUERIES > 1)
+    if (rows < QUERIES) return pairwise<Tile, T, QUERIES / 2>(tile, rows, q, k, keys, sums);
+  pairwise_rows<QUERIES>(tile, q, k, keys, sums);
+}
+
+}  // namespace
+}  // namespace FUSEDATTN_LEVEL
+}  // namespace fusedattn

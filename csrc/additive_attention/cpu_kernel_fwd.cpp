@@ -1,0 +1,315 @@
+// Forward: scores and their softmax, compiled once per instruction set. Lanes run over score channels d.
+//
+// Per pair (i, j) and vector of channels: t = 1 + Eq Ek costs one multiply-add; four channels share one reciprocal
+// (13 more operations per four). A tile of queries x keys keeps its sums in registers and folds the lanes once at
+// the end. Where |q| + |k| could overflow the product, two channels share one. Beyond that range
+// 1 / (1 + exp(2(q + k))) is taken of the sum, clamped where tanh is 1: any input is safe. A single query meets
+// every key once: its keys are read, exponentiated and used in one go.
+#include "cpu_kernel_common.h"
+
+extern "C" {
+float logf(float);
+double log(double);
+}
+
+namespace fusedattn {
+namespace FUSEDATTN_LEVEL {
+namespace {
+
+FUSEDATTN_INLINE float log_of(float x) { return logf(x); }
+FUSEDATTN_INLINE double log_of(double x) { return log(x); }
+
+// Stands for a visible score of -inf, which only an infinite weight makes: softmax of a row of them is NaN, while
+// a row of masked ones is zero.
+template <typename T>
+constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
+
+// y = exp(2x), zeros up to whole vectors; returns max |x|. Beyond ScoreRange::PAIR y is anything, and not used.
+template <typename T>
+FUSEDATTN_INLINE T exp2x_padded(const T* x, int64_t n, T* y) {
+  constexpr int W = LANES<T>;
+  Vec<T> bound{};
+  int64_t d = 0;
+  for (; d + W <= n; d += W) {
+    const Vec<T> v = load(x + d);
+    prefetch(x + d);
+    bound = max(abs(v), bound);
+    store(y + d, exp_unclamped<2>(v));
+  }
+  if (d < n) {
+    const Vec<T> v = load_partial(x + d, n - d);
+    bound = max(abs(v), bound);
+    store(y + d, Vec<T>{});
+    store_partial(y + d, exp_unclamped<2>(v), n - d);
+  }
+  return horizontal_max<T>(bound);
+}
+
+// w0/t0 + w1/t1 + w2/t2 + w3/t3
+template <typename T>
+FUSEDATTN_INLINE Vec<T> sum_of_four_quotients(const Vec<T> (&w)[4], const Vec<T> (&t)[4]) {
+  const auto sum = add(sum_of_quotients(w[0], t[0], w[1], t[1]), sum_of_quotients(w[2], t[2], w[3], t[3]));
+  return sum.numerator * reciprocal(sum.denominator);
+}
+
+enum class Mode { QUAD, PAIR, SUM, TANH };
+
+// Sums of w r (QUAD and PAIR: rows hold exponentials; SUM: rows hold q and k) or of w tanh (TANH).
+template <Mode mode, typename T>
+struct ScoreTile {
+  static constexpr int QUERIES = 2;
+  const T* w;
+  int64_t D_padded;
+
+  FUSEDATTN_INLINE Vec<T> denominator(Vec<T> q, Vec<T> k) {
+    if constexpr (mode == Mode::SUM || mode == Mode::TANH)
+      return denominator_of_sum<T>(q, k, ScoreRange<T>::QUAD);
+    else
+      return q * k + 1;
+  }
+
+  template <int ROWS, int KEYS>
+  __attribute__((always_inline)) void run(Rows<T> q, Rows<T> k, T* sums) const {
+    constexpr int W = LANES<T>;
+    Vec<T> acc[ROWS * KEYS] = {};
+    int64_t d = 0;
+    if constexpr (mode == Mode::QUAD || mode == Mode::SUM) {
+      for (; d + 4 * W <= D_padded; d += 4 * W) {
+        Vec<T> wd[4];
+        for (int c = 0; c < 4; ++c) wd[c] = load(w + d + c * W);
+        for (int j = 0; j < KEYS; ++j) {
+          Vec<T> kd[4];
+          for (int c = 0; c < 4; ++c) kd[c] = load(k.data + j * k.stride + d + c * W);
+          for (int i = 0; i < ROWS; ++i) {
+            Vec<T> t[4];
+            for (int c = 0; c < 4; ++c) t[c] = denominator(load(q.data + i * q.stride + d + c * W), kd[c]);
+            acc[i * KEYS + j] += sum_of_four_quotients<T>(wd, t);
+          }
+        }
+      }
+    }
+    if constexpr (mode != Mode::TANH) {
+      for (; d + 2 * W <= D_padded; d += 2 * W) {
+        const Vec<T> w0 = load(w + d), w1 = load(w + d + W);
+        for (int j = 0; j < KEYS; ++j) {
+          const Vec<T> k0 = load(k.data + j * k.stride + d), k1 = load(k.data + j * k.stride + d + W);
+          for (int i = 0; i < ROWS; ++i) {
+            const Vec<T> t0 = denominator(load(q.data + i * q.stride + d), k0);
+            const Vec<T> t1 = denominator(load(q.data + i * q.stride + d + W), k1);
+            const auto sum = sum_of_quotients(w0, t0, w1, t1);
+            acc[i * KEYS + j] += sum.numerator * reciprocal(sum.denominator);
+          }
+        }
+      }
+    }
+    for (; d < D_padded; d += W) {
+      const Vec<T> wd = load(w + d);
+      for (int j = 0; j < KEYS; ++j) {
+        const Vec<T> kd = load(k.data + j * k.stride + d);
+        for (int i = 0; i < ROWS; ++i) {
+          const Vec<T> r = reciprocal(denominator(load(q.data + i * q.stride + d), kd));
+          acc[i * KEYS + j] += wd * (mode == Mode::TANH ? 1 - 2 * r : r);
+        }
+      }
+    }
+    fold_lanes(acc, sums);
+  }
+};
+
+template <typename T>
+void prepare_query(const AttentionProblem<T>& p, const Chunk& chunk, int64_t row) {
+  const Place at = place_of(p, chunk, row / chunk.queries);
+  const T* q = p.query.row(at.b, at.h, chunk.first_query + row % chunk.queries);
+  p.query_bound[row] = exp2x_padded(q, p.D, p.query_exp + row * p.D_padded);
+}
+
+// Rows of scores from sums over d: scaled, capped, masked. `keys` of them are visible, the block has `width`.
+template <typename T>
+FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& at, int64_t i, int64_t j,
+                                    int64_t keys, int64_t width, T factor, T slope, T offset, const T* sums,
+                                    T* out) {
+  constexpr int W = LANES<T>;
+  T row[KEY_BLOCK];
+  for (int64_t c = 0; c < KEY_BLOCK; c += W) {
+    Vec<T> s = factor * (slope * load(sums + c) + offset);  // their sum may be finite where neither is
+    if (p.softcap != 0) s = p.softcap * tanh(s * (1 / p.softcap));
+    s = s == -INF<T> ? splat(VISIBLE_MINUS_INF<T>) : s;
+    store(row + c, s);
+  }
+  if (p.is_causal) keys = lower(keys, i - j + 1);
+  for (int64_t c = 0; c < width; ++c) out[c] = c < keys ? row[c] : -INF<T>;
+  if (p.mask != nullptr) {
+    const bool* mask =
+        p.mask + at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3];
+    for (int64_t c = 0; c < width; ++c)
+      if (!mask[c * p.mask_stride[3]]) out[c] = -INF<T>;
+  }
+}
+
+// sums[j] over d of w r for one query and KEYS keys that are not exponentials yet; returns max |k|. Beyond
+// ScoreRange::QUAD the sums are anything.
+template <int KEYS, typename T>
+FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const T* w, int64_t D, T* sums) {
+  constexpr int W = LANES<T>;
+  Vec<T> acc[KEYS] = {}, bound{};
+  const auto denominator = [&](int j, int64_t d, int64_t n) {
+    const T* x = k + j * k_row + d;
+    prefetch(x, KEYS * k_row * static_cast<int64_t>(sizeof(T)));
+    const Vec<T> kd = n < W ? load_partial(x, n) : load(x);
+    bound = max(abs(kd), bound);
+    return load(q + d) * exp_unclamped<2>(kd) + 1;
+  };
+  int64_t d = 0;
+  for (; d + 4 * W <= D; d += 4 * W)
+    for (int j = 0; j < KEYS; ++j) {
+      Vec<T> wd[4], t[4];
+      for (int c = 0; c < 4; ++c) wd[c] = load(w + d + c * W), t[c] = denominator(j, d + c * W, W);
+      acc[j] += sum_of_four_quotients<T>(wd, t);
+    }
+  for (; d < D; d += W)
+    for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, D - d));
+  for (int j = 0; j < KEYS; ++j) sums[j] = horizontal_sum<T>(acc[j]);
+  return horizontal_max<T>(bound);
+}
+
+template <typename T>
+__attribute__((noinline)) T one_query(const T* q, const T* k, int64_t k_row, int64_t keys, const T* w, int64_t D,
+                                      T* sums) {
+  T bound = 0;
+  const auto include = [&](T tile) { bound = tile > bound ? tile : bound; };
+  int64_t j = 0;
+  for (; j + TILE_KEYS <= keys; j += TILE_KEYS)
+    include(one_query_tile<TILE_KEYS>(q, k + j * k_row, k_row, w, D, sums + j));
+  for (; j < keys; ++j) include(one_query_tile<1>(q, k + j * k_row, k_row, w, D, sums + j));
+  return bound;
+}
+
+template <typename T>
+void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key, T* scores,
+           T* scratch) {
+  const Place at = place_of(p, chunk, head);
+  const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
+  const int64_t keys = lower(width, p.visible_keys(at.b) - first_key);
+  scores += head * chunk.queries * p.Tk + first_key;
+  // Queries before `start` see none of these keys.
+  int64_t start = keys <= 0 ? chunk.queries : 0;
+  if (p.is_causal) start = lower(chunk.queries, higher(start, first_key - chunk.first_query));
+  for (int64_t r = 0; r < start; ++r)
+    for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
+  if (start == chunk.queries) return;
+
+  const T* w = p.weight_scaled + at.h * p.D_padded;
+  const T factor = p.scale * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
+  // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
+  const bool finite = weight_sum - weight_sum == 0;
+  const auto finish = [&](int64_t r, const T* sums) {
+    finish_scores(p, at, chunk.first_query + r, first_key, keys, width, factor, finite ? T(-2) : T(1),
+                  finite ? weight_sum : T(0), sums, scores + r * p.Tk);
+  };
+  T sums[ScoreTile<Mode::QUAD, T>::QUERIES * KEY_BLOCK] = {};
+  if (chunk.queries == 1 && p.key_exp == nullptr && finite) {
+    const T bound = one_query(p.query_exp + head * p.D_padded, p.key.row(at.b, at.h, first_key), p.key.stride_t,
+                              keys, w, p.D, sums);
+    if (bound + p.query_bound[head] <= ScoreRange<T>::QUAD) return finish(0, sums);
+  }
+
+  // An odd number of vectors between rows keeps tall columns out of one cache set.
+  const int64_t row_size = p.D_padded + LANES<T>;
+  T* key_exp = scratch;
+  T* key_raw = scratch + KEY_BLOCK * row_size;
+  T* query_raw = key_raw + KEY_BLOCK * row_size;
+  const bool padded = p.D != p.D_padded;
+
+  Rows<T> exps{key_exp, row_size}, raw{p.key.row(at.b, at.h, first_key), p.key.stride_t};
+  T key_bound = p.key_bound;
+  if (p.key_exp != nullptr) {
+    exps = {p.key_exp + (at.n * p.Tk + first_key) * p.D, p.D};
+    if (padded) exps = copied(exps, keys, p.D, key_exp, row_size);
+  } else {
+    key_bound = 0;
+    for (int64_t j = 0; j < keys; ++j) {
+      const T bound = exp2x_padded(raw.data + j * raw.stride, p.D, key_exp + j * row_size);
+      key_bound = bound > key_bound ? bound : key_bound;
+    }
+  }
+
+  bool raw_copied = !padded;
+  for (int64_t r = start, rows; r < chunk.queries; r += rows) {
+    rows = tile_rows<ScoreTile<Mode::QUAD, T>>(chunk.queries - r);
+    const Rows<T> query_exp{p.query_exp + (head * chunk.queries + r) * p.D_padded, p.D_padded};
+    const T* query_bound = p.query_bound + head * chunk.queries + r;
+    T bound = query_bound[0];
+    for (int64_t i = 1; i < rows; ++i) bound = query_bound[i] > bound ? query_bound[i] : bound;
+    bound += key_bound;
+    if (finite && bound <= ScoreRange<T>::QUAD) {
+      pairwise(ScoreTile<Mode::QUAD, T>{w, p.D_padded}, rows, query_exp, exps, keys, sums);
+    } else if (finite && bound <= ScoreRange<T>::PAIR) {
+      pairwise(ScoreTile<Mode::PAIR, T>{w, p.D_padded}, rows, query_exp, exps, keys, sums);
+    } else {
+      if (!raw_copied) raw = copied(raw, keys, p.D, key_raw, row_size);
+      raw_copied = true;
+      Rows<T> queries{p.query.row(at.b, at.h, chunk.first_query + r), p.query.stride_t};
+      if (padded) queries = copied(queries, rows, p.D, query_raw, row_size);
+      if (finite)
+        pairwise(ScoreTile<Mode::SUM, T>{w, p.D_padded}, rows, queries, raw, keys, sums);
+      else
+        pairwise(ScoreTile<Mode::TANH, T>{w, p.D_padded}, rows, queries, raw, keys, sums);
+    }
+    for (int64_t i = 0; i < rows; ++i) finish(r + i, sums + i * KEY_BLOCK);
+  }
+}
+
+template <typename T>
+void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
+  constexpr int W = LANES<T>;
+  constexpr int64_t BLOCK = 64 * W;  // lane sums are folded into float64 so often
+  for (int64_t r = 0; r < n; ++r, scores += Tk, p += Tk) {
+    Vec<T> top = splat(-INF<T>);
+    IntVec<T> is_nan{};
+    int64_t j = 0;
+    for (; j + W <= Tk; j += W) {
+      top = max(load(scores + j), top);
+      is_nan |= load(scores + j) != load(scores + j);
+    }
+    T m = horizontal_max<T>(top);
+    bool nan = any(is_nan);
+    for (; j < Tk; ++j) {
+      m = scores[j] > m ? scores[j] : m;
+      nan |= scores[j] != scores[j];
+    }
+    // No key is visible, or softmax is NaN.
+    if (nan || m == INF<T> || m == -INF<T> || m == VISIBLE_MINUS_INF<T>) {
+      for (j = 0; j < Tk; ++j) p[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+      lse[r] = nan ? NOT_A_NUMBER<T> : m == INF<T> ? INF<T> : -INF<T>;
+      continue;
+    }
+    double sum = 0;
+    for (int64_t first = 0; first < Tk; first += BLOCK) {
+      const int64_t last = lower(Tk, first + BLOCK);
+      Vec<T> lanes{};
+      for (j = first; j < last; j += W) {
+        const int64_t left = last - j;
+        const Vec<T> x = (left < W ? load_partial(scores + j, left) : load(scores + j)) - m;
+        Vec<T> e = x < T(-87) ? Vec<T>{} : exp(x);  // exp() itself stops at the smallest normal number
+        if (left < W) {
+          store_partial(p + j, e, left);
+          e = load_partial(p + j, left);
+        } else {
+          store(p + j, e);
+        }
+        lanes += e;
+      }
+      sum += horizontal_sum<T>(lanes);
+    }
+    const T inverse = static_cast<T>(1 / sum);
+    for (j = 0; j < Tk; ++j) p[j] *= inverse;
+    lse[r] = m + log_of(static_cast<T>(sum));
+  }
+}
+}  // namespace
+
+extern const AttentionFwdKernels<float> attention_fwd_f32 = {LANES<float>, prepare_query, score, softmax};
+extern const AttentionFwdKernels<double> attention_fwd_f64 = {LANES<double>, prepare_query, score, softmax};
+
+}  // namespace FUSEDATTN_LEVEL
+}  // namespace fusedattn

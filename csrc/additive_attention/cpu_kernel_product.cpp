@@ -1,0 +1,172 @@
+// Products with the values, forward and backward, compiled once per instruction set: plain matrix products.
+#include "cpu_kernel_common.h"
+
+namespace fusedattn {
+namespace FUSEDATTN_LEVEL {
+namespace {
+
+// A ROWS x (VECTORS lanes) block of the product, in registers; `ahead` bytes further on lies what comes next.
+template <int ROWS, int VECTORS, typename T>
+FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+                                  int64_t b_row, T* out, int64_t out_row, Output output, int64_t ahead) {
+  constexpr int W = LANES<T>;
+  Vec<T> acc[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> bk[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+      if (ahead != 0) prefetch(b + k * b_row + v * W, ahead);
+      bk[v] = load(b + k * b_row + v * W);
+    }
+    for (int m = 0; m < ROWS; ++m) {
+      const T s = a[m * a_row + k * a_column];
+      for (int v = 0; v < VECTORS; ++v) acc[m][v] += s * bk[v];
+    }
+  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int v = 0; v < VECTORS; ++v) write<T>(out + m * out_row + v * W, acc[m][v], W, output);
+}
+
+template <int ROWS, typename T>
+void matmul_rows(int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
+                 T* out, int64_t out_row, Output output, int64_t ahead) {
+  constexpr int W = LANES<T>;
+  int64_t n = 0;
+  for (; n + 2 * W <= N; n += 2 * W)
+    matmul_tile<ROWS, 2>(K, a, a_row, a_column, b + n, b_row, out + n, out_row, output, ahead);
+  for (; n + W <= N; n += W)
+    matmul_tile<ROWS, 1>(K, a, a_row, a_column, b + n, b_row, out + n, out_row, output, ahead);
+  if (n == N) return;
+  Vec<T> acc[ROWS] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec<T> bk = load_partial(b + k * b_row + n, N - n);
+    for (int m = 0; m < ROWS; ++m) acc[m] += a[m * a_row + k * a_column] * bk;
+  }
+  for (int m = 0; m < ROWS; ++m) write<T>(out + m * out_row + n, acc[m], N - n, output);
+}
+
+// One row of A: four rows of B at a time, each read from end to end, the sums in cache. B is read once, so
+// the order in which memory sees it matters more than the arithmetic.
+template <typename T>
+void matmul_one_row(int64_t N, int64_t K, const T* a, int64_t a_column, const T* b, int64_t b_row, T* out,
+                    Output output) {
+  constexpr int W = LANES<T>;
+  if (output != Output::ADDED)
+    for (int64_t n = 0; n < N; ++n) out[n] = 0;
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4) {
+    const T* row = b + k * b_row;
+    const T s0 = a[k * a_column], s1 = a[(k + 1) * a_column], s2 = a[(k + 2) * a_column],
+            s3 = a[(k + 3) * a_column];
+    const int64_t next = 4 * b_row * static_cast<int64_t>(sizeof(T));
+    int64_t n = 0;
+    for (; n + W <= N; n += W) {
+      for (int r = 0; r < 4; ++r) prefetch(row + r * b_row + n, next);
+      Vec<T> o = load(out + n) + s0 * load(row + n);
+      o += s1 * load(row + b_row + n);
+      o += s2 * load(row + 2 * b_row + n);
+      o += s3 * load(row + 3 * b_row + n);
+      store(out + n, o);
+    }
+    for (; n < N; ++n)
+      out[n] += s0 * row[n] + s1 * row[b_row + n] + s2 * row[2 * b_row + n] + s3 * row[3 * b_row + n];
+  }
+  for (; k < K; ++k)
+    for (int64_t n = 0; n < N; ++n) out[n] += a[k * a_column] * b[k * b_row + n];
+}
+
+// matmul_rows of 1 .. MOST rows.
+template <int MOST, typename T, typename... Arguments>
+FUSEDATTN_INLINE void matmul_up_to(int64_t rows, Arguments... arguments) {
+  if constexpr (MOST > 1)
+    if (rows < MOST) return matmul_up_to<MOST - 1, T>(rows, arguments...);
+  matmul_rows<MOST, T>(arguments...);
+}
+
+// B is taken in blocks of rows, some 128 KiB, each read once from memory, in order, and again from cache by the
+// next tile.
+template <typename T>
+void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+            int64_t b_row, T* out, int64_t out_row, Output output) {
+  constexpr int ROWS = VECTOR_REGISTERS >= 32 ? 8 : 4;
+  const int64_t block = higher(32, 32768 / higher(N, 1));
+  if (M == 1) return matmul_one_row(N, K, a, a_column, b, b_row, out, output);
+  const int64_t tiles = (M + ROWS - 1) / ROWS;
+  if (output == Output::STREAMED && K > block) output = Output::WRITTEN;  // and added to, from cache
+  int64_t k = 0;
+  do {  // K = 0 still writes zeros
+    const int64_t depth = lower(block, K - k);
+    int64_t ahead = k + block < K ? block * b_row * static_cast<int64_t>(sizeof(T)) : 0;
+    for (int64_t tile = 0, m = 0, rows; tile < tiles; ++tile, m += rows) {
+      rows = (M - m) / (tiles - tile);
+      matmul_up_to<ROWS, T>(rows, N, depth, a + m * a_row + k * a_column, a_row, a_column, b + k * b_row, b_row,
+                            out + m * out_row, out_row, output, ahead);
+      ahead = 0;
+    }
+    k += block;
+    output = Output::ADDED;
+  } while (k < K);
+  stream_fence();
+}
+
+// Sums of q k over `width` channels.
+template <typename T>
+struct DotTile {
+  static constexpr int QUERIES = VECTOR_REGISTERS >= 32 ? 4 : 2;
+  int64_t width;
+
+  template <int ROWS, int KEYS>
+  __attribute__((always_inline)) void run(Rows<T> q, Rows<T> k, T* sums) const {
+    constexpr int W = LANES<T>;
+    Vec<T> acc[ROWS * KEYS] = {};
+    for (int64_t d = 0; d < width; d += W)
+      for (int j = 0; j < KEYS; ++j) {
+        const Vec<T> kd = load(k.data + j * k.stride + d);
+        // Several queries find in cache what the first of them has met.
+        if (ROWS == 1) prefetch(k.data + j * k.stride + d, KEYS * k.stride * static_cast<int64_t>(sizeof(T)));
+        for (int i = 0; i < ROWS; ++i) acc[i * KEYS + j] += load(q.data + i * q.stride + d) * kd;
+      }
+    fold_lanes(acc, sums);
+  }
+};
+
+// From so many queries on, sums over channels are taken as a matrix product with the values transposed: what that
+// costs is less than folding the lanes of every sum.
+constexpr int64_t TRANSPOSED_QUERIES = 64;
+
+template <typename T>
+void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key,
+                  View<const T> grad_context, T* products, T* scratch) {
+  constexpr int W = LANES<T>;
+  const Place at = place_of(p, chunk, head);
+  const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
+  // What lies in the padding is not looked at: it may be NaN.
+  const int64_t keys = higher(0, lower(width, p.visible_keys(at.b) - first_key));
+  const int64_t Dv_padded = (p.Dv + W - 1) / W * W;
+  Rows<T> x{p.value.row(at.b, at.h, first_key), p.value.stride_t};
+  products += head * chunk.queries * p.Tk + first_key;
+  if (chunk.queries >= TRANSPOSED_QUERIES) {
+    for (int64_t d = 0; d < p.Dv; ++d)
+      for (int64_t c = 0; c < width; ++c) scratch[d * KEY_BLOCK + c] = c < keys ? x.data[c * x.stride + d] : 0;
+    return matmul(chunk.queries, width, p.Dv, grad_context.row(at.b, at.h, chunk.first_query),
+                  grad_context.stride_t, 1, scratch, KEY_BLOCK, products, p.Tk, Output::WRITTEN);
+  }
+  const bool padded = p.Dv != Dv_padded;
+  if (padded) x = copied(x, keys, p.Dv, scratch, Dv_padded);
+  T sums[DotTile<T>::QUERIES * KEY_BLOCK];
+  for (int64_t r = 0, rows; r < chunk.queries; r += rows) {
+    rows = tile_rows<DotTile<T>>(chunk.queries - r);
+    Rows<T> dc{grad_context.row(at.b, at.h, chunk.first_query + r), grad_context.stride_t};
+    if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
+    pairwise(DotTile<T>{Dv_padded}, rows, dc, x, keys, sums);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = c < keys ? sums[i * KEY_BLOCK + c] : 0;
+  }
+}
+
+}  // namespace
+
+extern const AttentionProducts<float> attention_products_f32 = {matmul, grad_weights};
+extern const AttentionProducts<double> attention_products_f64 = {matmul, grad_weights};
+
+}  // namespace FUSEDATTN_LEVEL
+}  // namespace fusedattn
