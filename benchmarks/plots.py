@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from .machine import describe  # noqa: E402
-from .report import MIB, summaries  # noqa: E402
+from .summary import MIB, summaries  # noqa: E402
 
 COLORS = {"eager": "#8c8c8c", "compile": "#e08a2e", "fused": "#2868c8"}
 

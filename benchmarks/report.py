@@ -8,36 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import contenders
 from .machine import describe
+from .summary import MIB, summaries
 from .targets import targets
 
 README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
-MIB = 1 << 20
-
-
-def summaries(result: dict, group: str) -> list[dict]:
-    """One dict per case and mode: the faster eager and the faster compiled form beside fusedattn."""
-    steps: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in result["rows"]:
-        if row["group"] == group:
-            steps.setdefault((row["case"], row["mode"]), {})[row["contender"]] = row
-    found = []
-    for (case, mode), by_name in steps.items():
-        fused = by_name[contenders.FUSED]
-        summary = {"case": case, "mode": mode, "fused": fused, "size": fused.get("size")}
-        for kind in ("eager", "compile", contenders.CLONE):
-            rivals = [row for name, row in by_name.items() if name.startswith(kind)]
-            best = min(rivals, key=lambda row: row["milliseconds"], default=None)
-            summary[kind] = best
-            if best is not None and kind != contenders.CLONE:
-                summary[f"vs {kind}"] = best["milliseconds"] / fused["milliseconds"]
-        if summary[contenders.CLONE] is not None:
-            summary["vs clone"] = fused["rate"] / summary[contenders.CLONE]["rate"]
-        if fused.get("ceiling_milliseconds"):
-            summary["ceiling"] = fused["ceiling_milliseconds"] / fused["milliseconds"]
-        found.append(summary)
-    return found
 
 
 def number(value: float | None, unit: str = "") -> str:

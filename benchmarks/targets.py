@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .summary import MIB, summaries
+
 # shape: least speed-up of (forward vs eager, forward vs compile, training vs eager, training vs compile)
 SPEEDUPS = {
     "(4, 512, 512, 256)": (70, 12, 50, 30),
@@ -31,8 +33,6 @@ class Target:
 
 
 def targets(result: dict) -> list[Target]:
-    from .report import MIB, summaries  # report prints targets, so it imports this file
-
     found = []
     attention = {(s["case"], s["mode"]): s for s in summaries(result, "attention")}
     for shape, bounds in SPEEDUPS.items():
