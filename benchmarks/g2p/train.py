@@ -2,20 +2,23 @@
 
 import statistics
 import time
+from math import inf
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from ..measure import DisagreementError
+from ..progress import Tracker
 from .data import PAD, Batch, Dictionary
 from .model import FusedAttention, Model, PlainAttention, PlainAttentionSummed
 from .plots import plot_alignments, plot_losses
 
 CONTENDERS = {"plain": PlainAttention, "plain, other order": PlainAttentionSummed, "fused": FusedAttention}
 BLOCK = 10  # steps of one contender before the next has its turn
+LEAST_BLOCKS = 3  # the first warms up
 SEED = 0
 
 
@@ -67,8 +70,13 @@ def attention_seconds(model: Model, batch: Batch, repeats: int = 5) -> float:
     return statistics.median(seconds)
 
 
-def compare(dictionary: Dictionary, stepwise: bool, steps: int, hidden: int, size: int, progress: bool) -> dict:
-    """Trains each contender on the same batches, in alternating blocks, so that drift hits all alike."""
+def compare(
+    dictionary: Dictionary, stepwise: bool, steps: int, hidden: int, size: int, limit: float, console: Console
+) -> dict:
+    """Trains each contender on the same batches, in alternating blocks, so that drift hits all alike.
+
+    It ends early, after LEAST_BLOCKS at least, once ``limit`` seconds have gone.
+    """
     names = list(CONTENDERS)
     models = {name: build(CONTENDERS[name], hidden, len(dictionary.phones), stepwise) for name in names}
     optimizers = {name: torch.optim.Adam(model.parameters(), lr=2e-3) for name, model in models.items()}
@@ -76,13 +84,19 @@ def compare(dictionary: Dictionary, stepwise: bool, steps: int, hidden: int, siz
     seconds: dict[str, list[float]] = {name: [] for name in names}
     source = dictionary.batches(size, SEED)
     title = "step by step" if stepwise else "all steps at once"
-    for block in tqdm(range(steps // BLOCK), desc=f"g2p, {title}", disable=not progress):
-        batches = [next(source) for _ in range(BLOCK)]
-        for name in names if block % 2 == 0 else reversed(names):
-            for batch in batches:
-                start = time.perf_counter()
-                losses[name].append(train_step(models[name], optimizers[name], batch))
-                seconds[name].append(time.perf_counter() - start)
+    end = time.monotonic() + limit
+    with Tracker(console, f"g2p, {title}", steps // BLOCK) as tracker:
+        for block in range(steps // BLOCK):
+            if block >= LEAST_BLOCKS and time.monotonic() > end:
+                break
+            batches = [next(source) for _ in range(BLOCK)]
+            for name in names if block % 2 == 0 else reversed(names):
+                for batch in batches:
+                    start = time.perf_counter()
+                    losses[name].append(train_step(models[name], optimizers[name], batch))
+                    seconds[name].append(time.perf_counter() - start)
+            tracker.describe(f"loss {losses['fused'][-1]:.3f}")
+            tracker.advance()
     result = {
         "decoder": title,
         "stepwise": stepwise,
@@ -155,21 +169,24 @@ def report(results: list[dict], console: Console) -> None:
     console.print(table)
 
 
-def run(quick: bool, output: Path | None = None, progress: bool = True) -> dict:
+def run(quick: bool, output: Path | None = None, limit: float = inf) -> dict:
     """The comparison for both decoders: prints a table, plots into the folder ``output``, returns the figures.
 
-    ``quick``: 200 steps of 32 words, hidden width 128; else 400 steps of 256 words, width 256. Raises
-    ``RuntimeError`` where the losses of the fused run do not follow those of the plain one.
+    ``quick``: 200 steps of 32 words, hidden width 128; else 400 steps of 256 words, width 256; fewer where they
+    take longer than ``limit`` seconds together. Raises ``DisagreementError`` where the losses of the fused run do
+    not follow those of the plain one.
     """
     steps, hidden, size = (200, 128, 32) if quick else (400, 256, 256)
-    dictionary = Dictionary()
-    results = [compare(dictionary, stepwise, steps, hidden, size, progress) for stepwise in (True, False)]
-    report(results, Console())
+    console, dictionary = Console(), Dictionary()
+    results = [
+        compare(dictionary, stepwise, steps, hidden, size, limit / 2, console) for stepwise in (True, False)
+    ]
+    report(results, console)
     if output is not None:
         plot_losses(results, output)
     for result in results:
         if not result["agree"]:
-            raise RuntimeError(
+            raise DisagreementError(
                 f"g2p, {result['decoder']}: losses differ by {result['max_difference']:.1e}, two plain runs by "
                 f"{result['max_difference_of_plain']:.1e}"
             )
@@ -205,12 +222,11 @@ def demo(output: Path, steps: int = 3000, hidden: int = 256, size: int = 128) ->
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     source = dictionary.batches(size, SEED)
-    bar = tqdm(range(steps), desc="training")
-    for step in bar:
-        loss = train_step(model, optimizer, next(source))
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss:.3f}")
+    with Tracker(console, "training", steps) as tracker:
+        for _ in range(steps):
+            tracker.describe(f"loss {train_step(model, optimizer, next(source)):.3f}")
+            schedule.step()
+            tracker.advance()
     phoneme, word = error_rates(model, dictionary, dictionary.testing)
     console.print(
         f"{len(dictionary.testing):,} held-out words after {steps} steps of {size}: "
