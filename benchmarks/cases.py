@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "training")
+LAYOUTS = ("NCHW", "channels_last", "BTC")  # of FiLM's x
+SIZES = ("cache", "memory")  # of FiLM's x: in the last-level cache and beyond it
 
 # Multiply-type vector instructions of the CPU kernels per tanh (csrc/additive_attention/cpu_kernel_*.cpp):
 # forward one multiply-add and a quarter of the 13 operations that four channels share; backward 8.
@@ -102,8 +104,8 @@ class AttentionCase:
 class FilmCase:
     """y = gamma x + beta in float32; gamma, beta (B, C); x (B, C, N, N), or (B, N, C) for layout BTC."""
 
-    layout: str  # NCHW, channels_last or BTC
-    size: str  # "cache" or "memory"
+    layout: str  # one of LAYOUTS
+    size: str  # one of SIZES
     B: int
     C: int
     N: int
@@ -177,22 +179,15 @@ def sweep(lengths: tuple[int, ...]) -> list[AttentionCase]:
     return [AttentionCase(1, length, length, 256) for length in lengths]
 
 
-def tensor_sizes(last_level_cache: int, available_memory: int) -> dict[str, int]:
-    """Bytes of a tensor of which four fit into the last-level cache, and of one four times that cache (less
-    only if the machine has no room for several of those)."""
-    return {"cache": last_level_cache // 8, "memory": min(4 * last_level_cache, available_memory // 16)}
-
-
 def film(sizes: dict[str, int]) -> list[FilmCase]:
-    """Every layout at every size."""
+    """Every layout at every size, given in bytes of x."""
     B, C = 16, 256
-    cases = []
-    for size, x_bytes in sizes.items():
-        positions = x_bytes / (4 * B * C)
-        for layout in ("NCHW", "channels_last"):
-            cases.append(FilmCase(layout, size, B, C, ceil(sqrt(positions))))
-        cases.append(FilmCase("BTC", size, B, C, ceil(positions)))
-    return cases
+    positions = {size: x_bytes / (4 * B * C) for size, x_bytes in sizes.items()}
+    return [
+        FilmCase(layout, size, B, C, ceil(positions[size] if layout == "BTC" else sqrt(positions[size])))
+        for size in SIZES
+        for layout in LAYOUTS
+    ]
 
 
 def to_json(case: Case) -> dict:

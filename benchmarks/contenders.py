@@ -16,6 +16,7 @@ EAGER = ("eager @", "eager sum")  # the two ways to write attention's score; a r
 COMPILED = ("compile @", "compile sum")
 FUSED = "fused"
 CLONE = "clone"
+KINDS = ("eager", "compile", FUSED)  # a contender's name begins with its kind
 
 
 def attention_matmul(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
@@ -41,6 +42,13 @@ def clone(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 def compiled(function: Function) -> Function:
     """Compiled for the shapes it first meets, as a user with fixed shapes would have it."""
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def names(case: Case) -> tuple[str, ...]:
+    """All that :func:`of` makes."""
+    if isinstance(case, AttentionCase):
+        return *EAGER, *COMPILED, FUSED
+    return "eager", "compile", FUSED, CLONE
 
 
 def of(case: Case, compile: bool = True) -> dict[str, Function]:

@@ -8,7 +8,9 @@ of a server that has imported PyTorch and done nothing else (preload.py).
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from math import inf
+from threading import TIMEOUT_MAX
 from typing import Any
 
 import torch
@@ -17,10 +19,23 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch._dynamo", "benchmarks.preload"])
 
 
-def call(function: Callable, *arguments, environment: dict[str, str] | None = None) -> Any:
-    """``function(*arguments)`` in a new process with as many threads as here; all of them must pickle."""
-    with ProcessPoolExecutor(1, _context) as process:
-        return process.submit(_run, environment or {}, torch.get_num_threads(), function, arguments).result()
+class OutOfTimeError(RuntimeError):
+    """A measurement was ended because it took longer than it may."""
+
+
+def call(function: Callable, *arguments, environment: dict[str, str] | None = None, seconds: float = inf) -> Any:
+    """``function(*arguments)`` in a new process with as many threads as here; all of them must pickle.
+
+    Raises OutOfTimeError, and ends the process, where it takes longer than ``seconds``.
+    """
+    with ProcessPoolExecutor(1, _context) as pool:
+        future = pool.submit(_run, environment or {}, torch.get_num_threads(), function, arguments)
+        try:
+            return future.result(min(seconds, TIMEOUT_MAX))
+        except TimeoutError:
+            for process in multiprocessing.active_children():  # measurements run one by one: it is the only child
+                process.kill()
+            raise OutOfTimeError(f"not done after {seconds:.0f} s") from None
 
 
 def _run(environment: dict[str, str], threads: int, function: Callable, arguments: tuple) -> Any:

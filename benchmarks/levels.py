@@ -5,7 +5,7 @@ import statistics
 from fusedattn._library import cpu_capability
 
 from . import contenders, fresh, measure
-from .cases import ATTENTION, MODES, Case
+from .cases import ATTENTION, Case
 
 LEVELS = ("default", "avx2", "avx512")
 
@@ -29,5 +29,7 @@ def rows(rounds: int, cases: tuple[Case, ...] = ATTENTION) -> list[dict]:
 
 
 def _rows(cases: tuple[Case, ...]) -> list[dict]:
-    names = [contenders.FUSED]
-    return [row for case in cases for row in measure.time_case("levels", case, MODES, 5, 0.02, names=names)]
+    jobs = [
+        measure.Job("levels", case, names=(contenders.FUSED,), check=False, min_seconds=0.02) for case in cases
+    ]
+    return [row for job in jobs for row in measure.time_case(job)]

@@ -12,7 +12,8 @@ import fusedattn
 from fusedattn._library import cpu_capability
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_LAST_LEVEL_CACHE = 32 << 20  # where the system does not tell
+MIB, GIB = 1 << 20, 1 << 30
+DEFAULT_LAST_LEVEL_CACHE = 32 * MIB  # where the system does not tell
 
 
 def _read(path: str) -> str:
@@ -52,11 +53,26 @@ def last_level_cache() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping; 4 GiB where the system does not tell."""
+    """Bytes that can be allocated without swapping, within a container's limits; 4 GiB where the system does not
+    tell."""
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable"):
-            return int(line.split()[1]) << 10
-    return 4 << 30
+            group = _read("/proc/self/cgroup").strip().rpartition("0::/")[2]
+            return min([int(line.split()[1]) << 10, *left_of_limits(Path("/sys/fs/cgroup") / group)])
+    return 4 * GIB
+
+
+def left_of_limits(group: Path) -> list[int]:
+    """Bytes that the memory limits of a control group (version 2) and of those above it leave, if there are any.
+    What a group caches of files can be dropped, so it counts as free."""
+    left = []
+    for folder in (group, *group.parents):
+        limit = _read(f"{folder}/memory.max").strip()
+        if limit.isdigit():
+            statistics = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
+            used = int(_read(f"{folder}/memory.current")) - int(statistics["inactive_file"])
+            left.append(max(0, int(limit) - used))
+    return left
 
 
 def stamp() -> dict:

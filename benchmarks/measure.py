@@ -4,7 +4,8 @@ import itertools
 import mmap
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import ceil, inf, sqrt
 
 import torch
@@ -133,39 +134,49 @@ def _seconds(run: Callable, repeats: int) -> float:
     return statistics.median(after - before for before, after in itertools.pairwise(ticks))
 
 
-def time_case(
-    group: str,
-    case: Case,
-    modes: tuple[str, ...],
-    rounds: int,
-    min_seconds: float,
-    budget: float = inf,
-    names: Sequence[str] | None = None,
-    check: bool = False,
-) -> list[dict]:
-    """One row per mode and contender, after checking agreement if asked.
+@dataclass(frozen=True)
+class Job:
+    """A case to be timed by :func:`time_case`; for ``rounds`` and what follows it see :func:`alternate`."""
 
-    ``names`` limits the contenders, for the rest see :func:`alternate`.
-    """
+    group: str
+    case: Case
+    modes: tuple[str, ...] = MODES
+    names: tuple[str, ...] | None = None  # of the contenders; None: all of them
+    check: bool = True  # that they agree
+    rounds: int = 5
+    min_seconds: float = 0.1
+    budget: float = inf
+    labels: dict = field(default_factory=dict)  # for the rows
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name}, {' and '.join(self.modes)}"
+
+
+def time_case(job: Job) -> list[dict]:
+    """One row per mode and contender."""
+    case, check = job.case, job.check
     functions = contenders.of(case)
-    if names is not None:
-        functions = {name: functions[name] for name in names}
+    if job.names is not None:
+        functions = {name: functions[name] for name in job.names}
     inputs, grad = case.inputs(), case.grad_output()
     if check:
         check_agreement(case, functions, inputs, grad)
         memory.release()
     rows = []
-    for mode in modes:
+    for mode in job.modes:
         steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
         rivals = (contenders.EAGER, contenders.COMPILED)
-        samples = alternate(steps, rounds, min_seconds, rivals, budget, case.eager_bytes(mode), warm=check)
+        samples = alternate(
+            steps, job.rounds, job.min_seconds, rivals, job.budget, case.eager_bytes(mode), warm=check
+        )
         for name, seconds in samples.items():
             # a clone moves the bytes of x once in and once out, whatever the step it stands beside
             work = case.work("forward" if name == contenders.CLONE else mode)
             median = statistics.median(seconds)
             rows.append(
                 {
-                    "group": group,
+                    "group": job.group,
                     "case": case.name,
                     "mode": mode,
                     "contender": name,
@@ -174,6 +185,7 @@ def time_case(
                     "rounds": len(seconds),
                     "rate": work / median / 1e9,
                     "unit": case.unit,
+                    **job.labels,
                 }
             )
     return rows

@@ -15,11 +15,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from threading import TIMEOUT_MAX, Timer
 
 import torch
 
 from . import contenders
 from .cases import Case, from_json, to_json
+from .fresh import OutOfTimeError
 from .machine import ROOT
 
 ALLOCATOR = {
@@ -30,10 +32,10 @@ ALLOCATOR = {
 }
 
 
-def measure(jobs: list[tuple[Case, str, list[str]]]) -> Iterator[tuple[str, str, str, int | None]]:
+def measure(jobs: list[tuple[Case, str, list[str]]], seconds: float) -> Iterator[tuple[str, str, str, int | None]]:
     """(case name, mode, contender, bytes) for each job (case, mode, contenders), in order.
 
-    bytes is None where the system cannot tell.
+    bytes is None where the system cannot tell. Raises OutOfTimeError where it takes longer than ``seconds``.
     """
     text = json.dumps(
         {
@@ -46,8 +48,14 @@ def measure(jobs: list[tuple[Case, str, list[str]]]) -> Iterator[tuple[str, str,
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ALLOCATOR}, **pipes) as process:
         process.stdin.write(text)
         process.stdin.close()
+        alarm = Timer(min(seconds, TIMEOUT_MAX), process.kill)
+        alarm.start()
         for line in process.stdout:
             yield tuple(json.loads(line))
+        out_of_time = not alarm.is_alive()
+        alarm.cancel()
+    if out_of_time:
+        raise OutOfTimeError(f"not done after {seconds:.0f} s")
     if process.returncode:
         raise RuntimeError(f"the memory measurement ended with status {process.returncode}")
 

@@ -1,6 +1,5 @@
-"""Plots of a result, as PNG files."""
+"""Pictures of a result, as PNG files: ratios, parts of the ceiling, and growth with the sequence length."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -8,84 +7,177 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter  # noqa: E402
 
-from .machine import describe  # noqa: E402
-from .summary import MIB, summaries  # noqa: E402
+from .cases import MODES  # noqa: E402
+from .machine import MIB, describe  # noqa: E402
+from .report import number  # noqa: E402
+from .summary import summaries  # noqa: E402
 
-COLORS = {"eager": "#8c8c8c", "compile": "#e08a2e", "fused": "#2868c8"}
+# Okabe and Ito's colours: whatever one's colour vision, they can be told apart
+COLORS = {"eager": "#999999", "compile": "#E69F00", "fused": "#0072B2"}
+NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "fused": "fusedattn"}
+LIMITS = {"bytes": ("#56B4E9", "bound by bytes"), "compute": ("#009E73", "bound by arithmetic")}
+HEADS = {  # of cases, by group and size
+    ("attention", None): "Attention (B, Tq, Tk, D)",
+    ("film", "cache"): "FiLM in the cache, x",
+    ("film", "memory"): "FiLM beyond the cache, x",
+    ("small", None): "A small call (B, Tq, Tk, D)",
+}
+TITLES = {"forward": "Forward", "training": "Training step: forward and backward"}
+RATIOS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+Panels = list[tuple[Axes, list[tuple[float, dict]]]]
 
 
-def _save(figure, result: dict, path: Path) -> Path:
-    figure.text(0.01, 0.005, describe(result["machine"]), fontsize=6, color="#555555")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, dpi=150)
+def _panels(result: dict, groups: tuple[str, ...], inches: float) -> tuple[Figure, Panels]:
+    """A panel per mode with a line of so many inches per case, below the head of its kind; with each panel the
+    cases' summaries and their places on the axis."""
+    ticks: list[tuple[float, str, str]] = []
+    places: dict[tuple[str, str], float] = {}
+    y = 0.0
+    for (group, size), head in HEADS.items():
+        found = summaries(result, group) if group in groups else []
+        cases = dict.fromkeys(s["case"] for s in found if s["size"] == size)
+        if cases:
+            ticks.append((y, head, "bold"))
+            for case in cases:
+                y += 1
+                places[group, case] = y
+                ticks.append((y, case.partition(" ")[2], "normal"))
+            y += 1.2
+    figure, row = plt.subplots(
+        1, len(MODES), figsize=(12, 1.3 + inches * y), sharex=True, sharey=True, layout="constrained"
+    )
+    panels = []
+    for axes, mode in zip(row, MODES, strict=True):
+        axes.set_title(TITLES[mode], loc="left", fontsize=10)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False, labelsize=9)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.axvline(1, color="black", linewidth=0.9)
+        found = [(group, s) for group in groups for s in summaries(result, group) if s["mode"] == mode]
+        panels.append((axes, [(places[group, s["case"]], s) for group, s in found]))
+    row[0].set_yticks([y for y, *_ in ticks], [text for _, text, _ in ticks])
+    for label, (*_, weight) in zip(row[0].get_yticklabels(), ticks, strict=True):
+        label.set_fontweight(weight)
+    row[0].set_ylim(y - 0.6, -0.5)
+    return figure, panels
+
+
+def _bar(axes: Axes, start: float, end: float, y: float, thickness: float, color: str, text: str) -> None:
+    """A horizontal bar with its figure at the end."""
+    axes.barh(y, end - start, thickness, left=start, color=color)
+    side = 1 if end >= start else -1
+    axes.annotate(
+        text,
+        (end, y),
+        (4 * side, 0),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        va="center",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    )
+
+
+def _save(figure: Figure, result: dict, title: str, keys: list, path: Path) -> Path:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    if keys:
+        figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), frameon=False, fontsize=10)
+    figure.supxlabel(describe(result["machine"]), x=0.01, ha="left", fontsize=8, color="#555555")
+    figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
     return path
 
 
-def _bars(axes: Axes, found: list[dict], title: str) -> None:
-    labels = [s["case"].partition(" ")[2] for s in found]
-    for offset, rival in ((0.2, "eager"), (-0.2, "compile")):
-        places = [n + offset for n in range(len(found))]
-        bars = axes.barh(places, [s.get(f"vs {rival}", 0) for s in found], 0.38, color=COLORS[rival])
-        bars.set_label(f"vs {rival}")
-        axes.bar_label(bars, fmt="%.3g×", padding=2, fontsize=7)
-    axes.set_yticks(range(len(found)), labels, fontsize=8)
-    axes.invert_yaxis()
+def ratios(result: dict, path: Path) -> Path:
+    """How many times faster fusedattn is than each rival, case by case."""
+    rivals = ("eager", "compile")
+    thickness = 0.84 / len(rivals)
+    figure, panels = _panels(result, ("attention", "film", "small"), inches=0.16 * (len(rivals) + 0.5))
+    found = [1.0]
+    for axes, cases in panels:
+        for y, s in cases:
+            for n, rival in enumerate(rivals):
+                ratio = s.get(f"vs {rival}")
+                if ratio:
+                    place = y + (n - (len(rivals) - 1) / 2) * thickness
+                    _bar(axes, 1, ratio, place, 0.9 * thickness, COLORS[rival], number(ratio, "×"))
+                    found.append(ratio)
+        axes.set_xlabel("times as fast as the rival, logarithmic", fontsize=9)
+    axes = panels[0][0]  # the others share its scale
     axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.15)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("speed-up of fusedattn")
-    axes.legend(fontsize=8)
+    low, high = min(0.7, min(found) / 1.5), max(found) * 1.7  # with room for the figures
+    axes.set_xlim(low, high)
+    axes.set_xticks([tick for tick in RATIOS if low <= tick <= high])
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    axes.xaxis.set_minor_locator(NullLocator())
+    keys = [Patch(color=COLORS[rival], label=f"against {NAMES[rival]}") for rival in rivals]
+    return _save(figure, result, "How many times as fast fusedattn is", keys, path)
 
 
-def speedups(result: dict, group: str, path: Path) -> Path | None:
-    found = summaries(result, group)
-    if not found:
-        return None
-    rows = len(found) / 2
-    figure, panels = plt.subplots(1, 2, figsize=(13, 1.5 + 0.6 * rows))
-    for axes, mode in zip(panels, ("forward", "training"), strict=True):
-        _bars(axes, [s for s in found if s["mode"] == mode], f"{group}, {mode}")
-    return _save(figure, result, path)
+def ceilings(result: dict, path: Path) -> Path:
+    """Which part of what the machine can do at best each case reaches, and torch.compile beside it."""
+    figure, panels = _panels(result, ("attention", "film"), inches=0.27)
+    furthest = 1.0
+    for axes, cases in panels:
+        for y, s in cases:
+            part = s.get("ceiling")
+            if part:
+                _bar(axes, 0, part, y, 0.68, LIMITS[s["fused"]["limit"]][0], f"{part:.0%}")
+                axes.plot([part / s["vs compile"]] * 2, [y - 0.34, y + 0.34], color="black", linewidth=2)
+                furthest = max(furthest, part)
+        axes.set_xlabel("of the ceiling that was measured in the same run", fontsize=9)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+    panels[0][0].set_xlim(0, furthest + 0.1)
+    keys = [Patch(color=color, label=label) for color, label in LIMITS.values()]
+    tick = {"marker": "|", "markersize": 11, "markeredgewidth": 2, "linestyle": "none", "color": "black"}
+    keys.append(Line2D([], [], label="where torch.compile is", **tick))
+    return _save(figure, result, "How near fusedattn comes to what the machine can do", keys, path)
 
 
-def lengths(result: dict, path: Path) -> Path | None:
+def lengths(result: dict, path: Path) -> Path:
     """Time and peak memory against sequence length; a line ends where the next step would need too much."""
     found = summaries(result, "sweep")
-    if not found:
-        return None
     modes = list(dict.fromkeys(s["mode"] for s in found))
-    figure, panels = plt.subplots(len(modes), 2, figsize=(11, 4 * len(modes)), squeeze=False)
-    values: list[tuple[str, Callable]] = [
-        ("time, ms", lambda row: row["milliseconds"]),
-        (
-            "peak memory beyond results, MiB",
-            lambda row: row.get("peak_bytes") and max(row["peak_bytes"] / MIB, 0.1),
-        ),
-    ]
-    for row_of_axes, mode in zip(panels, modes, strict=True):
-        for axes, (label, value) in zip(row_of_axes, values, strict=True):
-            for kind, color in COLORS.items():
-                points = [(s["fused"]["length"], value(s[kind])) for s in found if s["mode"] == mode and s[kind]]
-                points = [point for point in points if point[1]]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", color=color, label=kind)
+    figure, rows = plt.subplots(len(modes), 2, figsize=(12, 4 * len(modes)), squeeze=False, layout="constrained")
+    for (left, right), mode in zip(rows, modes, strict=True):
+        for kind, color in COLORS.items():
+            steps = [s[kind] | {"length": s["length"]} for s in found if s["mode"] == mode and s[kind]]
+            _line(left, kind, color, [(s["length"], s["milliseconds"]) for s in steps])
+            peaks = [(s["length"], s["peak_bytes"] / MIB) for s in steps if s.get("peak_bytes") is not None]
+            _line(right, kind, color, [(length, max(peak, 1)) for length, peak in peaks])
+        for axes, what in ((left, "time, ms"), (right, "peak memory beyond results, MiB")):
+            axes.set_title(f"{mode.capitalize()}: {what}", loc="left", fontsize=10)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_xlabel("Tq = Tk (B = 1, D = 256)")
-            axes.set_ylabel(label)
-            axes.set_title(mode, fontsize=10)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
-    return _save(figure, result, path)
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            axes.set_xlabel("Tq = Tk, with B = 1 and D = 256", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="#dddddd", linewidth=0.7)
+            axes.margins(x=0.15)
+    return _save(figure, result, "Attention against sequence length", [], path)
+
+
+def _line(axes: Axes, kind: str, color: str, points: list[tuple[float, float]]) -> None:
+    """A line with its name at the end."""
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", color=color)
+        axes.annotate(
+            NAMES[kind], points[-1], (6, 0), textcoords="offset points", va="center", color=color, fontsize=9
+        )
 
 
 def write(result: dict, folder: Path) -> list[Path]:
-    paths = [
-        speedups(result, "attention", folder / "attention_speedup.png"),
-        speedups(result, "film", folder / "film_speedup.png"),
-        lengths(result, folder / "sequence_length.png"),
-    ]
-    return [path for path in paths if path is not None]
+    """Every picture that the result has something for, as PNG files in the folder."""
+    paths = []
+    if summaries(result, "attention") or summaries(result, "film"):
+        paths += [ratios(result, folder / "ratios.png"), ceilings(result, folder / "ceilings.png")]
+    if len({s["case"] for s in summaries(result, "sweep")}) > 2:
+        paths.append(lengths(result, folder / "lengths.png"))
+    return paths

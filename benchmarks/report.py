@@ -3,15 +3,20 @@
 import csv
 import math
 import re
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from .machine import describe
-from .summary import MIB, summaries
+from .machine import MIB, ROOT, describe
+from .summary import summaries
 from .targets import targets
 
+PICTURES = {  # of the README, in docs/
+    "ratios.png": "How many times as fast fusedattn is as eager PyTorch and torch.compile, case by case",
+    "ceilings.png": "Which part of the measured ceiling each case reaches",
+}
 README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 
 
@@ -78,7 +83,7 @@ ATTENTION_COLUMNS = [
 FILM_COLUMNS = ["x", "mode", *_TIMES, "GB/s", "vs eager", "vs compile", "vs clone", *_PEAKS, "of ceiling"]
 LEGEND = (
     "float32, median ms. eager and compile are the faster of tanh(q + k) @ w and (tanh(q + k) * w).sum(-1); "
-    "--quick compiles the first form alone. "
+    "without --full the first form alone is compiled. "
     "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the longer of the bytes that must be read "
     "and written (the output in fresh memory) and the kernel's arithmetic, at rates measured in the same run; "
     "vs clone: GB/s against x.clone()."
@@ -122,6 +127,10 @@ def print_result(console: Console, result: dict) -> None:
     ceilings = [[name, f"{value:.1f}"] for name, value in result["ceilings"].items()]
     _print(console, "Measured ceilings, GB/s and G multiply-adds/s", ["ceiling", "rate"], ceilings)
     console.print(LEGEND)
+    for line in result.get("sizes", ()):
+        console.print(f"sizes: {line}", highlight=False, markup=False)
+    for line in result.get("left_out", ()):
+        console.print(f"left out: {line}", highlight=False, markup=False, style="yellow")
     console.print(describe(result["machine"]))
 
 
@@ -176,22 +185,29 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [line(columns), line(["---", "---", *["---:"] * (len(columns) - 2)]), *map(line, rows), ""]
 
 
-def update_readme(result: dict, readme: Path) -> None:
-    """Rewrites what stands between the two benchmark markers of the README.
+def update_readme(result: dict, pictures: Path) -> list[Path]:
+    """Rewrites what stands between the two benchmark markers of the README and copies its pictures from a folder;
+    returns the files to commit.
 
-    Raises ValueError if it does not hold them.
+    Raises ValueError if the README does not hold the markers.
     """
     attention = [_attention_cells(s) for s in summaries(result, "attention")]
     film = [_film_cells(s) for s in summaries(result, "film")]
     lines = [f"Measured by `{result['command']}` on {describe(result['machine'])}.", ""]
+    (ROOT / "docs").mkdir(exist_ok=True)
+    for name, text in PICTURES.items():
+        shutil.copy(pictures / name, ROOT / "docs" / name)
+        lines += [f"![{text}](docs/{name})", ""]
     if attention:
         lines += _markdown(ATTENTION_COLUMNS, attention)
     if film:
         lines += _markdown(FILM_COLUMNS, film)
-    lines += [LEGEND, ""]
+    lines += [" ".join([LEGEND, *(f"{line}." for line in result["sizes"])]), ""]
+    readme = ROOT / "README.md"
     text, count = README_SECTION.subn(lambda m: m[1] + "\n".join(lines) + m[2], readme.read_text())
     if count != 1:
         raise ValueError(
             f"{readme}: expected one section between the benchmarks:begin and :end markers, found {count}"
         )
     readme.write_text(text)
+    return [readme, *(ROOT / "docs" / name for name in PICTURES)]

@@ -2,8 +2,6 @@
 
 from . import contenders
 
-MIB = 1 << 20
-
 
 def summaries(result: dict, group: str) -> list[dict]:
     """One dict per case and mode: the faster eager and the faster compiled form beside fusedattn."""
@@ -14,7 +12,13 @@ def summaries(result: dict, group: str) -> list[dict]:
     found = []
     for (case, mode), by_name in steps.items():
         fused = by_name[contenders.FUSED]
-        summary = {"case": case, "mode": mode, "fused": fused, "size": fused.get("size")}
+        summary = {
+            "case": case,
+            "mode": mode,
+            "fused": fused,
+            "size": fused.get("size"),
+            "length": fused.get("length"),
+        }
         for kind in ("eager", "compile", contenders.CLONE):
             rivals = [row for name, row in by_name.items() if name.startswith(kind)]
             best = min(rivals, key=lambda row: row["milliseconds"], default=None)

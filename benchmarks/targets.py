@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .summary import MIB, summaries
+from .machine import MIB
+from .summary import summaries
 
 # shape: least speed-up of (forward vs eager, forward vs compile, training vs eager, training vs compile)
 SPEEDUPS = {

@@ -1,0 +1,179 @@
+"""What is measured, in which order, and how a run keeps its time.
+
+Every case is measured in a process of its own and may take three times its even share of the time left. One that
+takes longer is ended and left out, and the result says so; sizes are chosen so that this stays rare (sizing.py).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from rich.console import Console
+
+from . import cases, contenders, fresh, g2p, levels, machine, measure, memory, sizing
+from .measure import Job
+from .progress import Tracker
+from .summary import summaries
+
+UNEVEN = 3  # times an even share of the time left: what one step of a run may take
+LEAST_SECONDS = 3  # under which no step is started
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured, by the mode of the command."""
+
+    seconds: float  # that the run may take
+    attention: tuple[cases.AttentionCase, ...] = cases.ATTENTION
+    film: tuple[tuple[str, str], ...] = tuple((layout, size) for size in cases.SIZES for layout in cases.LAYOUTS)
+    rounds: int = 5
+    budget: float = 1.0  # seconds of a case and mode; past it three samples do
+    # one compiled form is enough for a quick look: wherever both were measured it was the faster or within 5 %
+    left_out: tuple[str, ...] = ("compile sum",)
+    memory_modes: tuple[str, ...] = ("training",)
+    memory_groups: tuple[str, ...] = ("attention", "sweep")
+    memory_kinds: tuple[str, ...] = ("eager", "fused")  # the sweep's are all: compiling once more takes its time
+    sweep_lengths: tuple[int, ...] = (64, 256, 2048)
+    sweep_modes: tuple[str, ...] = ("training",)
+    sweep_rounds: int = 3
+    sweep_limit: int = machine.GIB  # bytes of (B, Tq, Tk, D) tensors up to which it runs eager and compiled code
+    level_rounds: int = 0
+    g2p: bool = True
+    g2p_quick: bool = True
+
+
+QUICK = Plan(
+    seconds=260,  # of 300: Python's start, the pictures and a last step of g2p come on top
+    attention=(cases.ATTENTION[0], cases.ATTENTION[3]),
+    film=(("NCHW", "cache"), ("BTC", "memory")),
+    sweep_lengths=(256, 2048),
+)
+SUITE = Plan(seconds=900)
+FULL = Plan(
+    seconds=inf,
+    rounds=11,
+    budget=inf,
+    left_out=(),
+    memory_modes=cases.MODES,
+    memory_groups=("attention", "film", "sweep"),
+    memory_kinds=("eager", "compile", "fused"),
+    sweep_lengths=(64, 128, 256, 512, 1024, 2048),
+    sweep_modes=cases.MODES,
+    sweep_rounds=5,
+    sweep_limit=8 * machine.GIB,
+    level_rounds=4,
+    g2p_quick=False,
+)
+
+
+class Schedule:
+    """The time of a run, shared out among its steps, and what was left out for want of it."""
+
+    def __init__(self, seconds: float, steps: int):
+        self.left_out: list[str] = []
+        self._end, self._steps = time.monotonic() + seconds, steps
+
+    def run(self, what: str, step: Callable[[float], Any]) -> Any:
+        """``step(seconds that it may take)``; None, and a line in ``left_out``, where they are too few."""
+        share = (self._end - time.monotonic()) * min(1.0, UNEVEN / self._steps)
+        self._steps -= 1
+        try:
+            if share < LEAST_SECONDS:
+                raise fresh.OutOfTimeError("no time was left")
+            return step(share)
+        except fresh.OutOfTimeError as error:
+            self.left_out.append(f"{what}: {error}")
+            return None
+
+
+def jobs(plan: Plan, attention: list[cases.AttentionCase], film_bytes: dict[str, int]) -> list[Job]:
+    """The cases to be timed, most important first."""
+    effort = {"rounds": plan.rounds, "budget": plan.budget}
+    found = [Job("attention", case, names=_names(case, plan.left_out), **effort) for case in attention]
+    for case in cases.film(film_bytes):
+        if (case.layout, case.size) in plan.film:
+            names = _names(case, plan.left_out)
+            found.append(Job("film", case, names=names, labels={"size": case.size}, **effort))
+    # microseconds a call: many rounds cost nothing
+    found.append(Job("small", cases.SMALL, names=_names(cases.SMALL, plan.left_out), rounds=21, min_seconds=0.01))
+    for mode in plan.sweep_modes:
+        for case in cases.sweep(plan.sweep_lengths):
+            # one form of each contender; eager and compiled code only where their memory allows
+            fits = case.eager_bytes(mode) <= min(plan.sweep_limit, machine.available_memory() // 2)
+            names = ("eager @", "compile @", contenders.FUSED) if fits else (contenders.FUSED,)
+            effort = {"rounds": plan.sweep_rounds, "budget": plan.budget, "check": False}
+            found.append(Job("sweep", case, (mode,), names=names, labels={"length": case.Tq}, **effort))
+    return found
+
+
+def _names(case: cases.Case, left_out: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in contenders.names(case) if name not in left_out)
+
+
+def run(plan: Plan, console: Console) -> dict:
+    """Everything that the plan names; the dict that is stored as result.json."""
+    started = time.monotonic()
+    cache, free = machine.last_level_cache(), machine.available_memory()
+    speed = fresh.call(sizing.speed)
+    film_bytes, sizes = sizing.film_bytes(cache, free, speed)
+    attention = []
+    for case in plan.attention:
+        fitted, change = sizing.fitted(case, speed, free)
+        attention.append(fitted)
+        sizes += change
+    todo = jobs(plan, attention, film_bytes)
+    timed = {(job.group, job.case.name): job.case for job in todo}
+    steps = len(todo) + 3 + bool(plan.level_rounds)
+    schedule = Schedule(plan.seconds - (time.monotonic() - started), steps + plan.g2p)
+    result: dict = {"machine": machine.stamp(), "sizes": sizes, "left_out": schedule.left_out, "rows": []}
+    rows: list[dict] = result["rows"]
+
+    with Tracker(console, "measured", steps) as tracker:
+
+        def step(what: str, run: Callable[[float], Any]) -> Any:
+            tracker.describe(what)
+            done = schedule.run(what, run)
+            tracker.advance()
+            return done
+
+        def call(what: str, function: Callable, *arguments) -> Any:
+            return step(what, lambda seconds: fresh.call(function, *arguments, seconds=seconds))
+
+        # the least that a run must have: without ceilings no figure says how good it is
+        before = step("ceilings", lambda _: fresh.call(measure.ceilings, film_bytes))
+        for job in todo:
+            rows += call(job.name, measure.time_case, job) or []
+        if plan.level_rounds:
+            rows += step("CPU levels", lambda _: levels.rows(plan.level_rounds)) or []
+        # the better of the two: a ceiling lowered by a busy machine would flatter
+        after = call("ceilings again", measure.ceilings, film_bytes) or before
+        result["ceilings"] = ceilings = {name: max(before[name], after[name]) for name in before}
+        step("peak memory", lambda seconds: _add_peaks(result, plan, timed, seconds))
+
+    for row in rows:
+        if case := timed.get((row["group"], row["case"])):
+            seconds, limit = measure.ceiling_seconds(case, row["mode"], ceilings, cache)
+            row["ceiling_milliseconds"], row["limit"] = 1e3 * seconds, limit
+    if plan.g2p:
+        try:
+            result["g2p"] = schedule.run("g2p", lambda seconds: g2p.run(plan.g2p_quick, limit=seconds))
+        except ImportError as error:
+            schedule.left_out.append(f"g2p: {error}")
+    result["seconds"] = time.monotonic() - started
+    return result
+
+
+def _add_peaks(result: dict, plan: Plan, timed: dict[tuple[str, str], cases.Case], seconds: float) -> None:
+    """Puts peak memory into the rows that are quoted of each kind; the others' is nobody's question."""
+    wanted = []
+    for group in plan.memory_groups:
+        kinds = contenders.KINDS if group == "sweep" else plan.memory_kinds
+        for s in summaries(result, group):
+            if s["mode"] in plan.memory_modes:
+                names = [s[kind]["contender"] for kind in kinds if s[kind]]
+                wanted.append((timed[group, s["case"]], s["mode"], names))
+    rows = {(row["case"], row["mode"], row["contender"]): row for row in result["rows"]}
+    for name, mode, contender, peak in memory.measure(wanted, seconds):
+        rows[name, mode, contender]["peak_bytes"] = peak
