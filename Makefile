@@ -1,6 +1,6 @@
 # Every target sets up what it needs; the stamps make the second time quick.
 #   make test                       tests, at every CPU level that this machine has
-#   make bench                      results checked, then measured, in a few minutes
+#   make bench                      results checked, then measured, a case or two of each kind, in five minutes at most
 #   make gates                      what every GPU kernel compiles to, checked; needs no GPU; GATES=--quick: less of it
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
 #   make gpu                        on a machine with an NVIDIA GPU: builds, tests and measures, in ten minutes
