@@ -78,6 +78,7 @@ def alternate(
     budget: float = inf,
     working_set: int = 0,
     warm: bool = False,
+    limit: float = inf,
 ) -> dict[str, list[float]]:
     """Seconds per call of each step, one sample a round.
 
@@ -88,8 +89,9 @@ def alternate(
     bytes are written. ``warm`` says that every step has run before. Of each group of rivals, which compute
     the same thing, only the fastest goes on after two rounds, and one far behind never starts. The call that
     finds out how long a step takes counts as a sample where none needs repeating. Once `budget` seconds have
-    gone, only steps with fewer than ENOUGH samples go on.
+    gone, only steps with fewer than ENOUGH samples go on; once `limit` seconds have gone, none.
     """
+    start = time.perf_counter()
     first = {}
     for name, run in steps.items():
         first[name] = _seconds(run, 1)
@@ -98,18 +100,20 @@ def alternate(
     repeats = {name: ceil(min_seconds / seconds) for name, seconds in first.items()}
     samples = {name: [first[name]] if repeats[name] == 1 else [] for name in steps}
     order = _without_slower(list(steps), rivals, first, margin=FAR_BEHIND)
-    start = time.perf_counter()
+    sampling = time.perf_counter()
     for n in range(rounds):
-        if n >= 2 and time.perf_counter() - start > budget:
+        if n >= 2 and time.perf_counter() - sampling > budget:
             order = [name for name in order if len(samples[name]) < ENOUGH]
         for name in order if n % 2 == 0 else reversed(order):
+            if time.perf_counter() - start > limit:
+                break
             if first[name] > LONG and working_set:
                 _write_fresh(working_set)
             else:
                 steps[name]()
             samples[name].append(_seconds(steps[name], repeats[name]))
         if n == 1:
-            order = _without_slower(order, rivals, {name: min(samples[name]) for name in order})
+            order = _without_slower(order, rivals, {name: min(samples[name] or [first[name]]) for name in order})
         if n % 2 == 1:
             order = order[1:] + order[:1]
     return {name: samples[name] or [first[name]] for name in steps}
@@ -145,7 +149,7 @@ class Job:
     check: bool = True  # that they agree
     rounds: int = 5
     min_seconds: float = 0.1
-    budget: float = inf
+    budget: float = inf  # seconds of a mode
     labels: dict = field(default_factory=dict)  # for the rows
 
     @property
@@ -153,8 +157,9 @@ class Job:
         return f"{self.case.name}, {' and '.join(self.modes)}"
 
 
-def time_case(job: Job) -> list[dict]:
-    """One row per mode and contender."""
+def time_case(job: Job, seconds: float = inf) -> list[dict]:
+    """One row per mode and contender; after ``seconds`` no further sample is taken and no further mode begins."""
+    end = time.perf_counter() + seconds
     case, check = job.case, job.check
     functions = contenders.of(case)
     if job.names is not None:
@@ -164,16 +169,26 @@ def time_case(job: Job) -> list[dict]:
         check_agreement(case, functions, inputs, grad)
         memory.release()
     rows = []
-    for mode in job.modes:
+    for n, mode in enumerate(job.modes):
+        left = end - time.perf_counter()
+        if left <= 0:
+            break
         steps = {n: contenders.step(case, mode, n, f, inputs, grad) for n, f in functions.items()}
         rivals = (contenders.EAGER, contenders.COMPILED)
         samples = alternate(
-            steps, job.rounds, job.min_seconds, rivals, job.budget, case.eager_bytes(mode), warm=check
+            steps,
+            job.rounds,
+            job.min_seconds,
+            rivals,
+            job.budget,
+            working_set=case.eager_bytes(mode),
+            warm=check,
+            limit=left / (len(job.modes) - n),
         )
-        for name, seconds in samples.items():
+        for name, times in samples.items():
             # a clone moves the bytes of x once in and once out, whatever the step it stands beside
             work = case.work("forward" if name == contenders.CLONE else mode)
-            median = statistics.median(seconds)
+            median = statistics.median(times)
             rows.append(
                 {
                     "group": job.group,
@@ -181,8 +196,8 @@ def time_case(job: Job) -> list[dict]:
                     "mode": mode,
                     "contender": name,
                     "milliseconds": 1e3 * median,
-                    "fastest": 1e3 * min(seconds),
-                    "rounds": len(seconds),
+                    "fastest": 1e3 * min(times),
+                    "rounds": len(times),
                     "rate": work / median / 1e9,
                     "unit": case.unit,
                     **job.labels,

@@ -1,7 +1,8 @@
 """What is measured, in which order, and how a run keeps its time.
 
-Every case is measured in a process of its own and may take three times its even share of the time left. One that
-takes longer is ended and left out, and the result says so; sizes are chosen so that this stays rare (sizing.py).
+Every case is measured in a process of its own and may take three times its even share of the time left. When that
+runs short it takes fewer samples; one that takes longer is ended and left out, and the result says so. Sizes are
+chosen so that this stays rare (sizing.py).
 """
 
 import time
@@ -19,6 +20,7 @@ from .summary import summaries
 
 UNEVEN = 3  # times an even share of the time left: what one step of a run may take
 LEAST_SECONDS = 3  # under which no step is started
+STOPS_AFTER = 0.7  # of its time: where a case takes no further sample
 
 
 @dataclass(frozen=True)
@@ -138,17 +140,18 @@ def run(plan: Plan, console: Console) -> dict:
             tracker.advance()
             return done
 
-        def call(what: str, function: Callable, *arguments) -> Any:
-            return step(what, lambda seconds: fresh.call(function, *arguments, seconds=seconds))
-
         # the least that a run must have: without ceilings no figure says how good it is
         before = step("ceilings", lambda _: fresh.call(measure.ceilings, film_bytes))
         for job in todo:
-            rows += call(job.name, measure.time_case, job) or []
+            new = step(job.name, lambda seconds, job=job: _timed(job, seconds)) or []
+            rows += new
+            skipped = set(job.modes) - {row["mode"] for row in new} if new else ()
+            schedule.left_out += [f"{job.case.name}, {mode}: no time was left" for mode in skipped]
         if plan.level_rounds:
             rows += step("CPU levels", lambda _: levels.rows(plan.level_rounds)) or []
         # the better of the two: a ceiling lowered by a busy machine would flatter
-        after = call("ceilings again", measure.ceilings, film_bytes) or before
+        again = step("ceilings again", lambda seconds: fresh.call(measure.ceilings, film_bytes, seconds=seconds))
+        after = again or before
         result["ceilings"] = ceilings = {name: max(before[name], after[name]) for name in before}
         step("peak memory", lambda seconds: _add_peaks(result, plan, timed, seconds))
 
@@ -163,6 +166,11 @@ def run(plan: Plan, console: Console) -> dict:
             schedule.left_out.append(f"g2p: {error}")
     result["seconds"] = time.monotonic() - started
     return result
+
+
+def _timed(job: Job, seconds: float) -> list[dict]:
+    """The job's rows; its process stops by itself after most of the time, and is ended after all of it."""
+    return fresh.call(measure.time_case, job, STOPS_AFTER * seconds, seconds=seconds)
 
 
 def _add_peaks(result: dict, plan: Plan, timed: dict[tuple[str, str], cases.Case], seconds: float) -> None:

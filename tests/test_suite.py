@@ -9,7 +9,7 @@ import pytest
 rich_console = pytest.importorskip("rich.console", reason="rich is an optional extra of the benchmarks")
 pytest.importorskip("matplotlib", reason="matplotlib is an optional extra of the benchmarks")
 
-from benchmarks import cases, fresh, machine, plots, progress, report, sizing, suite  # noqa: E402
+from benchmarks import cases, fresh, machine, measure, plots, progress, report, sizing, suite  # noqa: E402
 from benchmarks.machine import GIB, MIB  # noqa: E402
 
 FAST = sizing.Speed(eager=1e9, clone=10e9)
@@ -89,6 +89,16 @@ def test_a_schedule_shares_its_time_and_notes_what_is_left_out():
     over = suite.Schedule(seconds=1, steps=1)
     assert over.run("last", lambda seconds: seconds) is None
     assert schedule.left_out == ["second: not done after 33 s"] and over.left_out == ["last: no time was left"]
+
+
+def test_a_measurement_short_of_time_takes_fewer_samples():
+    def samples(**options) -> list[float]:
+        return measure.alternate({"step": lambda: time.sleep(0.01)}, 50, 0.005, **options)["step"]
+
+    assert len(samples()) == 51  # the first call tells how long a step takes
+    assert 1 <= len(samples(limit=0.1)) < 11
+    job = measure.Job("attention", cases.AttentionCase(1, 2, 3, 4), names=("fused",), check=False)
+    assert measure.time_case(job, seconds=0) == []
 
 
 def test_a_measurement_out_of_time_is_ended():
