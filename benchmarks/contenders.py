@@ -1,4 +1,5 @@
-"""Who competes: plain PyTorch, torch.compile of the same lines, fusedattn, and x.clone() beside FiLM."""
+"""Who competes: plain PyTorch, torch.compile of the same lines, the strongest rival (identity.py), fusedattn, and
+x.clone() beside FiLM."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,14 +10,16 @@ from torch import Tensor
 import fusedattn
 
 from .cases import AttentionCase, Case, FilmCase
+from .identity import Identity
 
 Function = Callable[..., Tensor]
 
 EAGER = ("eager @", "eager sum")  # the two ways to write attention's score; a ratio quotes the faster
 COMPILED = ("compile @", "compile sum")
+IDENTITY = "identity"
 FUSED = "fused"
 CLONE = "clone"
-KINDS = ("eager", "compile", FUSED)  # a contender's name begins with its kind
+RIVALS = ("eager", "compile", IDENTITY)  # kinds: a contender's name begins with its own
 
 
 def attention_matmul(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
@@ -28,11 +31,11 @@ def attention_sum(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
 
 
 def film_channels_first(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    return gamma[:, :, None, None] * x + beta[:, :, None, None]
+    return (x * gamma[:, :, None, None]).add_(beta[:, :, None, None])
 
 
 def film_channels_end(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    return gamma[:, None] * x + beta[:, None]
+    return (x * gamma[:, None]).add_(beta[:, None])
 
 
 def clone(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ def compiled(function: Function) -> Function:
 def names(case: Case) -> tuple[str, ...]:
     """All that :func:`of` makes."""
     if isinstance(case, AttentionCase):
-        return *EAGER, *COMPILED, FUSED
+        return *EAGER, *COMPILED, IDENTITY, FUSED
     return "eager", "compile", FUSED, CLONE
 
 
@@ -60,7 +63,11 @@ def of(case: Case, compile: bool = True) -> dict[str, Function]:
     else:
         eager = {"eager": film_channels_end if case.layout == "BTC" else film_channels_first}
         fast = {FUSED: partial(fusedattn.film, channel_dim=case.channel_dim), CLONE: clone}
-    graphs = {name.replace("eager", "compile"): compiled(f) for name, f in eager.items()} if compile else {}
+    graphs = {}
+    if compile:
+        graphs = {name.replace("eager", "compile"): compiled(f) for name, f in eager.items()}
+        if isinstance(case, AttentionCase):
+            graphs[IDENTITY] = Identity(compiled)
     return {**eager, **graphs, **fast}
 
 

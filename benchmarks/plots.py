@@ -1,5 +1,6 @@
 """Pictures of a result, as PNG files: ratios, parts of the ceiling, and growth with the sequence length."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -12,14 +13,20 @@ from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter  # noqa: E402
 
+from . import contenders  # noqa: E402
 from .cases import MODES  # noqa: E402
 from .machine import MIB, describe  # noqa: E402
 from .report import number  # noqa: E402
 from .summary import summaries  # noqa: E402
 
 # Okabe and Ito's colours: whatever one's colour vision, they can be told apart
-COLORS = {"eager": "#999999", "compile": "#E69F00", "fused": "#0072B2"}
-NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "fused": "fusedattn"}
+COLORS = {"eager": "#999999", "compile": "#E69F00", "identity": "#CC79A7", "fused": "#0072B2"}
+NAMES = {
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "identity": "identity, compiled",
+    "fused": "fusedattn",
+}
 LIMITS = {"bytes": ("#56B4E9", "bound by bytes"), "compute": ("#009E73", "bound by arithmetic")}
 HEADS = {  # of cases, by group and size
     ("attention", None): "Attention (B, Tq, Tk, D)",
@@ -32,24 +39,25 @@ RATIOS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 Panels = list[tuple[Axes, list[tuple[float, dict]]]]
 
 
-def _panels(result: dict, groups: tuple[str, ...], inches: float) -> tuple[Figure, Panels]:
-    """A panel per mode with a line of so many inches per case, below the head of its kind; with each panel the
-    cases' summaries and their places on the axis."""
+def _panels(result: dict, groups: tuple[str, ...], bars: Callable[[dict], int]) -> tuple[Figure, Panels]:
+    """A panel per mode with so many bars for each case, below the head of its kind; with each panel the cases'
+    summaries and the middle of their places on the axis, of which a bar takes 1."""
     ticks: list[tuple[float, str, str]] = []
     places: dict[tuple[str, str], float] = {}
     y = 0.0
     for (group, size), head in HEADS.items():
-        found = summaries(result, group) if group in groups else []
-        cases = dict.fromkeys(s["case"] for s in found if s["size"] == size)
-        if cases:
+        found = {s["case"]: s for s in summaries(result, group) if group in groups and s["size"] == size}
+        if found:
             ticks.append((y, head, "bold"))
-            for case in cases:
-                y += 1
-                places[group, case] = y
-                ticks.append((y, case.partition(" ")[2], "normal"))
-            y += 1.2
+            y += 1
+            for case, s in found.items():
+                height = bars(s) + 0.5
+                places[group, case] = y + height / 2
+                ticks.append((places[group, case], case.partition(" ")[2], "normal"))
+                y += height
+            y += 1
     figure, row = plt.subplots(
-        1, len(MODES), figsize=(12, 1.3 + inches * y), sharex=True, sharey=True, layout="constrained"
+        1, len(MODES), figsize=(12, 1.3 + 0.175 * y), sharex=True, sharey=True, layout="constrained"
     )
     panels = []
     for axes, mode in zip(row, MODES, strict=True):
@@ -64,13 +72,13 @@ def _panels(result: dict, groups: tuple[str, ...], inches: float) -> tuple[Figur
     row[0].set_yticks([y for y, *_ in ticks], [text for _, text, _ in ticks])
     for label, (*_, weight) in zip(row[0].get_yticklabels(), ticks, strict=True):
         label.set_fontweight(weight)
-    row[0].set_ylim(y - 0.6, -0.5)
+    row[0].set_ylim(y - 0.7, -0.8)
     return figure, panels
 
 
-def _bar(axes: Axes, start: float, end: float, y: float, thickness: float, color: str, text: str) -> None:
+def _bar(axes: Axes, start: float, end: float, y: float, color: str, text: str) -> None:
     """A horizontal bar with its figure at the end."""
-    axes.barh(y, end - start, thickness, left=start, color=color)
+    axes.barh(y, end - start, 0.9, left=start, color=color)
     side = 1 if end >= start else -1
     axes.annotate(
         text,
@@ -96,18 +104,18 @@ def _save(figure: Figure, result: dict, title: str, keys: list, path: Path) -> P
 
 def ratios(result: dict, path: Path) -> Path:
     """How many times faster fusedattn is than each rival, case by case."""
-    rivals = ("eager", "compile")
-    thickness = 0.84 / len(rivals)
-    figure, panels = _panels(result, ("attention", "film", "small"), inches=0.16 * (len(rivals) + 0.5))
+
+    def present(s: dict) -> dict[str, float]:
+        return {rival: s[f"vs {rival}"] for rival in contenders.RIVALS if f"vs {rival}" in s}
+
+    figure, panels = _panels(result, ("attention", "film", "small"), lambda s: len(present(s)))
     found = [1.0]
     for axes, cases in panels:
         for y, s in cases:
-            for n, rival in enumerate(rivals):
-                ratio = s.get(f"vs {rival}")
-                if ratio:
-                    place = y + (n - (len(rivals) - 1) / 2) * thickness
-                    _bar(axes, 1, ratio, place, 0.9 * thickness, COLORS[rival], number(ratio, "×"))
-                    found.append(ratio)
+            for n, (rival, ratio) in enumerate(present(s).items()):
+                place = y + n - (len(present(s)) - 1) / 2
+                _bar(axes, 1, ratio, place, COLORS[rival], number(ratio, "×"))
+                found.append(ratio)
         axes.set_xlabel("times as fast as the rival, logarithmic", fontsize=9)
     axes = panels[0][0]  # the others share its scale
     axes.set_xscale("log")
@@ -116,20 +124,20 @@ def ratios(result: dict, path: Path) -> Path:
     axes.set_xticks([tick for tick in RATIOS if low <= tick <= high])
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
     axes.xaxis.set_minor_locator(NullLocator())
-    keys = [Patch(color=COLORS[rival], label=f"against {NAMES[rival]}") for rival in rivals]
+    keys = [Patch(color=COLORS[rival], label=f"against {NAMES[rival]}") for rival in contenders.RIVALS]
     return _save(figure, result, "How many times as fast fusedattn is", keys, path)
 
 
 def ceilings(result: dict, path: Path) -> Path:
     """Which part of what the machine can do at best each case reaches, and torch.compile beside it."""
-    figure, panels = _panels(result, ("attention", "film"), inches=0.27)
+    figure, panels = _panels(result, ("attention", "film"), lambda s: 1)
     furthest = 1.0
     for axes, cases in panels:
         for y, s in cases:
             part = s.get("ceiling")
             if part:
-                _bar(axes, 0, part, y, 0.68, LIMITS[s["fused"]["limit"]][0], f"{part:.0%}")
-                axes.plot([part / s["vs compile"]] * 2, [y - 0.34, y + 0.34], color="black", linewidth=2)
+                _bar(axes, 0, part, y, LIMITS[s["fused"]["limit"]][0], f"{part:.0%}")
+                axes.plot([part / s["vs compile"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2)
                 furthest = max(furthest, part)
         axes.set_xlabel("of the ceiling that was measured in the same run", fontsize=9)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -160,7 +168,7 @@ def lengths(result: dict, path: Path) -> Path:
             axes.set_xlabel("Tq = Tk, with B = 1 and D = 256", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color="#dddddd", linewidth=0.7)
-            axes.margins(x=0.15)
+            axes.margins(x=0.25)
     return _save(figure, result, "Attention against sequence length", [], path)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from . import contenders
 from .machine import MIB, ROOT, describe
 from .summary import summaries
 from .targets import targets
@@ -17,13 +18,15 @@ PICTURES = {  # of the README, in docs/
     "ratios.png": "How many times as fast fusedattn is as eager PyTorch and torch.compile, case by case",
     "ceilings.png": "Which part of the measured ceiling each case reaches",
 }
+HEADS = {"attention": "B, Tq, Tk, D", "sweep": "B, Tq, Tk, D", "small": "B, Tq, Tk, D", "film": "x"}
+NOTHING = "–"
 README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 
 
 def number(value: float | None, unit: str = "") -> str:
     """Three significant digits, never an exponent."""
     if value is None:
-        return "–"
+        return NOTHING
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{max(0, min(digits, 4))}f}{unit}"
 
@@ -34,56 +37,37 @@ def _milliseconds(row: dict | None) -> str:
 
 def _peak(row: dict | None) -> str:
     peak = row and row.get("peak_bytes")
-    return "–" if peak is None else f"{peak / MIB:.0f}"
+    return NOTHING if peak is None else f"{peak / MIB:.0f}"
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+def _ceiling(s: dict) -> str:
+    return f"{s['ceiling']:.0%} {s['fused']['limit']}" if "ceiling" in s else NOTHING
 
 
-def _attention_cells(s: dict) -> list[str]:
-    return [
-        s["case"].removeprefix("attention "),
-        s["mode"],
-        *(_milliseconds(s[kind]) for kind in ("eager", "compile", "fused")),
-        number(s["fused"]["rate"]),
-        number(s.get("vs eager"), "×"),
-        number(s.get("vs compile"), "×"),
-        *(_peak(s[kind]) for kind in ("eager", "compile", "fused")),
-        f"{_percent(s.get('ceiling'))} {s['fused'].get('limit', '')}".strip(),
-    ]
+def table(result: dict, group: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for the cases of a group; columns that would be empty are left out."""
+    found = summaries(result, group)
+    kinds = (*contenders.RIVALS, contenders.FUSED)
+    columns = {
+        HEADS[group]: [s["case"].partition(" ")[2] for s in found],
+        "mode": [s["mode"] for s in found],
+        **{f"{kind} ms": [_milliseconds(s[kind]) for s in found] for kind in kinds},
+        found[0]["fused"]["unit"] if found else "": [number(s["fused"]["rate"]) for s in found],
+        **{
+            f"vs {rival}": [number(s.get(f"vs {rival}"), "×") for s in found]
+            for rival in (*kinds, contenders.CLONE)
+        },
+        **{f"{kind} MiB": [_peak(s[kind]) for s in found] for kind in kinds},
+        "of ceiling": [_ceiling(s) for s in found],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
-def _film_cells(s: dict) -> list[str]:
-    return [
-        s["case"].removeprefix("film "),
-        s["mode"],
-        *(_milliseconds(s[kind]) for kind in ("eager", "compile", "fused")),
-        number(s["fused"]["rate"]),
-        number(s.get("vs eager"), "×"),
-        number(s.get("vs compile"), "×"),
-        number(s.get("vs clone"), "×"),
-        *(_peak(s[kind]) for kind in ("eager", "compile", "fused")),
-        _percent(s.get("ceiling")),
-    ]
-
-
-_TIMES = ["eager ms", "compile ms", "fused ms"]
-_PEAKS = ["eager MiB", "compile MiB", "fused MiB"]
-ATTENTION_COLUMNS = [
-    "B, Tq, Tk, D",
-    "mode",
-    *_TIMES,
-    "G tanh/s",
-    "vs eager",
-    "vs compile",
-    *_PEAKS,
-    "of ceiling",
-]
-FILM_COLUMNS = ["x", "mode", *_TIMES, "GB/s", "vs eager", "vs compile", "vs clone", *_PEAKS, "of ceiling"]
 LEGEND = (
     "float32, median ms. eager and compile are the faster of tanh(q + k) @ w and (tanh(q + k) * w).sum(-1); "
-    "without --full the first form alone is compiled. "
+    "without --full the first form alone is compiled. identity: the best that an expert can write in PyTorch, "
+    "1 - 2 / (1 + exp(2q) exp(2k)) for tanh, compiled, with a backward of its own (benchmarks/identity.py). "
     "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the longer of the bytes that must be read "
     "and written (the output in fresh memory) and the kernel's arithmetic, at rates measured in the same run; "
     "vs clone: GB/s against x.clone()."
@@ -102,20 +86,10 @@ def _print(console: Console, title: str, columns: list[str], rows: list[list[str
 
 
 def print_result(console: Console, result: dict) -> None:
-    attention = [_attention_cells(s) for s in summaries(result, "attention")]
-    film = [_film_cells(s) for s in summaries(result, "film")]
-    _print(console, "Additive attention", ATTENTION_COLUMNS, attention)
-    _print(console, "FiLM", FILM_COLUMNS, film)
-    sweep = [_attention_cells(s) for s in summaries(result, "sweep")]
-    _print(console, "Attention against sequence length", ATTENTION_COLUMNS, sweep)
-    small = [
-        [
-            s["mode"],
-            *(number(1e3 * s[kind]["milliseconds"]) for kind in ("eager", "compile", "fused") if s[kind]),
-        ]
-        for s in summaries(result, "small")
-    ]
-    _print(console, "A small call (1, 1, 32, 64), µs", ["mode", "eager", "compile", "fused"], small)
+    _print(console, "Additive attention", *table(result, "attention"))
+    _print(console, "FiLM", *table(result, "film"))
+    _print(console, "Attention against sequence length", *table(result, "sweep"))
+    _print(console, "A small call of attention", *table(result, "small"))
     levels: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["rows"]:
         if row["group"] == "levels":
@@ -191,17 +165,14 @@ def update_readme(result: dict, pictures: Path) -> list[Path]:
 
     Raises ValueError if the README does not hold the markers.
     """
-    attention = [_attention_cells(s) for s in summaries(result, "attention")]
-    film = [_film_cells(s) for s in summaries(result, "film")]
     lines = [f"Measured by `{result['command']}` on {describe(result['machine'])}.", ""]
     (ROOT / "docs").mkdir(exist_ok=True)
     for name, text in PICTURES.items():
         shutil.copy(pictures / name, ROOT / "docs" / name)
         lines += [f"![{text}](docs/{name})", ""]
-    if attention:
-        lines += _markdown(ATTENTION_COLUMNS, attention)
-    if film:
-        lines += _markdown(FILM_COLUMNS, film)
+    for group in ("attention", "film"):
+        columns, rows = table(result, group)
+        lines += _markdown(columns, rows) if rows else []
     lines += [" ".join([LEGEND, *(f"{line}." for line in result["sizes"])]), ""]
     readme = ROOT / "README.md"
     text, count = README_SECTION.subn(lambda m: m[1] + "\n".join(lines) + m[2], readme.read_text())

@@ -36,7 +36,10 @@ class Plan:
     left_out: tuple[str, ...] = ("compile sum",)
     memory_modes: tuple[str, ...] = ("training",)
     memory_groups: tuple[str, ...] = ("attention", "sweep")
-    memory_kinds: tuple[str, ...] = ("eager", "fused")  # the sweep's are all: compiling once more takes its time
+    memory_kinds: tuple[str, ...] = (
+        "eager",
+        contenders.FUSED,
+    )  # the sweep's are all: compiling once more takes its time
     sweep_lengths: tuple[int, ...] = (64, 256, 2048)
     sweep_modes: tuple[str, ...] = ("training",)
     sweep_rounds: int = 3
@@ -60,7 +63,7 @@ FULL = Plan(
     left_out=(),
     memory_modes=cases.MODES,
     memory_groups=("attention", "film", "sweep"),
-    memory_kinds=("eager", "compile", "fused"),
+    memory_kinds=(*contenders.RIVALS, contenders.FUSED),
     sweep_lengths=(64, 128, 256, 512, 1024, 2048),
     sweep_modes=cases.MODES,
     sweep_rounds=5,
@@ -104,7 +107,7 @@ def jobs(plan: Plan, attention: list[cases.AttentionCase], film_bytes: dict[str,
         for case in cases.sweep(plan.sweep_lengths):
             # one form of each contender; eager and compiled code only where their memory allows
             fits = case.eager_bytes(mode) <= min(plan.sweep_limit, machine.available_memory() // 2)
-            names = ("eager @", "compile @", contenders.FUSED) if fits else (contenders.FUSED,)
+            names = ("eager @", "compile @") * fits + (contenders.IDENTITY, contenders.FUSED)
             effort = {"rounds": plan.sweep_rounds, "budget": plan.budget, "check": False}
             found.append(Job("sweep", case, (mode,), names=names, labels={"length": case.Tq}, **effort))
     return found
@@ -177,7 +180,7 @@ def _add_peaks(result: dict, plan: Plan, timed: dict[tuple[str, str], cases.Case
     """Puts peak memory into the rows that are quoted of each kind; the others' is nobody's question."""
     wanted = []
     for group in plan.memory_groups:
-        kinds = contenders.KINDS if group == "sweep" else plan.memory_kinds
+        kinds = (*contenders.RIVALS, contenders.FUSED) if group == "sweep" else plan.memory_kinds
         for s in summaries(result, group):
             if s["mode"] in plan.memory_modes:
                 names = [s[kind]["contender"] for kind in kinds if s[kind]]

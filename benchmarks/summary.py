@@ -4,7 +4,7 @@ from . import contenders
 
 
 def summaries(result: dict, group: str) -> list[dict]:
-    """One dict per case and mode: the faster eager and the faster compiled form beside fusedattn."""
+    """One dict per case and mode: the fastest form of each rival beside fusedattn."""
     steps: dict[tuple[str, str], dict[str, dict]] = {}
     for row in result["rows"]:
         if row["group"] == group:
@@ -19,7 +19,7 @@ def summaries(result: dict, group: str) -> list[dict]:
             "size": fused.get("size"),
             "length": fused.get("length"),
         }
-        for kind in ("eager", "compile", contenders.CLONE):
+        for kind in (*contenders.RIVALS, contenders.CLONE):
             rivals = [row for name, row in by_name.items() if name.startswith(kind)]
             best = min(rivals, key=lambda row: row["milliseconds"], default=None)
             summary[kind] = best

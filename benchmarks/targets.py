@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .cases import MODES
 from .machine import MIB
 from .summary import summaries
 
@@ -12,6 +13,9 @@ SPEEDUPS = {
     "(1280, 1, 66, 1024)": (15, 3.5, 8, 5),
     "(64, 1, 1024, 512)": (15, 3.5, 8, 5),
 }
+# the same, vs identity: least speed-up in (forward, training)
+VS_IDENTITY = {"avx512": (2, 3), "avx2": (2, 2.5)}
+VS_IDENTITY_CASES = ("(4, 512, 512, 256)", "(128, 10, 128, 1024)", "(64, 1, 1024, 512)")
 PEAK_CASE, PEAK_MIB = "attention (4, 512, 512, 256)", 32
 FILM_VS_CLONE = 0.9
 AVX2_VS_AVX512 = 0.5
@@ -37,10 +41,16 @@ def targets(result: dict) -> list[Target]:
     found = []
     attention = {(s["case"], s["mode"]): s for s in summaries(result, "attention")}
     for shape, bounds in SPEEDUPS.items():
-        pairs = [(mode, rival) for mode in ("forward", "training") for rival in ("eager", "compile")]
+        pairs = [(mode, rival) for mode in MODES for rival in ("eager", "compile")]
         for (mode, rival), bound in zip(pairs, bounds, strict=True):
             measured = attention.get((f"attention {shape}", mode), {}).get(f"vs {rival}")
             found.append(Target(f"{shape} {mode} vs {rival}", "≥", bound, "×", measured))
+
+    level = result["machine"]["cpu_capability"]
+    for shape in VS_IDENTITY_CASES if level in VS_IDENTITY else ():
+        for mode, bound in zip(MODES, VS_IDENTITY[level], strict=True):
+            measured = attention.get((f"attention {shape}", mode), {}).get("vs identity")
+            found.append(Target(f"{shape} {mode} vs identity", "≥", bound, "×", measured))
 
     peak = attention.get((PEAK_CASE, "training"), {}).get("fused", {}).get("peak_bytes")
     what = f"{PEAK_CASE.removeprefix('attention ')} training peak memory"

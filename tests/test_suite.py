@@ -5,11 +5,12 @@ import json
 import time
 
 import pytest
+import torch
 
 rich_console = pytest.importorskip("rich.console", reason="rich is an optional extra of the benchmarks")
 pytest.importorskip("matplotlib", reason="matplotlib is an optional extra of the benchmarks")
 
-from benchmarks import cases, fresh, machine, measure, plots, progress, report, sizing, suite  # noqa: E402
+from benchmarks import cases, contenders, fresh, identity, machine, measure, plots, progress, report, sizing, suite  # noqa: E402
 from benchmarks.machine import GIB, MIB  # noqa: E402
 
 FAST = sizing.Speed(eager=1e9, clone=10e9)
@@ -118,6 +119,18 @@ def test_free_memory_is_what_the_tightest_limit_leaves(tmp_path):
         (folder / "memory.stat").write_text("anon 5\ninactive_file 100\n")
     assert machine.left_of_limits(job) == [700, 4400]
     assert 0 < machine.available_memory() < machine.GIB << 20
+
+
+def test_the_strongest_rival_computes_the_same():
+    case = cases.AttentionCase(2, 3, 5, 8)
+    inputs, grad = case.inputs(), case.grad_output()
+    rivals = {
+        "eager": contenders.attention_matmul,
+        "identity": identity.Identity(compiled=lambda function: function),
+    }
+    steps = [contenders.step(case, "training", name, f, inputs, grad) for name, f in rivals.items()]
+    for _ in range(2):  # the buffers are used again
+        torch.testing.assert_close(*(step() for step in steps))
 
 
 def rows(group: str, case: cases.Case, **extra) -> list[dict]:
