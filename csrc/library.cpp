@@ -1,31 +1,31 @@
 // Every operator schema of the library, and nothing else. Kernels register themselves in their own files.
 #include <torch/csrc/stable/library.h>
 
+#include "additive_attention/options.h"
+#include "film/options.h"
+
 STABLE_TORCH_LIBRARY(fusedattn, m) {
   m.def("cpu_capability() -> str");
 
   // query (B,H,Tq,D), key (B,H,Tk,D), value (B,H,Tk,Dv), weight (H,D), mask (B,H,Tq,Tk) or None, or all without H,
-  // key_lengths (B,) or None, key_exp = exp(2 key) or None, with key_bound = max|key|.
+  // key_lengths (B,) or None, key_exp = exp(2 key) or None, with key_bound = max|key| of one element in its dtype.
   // weights and scores are (0,) unless asked for. allow_tf32: GPUs may round the factors of weights x value to
   // TF32.
   m.def(
       "additive_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, "
-      "Tensor? key_lengths, Tensor? key_exp, float key_bound, bool is_causal, float scale, float? softcap, "
-      "bool return_weights, bool keep_scores, bool allow_tf32=False) "
+      "Tensor? key_lengths, Tensor? key_exp, Tensor? key_bound, " FUSEDATTN_ATTENTION_OPTIONS
+      ", bool return_weights, bool keep_scores, bool allow_tf32=False) "
       "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)");
   m.def(
       "additive_attention_bwd(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, Tensor query, "
       "Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
-      "float key_bound, bool is_causal, float scale, float? softcap, Tensor context, Tensor lse, "
-      "Tensor scores) "
+      "Tensor? key_bound, " FUSEDATTN_ATTENTION_OPTIONS
+      ", Tensor context, Tensor lse, Tensor scores) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
 
-  // x (B, ...) with C channels at channel_dim, gamma and beta (B,C) or (C,) or None, activation as numbered in
-  // film/formula.h, residual like x. grad_gamma and grad_beta are (0,) where the argument is None.
-  m.def(
-      "film_fwd(Tensor x, Tensor? gamma, Tensor? beta, int channel_dim, float gamma_offset, int activation, "
-      "Tensor? residual) -> Tensor");
-  m.def(
-      "film_bwd(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, int channel_dim, "
-      "float gamma_offset, int activation) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)");
+  // x (B, ...) with C channels at channel_dim, gamma and beta (B,C) or (C,) or None, residual like x or None.
+  // grad_gamma and grad_beta are (0,) where the argument is None.
+  m.def("film_fwd(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, " FUSEDATTN_FILM_OPTIONS ") -> Tensor");
+  m.def("film_bwd(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, " FUSEDATTN_FILM_OPTIONS
+        ") -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)");
 }

@@ -483,11 +483,25 @@ def test_key_exponentials_at_hand(sizes, dtype, query_size):
     def kernel(query, key, value, weight, **options):
         with torch.no_grad():
             wide = key.to(torch.promote_types(key.dtype, torch.float32))
-            key_exp, bound = torch.exp(2 * wide), wide.abs().max().item()
+            key_exp, bound = torch.exp(2 * wide), wide.abs().max()
         return attend(query, key, value, weight, key_exp=key_exp, key_bound=bound, **options)
 
     check(inputs, kernel)
     check(inputs, kernel, key_lengths=torch.tensor([13, 0][: sizes["B"]]))
+
+
+@pytest.mark.parametrize("bound, used", [(20.0, True), (20.5, False), (math.nan, False)])
+def test_key_exponentials_are_used_within_a_bound(bound, used):
+    query, key, value, weight = make_inputs(shape(1, 2, 5, 8))
+    key_exp = torch.full_like(key, math.nan)
+    context = attend(query / 8, key, value, weight, key_exp=key_exp, key_bound=torch.tensor(bound))
+    assert context.isnan().all() if used else context.isfinite().all()
+
+
+def test_an_infinite_softcap_caps_nothing():
+    inputs = make_inputs(shape(2, 3, 5, 4))
+    for function in (additive_attention, additive_attention_ref):
+        torch.testing.assert_close(function(*inputs, softcap=math.inf), function(*inputs), rtol=0, atol=0)
 
 
 # Properties
@@ -700,12 +714,12 @@ def test_the_reference_is_a_backend():
     )
 
 
-@pytest.mark.parametrize("wrong", ["key", "value", "weight", "mask", "key_lengths", "key_exp"])
+@pytest.mark.parametrize("wrong", ["key", "value", "weight", "mask", "key_lengths", "key_exp", "key_bound"])
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
     query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
     arguments = {"query": query, "key": key, "value": value, "weight": weight}
     arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
-    arguments |= {"key_exp": torch.exp(2 * key)}
-    arguments[wrong] = arguments[wrong][:, :1] if arguments[wrong].dim() > 1 else arguments[wrong][:1]
+    arguments |= {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
+    arguments[wrong] = arguments[wrong][:, :1] if arguments[wrong].dim() > 1 else arguments[wrong][:0]
     with pytest.raises(RuntimeError, match=wrong):
-        torch.ops.fusedattn.additive_attention_fwd(*arguments.values(), 20.0, False, 1.0, None, True, True)
+        torch.ops.fusedattn.additive_attention_fwd(*arguments.values(), False, 1.0, 0.0, True, True)

@@ -111,7 +111,7 @@ def test_tensors_on_several_devices_are_named():
     with pytest.raises(ValueError, match="gamma: expected dtype torch.float32 on cuda:0 like x, got .* on cpu"):
         film(x, torch.ones(3, device="cpu"))
     with pytest.raises(RuntimeError, match="gamma: expected a tensor on device cuda:0"):
-        torch.ops.fusedattn.film_fwd(x, torch.ones(3, device="cpu"), None, 1, 0.0, 0, None)
+        torch.ops.fusedattn.film_fwd(x, torch.ones(3, device="cpu"), None, None, 1, 0.0, 0)
 
 
 def test_key_lengths_out_of_range_are_clamped():

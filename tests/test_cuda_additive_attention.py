@@ -49,7 +49,7 @@ class EmulatedAttention(Function):
         arrays = arguments(query, key, value, weight, mask, key_lengths)
         options = (is_causal, scale, softcap or 0.0)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
-        module.additive_attention_fwd(name(dtype), *arrays, *options, *outputs, tf32)
+        module.additive_attention_fwd(name(dtype), *arrays, options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
 
     @staticmethod
@@ -71,7 +71,7 @@ class EmulatedAttention(Function):
             array(rows(grad_context)),
             *(array(t) for t in contiguous),
             *arguments(*tensors),
-            *ctx.options,
+            ctx.options,
             *(array(t) for t in (rows(context), lse, scores if ctx.keep_scores else None)),
             *(array(t) for t in outputs),
             ctx.chunk,

@@ -42,12 +42,13 @@ class EmulatedFilm(Function):
         y = displaced(poisoned(x.shape, x.dtype), offset)
         x, residual = (None if t is None else displaced(t, offset) for t in (x, residual))
         arrays = [array(t) for t in (x, gamma, beta)]
-        module.film_fwd(name(x.dtype), *arrays, gamma_offset, activation, array(residual), array(y))
+        module.film_fwd(name(x.dtype), *arrays, array(residual), (2, gamma_offset, activation), array(y))
         return y.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.module, ctx.offset, *tensors, ctx.gamma_offset, ctx.activation = inputs
+        ctx.module, ctx.offset, *tensors, gamma_offset, activation = inputs
+        ctx.options = (2, gamma_offset, activation)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -57,7 +58,7 @@ class EmulatedFilm(Function):
         dgamma, dbeta = (None if t is None else poisoned(t.shape, t.dtype) for t in (gamma, beta))
         arrays = [array(t) for t in (displaced(dy, ctx.offset), displaced(x, ctx.offset), gamma, beta)]
         outputs = [array(t) for t in (dx, dgamma, dbeta)]
-        ctx.module.film_bwd(name(x.dtype), *arrays, ctx.gamma_offset, ctx.activation, *outputs)
+        ctx.module.film_bwd(name(x.dtype), *arrays, ctx.options, *outputs)
         return None, None, dx.clone(), dgamma, dbeta, None if residual is None else dy, None, None
 
 
@@ -119,7 +120,7 @@ def test_unaligned_memory(module, offset, dtype):
 def test_arrays_at_different_distances_from_a_boundary(module, shape):
     x = displaced(torch.randn(shape), 1)
     y = poisoned(shape, x.dtype)
-    module.film_fwd("float32", array(x), None, None, 0.0, 1, array(displaced(x, 2)), array(y))
+    module.film_fwd("float32", array(x), None, None, array(displaced(x, 2)), (2, 0.0, 1), array(y))
     assert torch.equal(y, torch.relu(x) + x)
 
 
@@ -149,6 +150,6 @@ def test_nan_infinity_and_huge_values_behave_as_in_the_reference(module, activat
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 90.0, -90.0, 20.0, -20.0, 0.0])
     x = x.view(1, 1, 1, 10)
     y = poisoned(x.shape, x.dtype)
-    module.film_fwd("float32", array(x), None, None, 0.0, list(ACTIVATIONS).index(activation), None, array(y))
+    module.film_fwd("float32", array(x), None, None, None, (2, 0.0, list(ACTIVATIONS).index(activation)), array(y))
     expected = ACTIVATIONS[activation](x.double()).float()
     torch.testing.assert_close(y, expected, equal_nan=True, atol=1e-30, rtol=1e-6)

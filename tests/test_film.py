@@ -241,13 +241,15 @@ def test_raw_ops_pass_opcheck(channels_last):
     gamma, beta = torch.randn(2, 3), torch.randn(3)
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for args in (
-        (x, gamma, beta, 1, 1.0, 3, x),
-        (x, None, None, 1, 0.0, 0, None),
-        (x[:, :, ::2], gamma, None, 1, 0.0, 1, None),
+        (x, gamma, beta, x, 1, 1.0, 3),
+        (x, None, None, None, 1, 0.0, 0),
+        (x[:, :, ::2], gamma, None, None, 1, 0.0, 1),
     ):
         torch.library.opcheck(torch.ops.fusedattn.film_fwd.default, args, test_utils=utils)
         torch.library.opcheck(
-            torch.ops.fusedattn.film_bwd.default, (torch.randn_like(args[0]), *args[:6]), test_utils=utils
+            torch.ops.fusedattn.film_bwd.default,
+            (torch.randn_like(args[0]), *args[:3], *args[4:]),
+            test_utils=utils,
         )
 
 

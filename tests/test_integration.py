@@ -250,7 +250,7 @@ def test_vmap_of_grad_over_lengths():
 
 def test_vmap_with_key_exponentials():
     query, key, value, weight = make_inputs(requires_grad=False)
-    queries, key_exp, bound = torch.stack([query, 2 * query]), torch.exp(2 * key), key.abs().max().item()
+    queries, key_exp, bound = torch.stack([query, 2 * query]), torch.exp(2 * key), key.abs().max()
 
     def function(q):
         return attend(q, key, value, weight, key_exp=key_exp, key_bound=bound)
@@ -477,7 +477,7 @@ def test_autocast_of_mixed_dtypes():
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
-    options = (mask, torch.tensor([4, 2]), None, 0.0, True, 0.5, 3.0)
+    options = (mask, torch.tensor([4, 2]), None, None, True, 0.5, 3.0)
     forward, backward = torch.ops.fusedattn.additive_attention_fwd, torch.ops.fusedattn.additive_attention_bwd
     inputs = (query, key, value, weight, *options)
     torch.library.opcheck(forward.default, (*inputs, kept, kept))
@@ -489,7 +489,7 @@ def test_opcheck(kept, dtype, H):
 
 def test_opcheck_of_the_least():
     inputs = make_inputs(H=1, requires_grad=False)
-    inputs = (*inputs, None, None, None, 0.0, False, 1.0, None)
+    inputs = (*inputs, None, None, None, None, False, 1.0, 0.0)
     torch.library.opcheck(torch.ops.fusedattn.additive_attention_fwd.default, (*inputs, False, False))
 
 

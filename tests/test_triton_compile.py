@@ -24,7 +24,7 @@ def film_call(shape, channel_dim, activation=0, shared=False, dtype=torch.float3
     x = torch.empty(shape, dtype=dtype, device="meta")
     C = x.shape[channel_dim]
     gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
-    film.forward(x, gamma, None, channel_dim, 0.0, activation, None)
+    film.forward(x, gamma, None, None, channel_dim, 0.0, activation)
     film.backward(x, x, gamma, None, channel_dim, 0.0, activation)
 
 
@@ -60,7 +60,7 @@ def test_random_lengths_compile_few_kernels_of_additive_attention():
     generator = torch.Generator().manual_seed(0)
     D, found = 33, set()
     weight, lengths = torch.empty(D, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    options = (None, lengths, None, 0.0, False, 1.0, None)
+    options = (None, lengths, None, None, False, 1.0, 0.0)
     for Tq, Tk in torch.randint(17, 2000, (50, 2), generator=generator).tolist():
         inputs = [torch.empty(3, T, D, device="meta") for T in (Tq, Tk, Tk)] + [weight]
 

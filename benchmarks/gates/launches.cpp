@@ -34,8 +34,7 @@ T* somewhere() {
 template <typename S>
 void film(int64_t M, int64_t C, int64_t N) {
   using T = gpu::Arithmetic<S>;
-  const FilmProblem<S> p = {
-      16, M, C, N, somewhere<S>(), somewhere<S>(), somewhere<S>(), C, C, 0.0, Activation::NONE};
+  const FilmProblem<S> p = {16, M, C, N, somewhere<S>(), somewhere<S>(), somewhere<S>(), C, C, {}};
   launch_film_fwd<S>(p, nullptr, somewhere<S>(), nullptr);
   launch_film_bwd<S>(p, somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<T>(), nullptr);
 }
@@ -48,7 +47,6 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   const RowsOf<S> queries(somewhere<S>(), Tq * D, Tq * D, D), keys(somewhere<S>(), Tk * D, Tk * D, D);
   p.query = queries, p.key = keys, p.value = keys;
   p.weight = somewhere<S>();
-  p.scale = 1;
   for (bool tf32 : {false, true})
     launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
                                      somewhere<T>(), nullptr, tf32);

@@ -3,7 +3,6 @@
 // Query rows are processed in chunks, so that only chunk x Tk scores exist between phases (besides the kept
 // scores, which the caller asks for only where they are smaller than query and key). Work is cut by shape and
 // thread count alone and partial sums are added in a fixed order: results are bitwise reproducible.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,9 +11,11 @@
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "common/cpu_level.h"
 #include "common/memory.h"
 #include "cpu_kernel.h"
+#include "formula.h"
 
 namespace fusedattn {
 namespace {
@@ -108,7 +109,7 @@ struct Inputs {
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
          const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
-         double key_bound, bool is_causal, double scale, std::optional<double> softcap)
+         const OptionalTensor& key_bound, const AttentionOptions& options)
       : query(prepared(query_, scalar_type<T>())),
         key(prepared(key_, scalar_type<T>())),
         value(prepared(value_, scalar_type<T>())),
@@ -124,13 +125,16 @@ struct Inputs {
     check_shape(value, "value", shape({p.Tk, p.Dv}));
     check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
     p.query = view<T>(query), p.key = view<T>(key), p.value = view<T>(value);
-    p.is_causal = is_causal, p.scale = static_cast<T>(scale), p.softcap = static_cast<T>(softcap.value_or(0));
-    p.key_exp = nullptr, p.key_bound = static_cast<T>(key_bound);
+    p.options = options;
+    p.key_exp = nullptr, p.key_bound = 0;
     if (key_exp) {
       check_shape(*key_exp, "key_exp", shape({p.Tk, p.D}));
       STD_TORCH_CHECK(key_exp->is_contiguous() && key_exp->scalar_type() == scalar_type<T>(),
                       "additive_attention: key_exp must be contiguous, in the dtype of the arithmetic");
-      p.key_exp = key_exp->template const_data_ptr<T>();
+      STD_TORCH_CHECK(key_bound && key_bound->numel() == 1 && key_bound->scalar_type() == scalar_type<T>(),
+                      "additive_attention: key_bound must be one element in the dtype of key_exp");
+      p.key_bound = *key_bound->template const_data_ptr<T>();
+      if (p.key_bound <= KEY_EXP_BOUND) p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
     }
     p.mask = nullptr;
     if (mask) {
@@ -263,7 +267,7 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
       const int64_t b = (chunk.first_head + head) / p.H, h = (chunk.first_head + head) % p.H;
       const int64_t rows = std::min(QUERY_BLOCK, chunk.queries - r);
       int64_t visible = p.visible_keys(b);
-      if (p.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
+      if (p.options.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
       const int64_t first_key = std::min(visible, n % splits * part_keys);
       const int64_t keys = std::min(visible - first_key, part_keys);
       T* out = splits > 1 ? parts.get() + n * QUERY_BLOCK * p.Dv : context + (head * chunk.queries + r) * p.Dv;
@@ -394,8 +398,8 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
   std::fill_n(partial_weight.get(), heads * splits * p.D_padded, T(0));
 
   // Probabilities replace the scores in place, unless the slope of the cap still needs these.
-  const Buffer<T> capped(!kept && p.softcap != 0 ? chunk_size * p.Tk : 0);
-  T* const recomputed = p.softcap != 0 ? capped.get() : probabilities.get();
+  const Buffer<T> capped(!kept && p.options.softcap != 0 ? chunk_size * p.Tk : 0);
+  T* const recomputed = p.options.softcap != 0 ? capped.get() : probabilities.get();
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
     const int64_t rows = chunk.heads * chunk.queries;
     in.prepare_queries(chunk);
@@ -461,12 +465,11 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
 // The last argument, allow_tf32, is ignored: no CPU has TF32.
 Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor& key_exp, double key_bound, bool is_causal, double scale,
-                               std::optional<double> softcap, bool return_weights, bool keep_scores, bool) {
+                               const OptionalTensor& key_exp, const OptionalTensor& key_bound,
+                               const AttentionOptions& options, bool return_weights, bool keep_scores, bool) {
   const ScalarType type = query.scalar_type();
   const auto run = [&](auto zero) {
-    const Inputs<decltype(zero)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal,
-                                    scale, softcap);
+    const Inputs<decltype(zero)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
     return forward(in, type, return_weights, keep_scores);
   };
   return type == ScalarType::Double ? run(0.0) : run(0.0f);
@@ -475,8 +478,8 @@ Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
 Forward additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                                const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
-                               const OptionalTensor& key_lengths, const OptionalTensor& key_exp, double key_bound,
-                               bool is_causal, double scale, std::optional<double> softcap, const Tensor&,
+                               const OptionalTensor& key_lengths, const OptionalTensor& key_exp,
+                               const OptionalTensor& key_bound, const AttentionOptions& options, const Tensor&,
                                const Tensor& lse, const Tensor& scores) {
   const ScalarType type = query.scalar_type();
   const auto run = [&](auto zero) -> Forward {
@@ -486,7 +489,7 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
       if (!t) return std::nullopt;
       return torch::stable::contiguous(prepared(*t, acc));
     };
-    Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap);
+    Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
     if (grad_lse) check_shape(*grad_lse, "grad_lse", in.shape({p.Tq}));
@@ -509,8 +512,8 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedattn, CPU, m) {
-  m.impl("additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
-  m.impl("additive_attention_bwd", TORCH_BOX(&additive_attention_bwd));
+  m.impl("additive_attention_fwd", boxed<additive_attention_fwd>);
+  m.impl("additive_attention_bwd", boxed<additive_attention_bwd>);
 }
 
 }  // namespace fusedattn

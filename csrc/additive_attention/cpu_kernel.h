@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/cpu_level.h"
+#include "options.h"
 
 namespace fusedattn {
 
@@ -35,8 +36,7 @@ struct AttentionProblem {
   const bool* mask;  // (B, H, Tq, Tk), or null
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,), or null
-  bool is_causal;
-  T scale, softcap;        // softcap 0: none
+  AttentionOptions options;
   const T* weight;         // (H, D_padded)
   const T* weight_scaled;  // (H, D_padded): weight / weight_max, so that no product overflows
   const T* weight_max;     // (H,)

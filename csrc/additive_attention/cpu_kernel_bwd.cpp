@@ -33,13 +33,14 @@ T grad_scores(const AttentionProblem<T>& p, const T* scores, T lse, T grad_lse, 
     }
   }
   const T shift = grad_lse - horizontal_sum<T>(lanes);
-  const T inverse_cap = p.softcap != 0 ? 1 / p.softcap : 0;
+  const T scale = static_cast<T>(p.options.scale), softcap = static_cast<T>(p.options.softcap);
+  const T inverse_cap = softcap != 0 ? 1 / softcap : 0;
   double sum = 0;
   for (int64_t first = 0; first < p.Tk; first += 1024) {
     T part = 0;
     for (int64_t j = first; j < lower(p.Tk, first + 1024); ++j) {
-      T slope = p.scale;
-      if (p.softcap != 0) {
+      T slope = scale;
+      if (softcap != 0) {
         const T capped = scores[j] * inverse_cap;
         slope = prob[j] == 0 ? 0 : slope * (1 - capped * capped);  // a masked score is -inf
       }
@@ -220,7 +221,7 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
   g += head * chunk.queries * p.Tk + first_key;
   T* dk = grad_key + (at.n * p.Tk + first_key) * p.D + d;
   const Vec<T> w4 = 4 * load(p.weight + at.h * p.D_padded + d);
-  const int64_t diagonal = p.is_causal ? first_key - chunk.first_query : -p.Tk;
+  const int64_t diagonal = p.options.is_causal ? first_key - chunk.first_query : -p.Tk;
   Vec<T> dw = load(grad_weight + d);
   if (sum_form)
     backward_strip_loop<true>(p, chunk, diagonal, keys, q, k, g, dq, dk, n, w4, dw);

@@ -129,14 +129,15 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& a
                                     int64_t keys, int64_t width, T factor, T slope, T offset, const T* sums,
                                     T* out) {
   constexpr int W = LANES<T>;
+  const T softcap = static_cast<T>(p.options.softcap);
   T row[KEY_BLOCK];
   for (int64_t c = 0; c < KEY_BLOCK; c += W) {
     Vec<T> s = factor * (slope * load(sums + c) + offset);  // their sum may be finite where neither is
-    if (p.softcap != 0) s = p.softcap * tanh(s * (1 / p.softcap));
+    if (softcap != 0) s = softcap * tanh(s * (1 / softcap));
     s = s == -INF<T> ? splat(VISIBLE_MINUS_INF<T>) : s;
     store(row + c, s);
   }
-  if (p.is_causal) keys = lower(keys, i - j + 1);
+  if (p.options.is_causal) keys = lower(keys, i - j + 1);
   for (int64_t c = 0; c < width; ++c) out[c] = c < keys ? row[c] : -INF<T>;
   if (p.mask != nullptr) {
     const bool* mask =
@@ -193,13 +194,13 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   scores += head * chunk.queries * p.Tk + first_key;
   // Queries before `start` see none of these keys.
   int64_t start = keys <= 0 ? chunk.queries : 0;
-  if (p.is_causal) start = lower(chunk.queries, higher(start, first_key - chunk.first_query));
+  if (p.options.is_causal) start = lower(chunk.queries, higher(start, first_key - chunk.first_query));
   for (int64_t r = 0; r < start; ++r)
     for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
   if (start == chunk.queries) return;
 
   const T* w = p.weight_scaled + at.h * p.D_padded;
-  const T factor = p.scale * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
+  const T factor = static_cast<T>(p.options.scale) * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
   // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
   const bool finite = weight_sum - weight_sum == 0;
   const auto finish = [&](int64_t r, const T* sums) {

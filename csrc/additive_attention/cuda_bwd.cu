@@ -1,8 +1,7 @@
 // CUDA launcher of additive_attention_bwd: checks (cuda_inputs.h), allocation, and the kernels of cuda_bwd.cuh.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/box.h"
 #include "cuda_bwd.cuh"
 #include "cuda_inputs.h"
 
@@ -53,10 +52,10 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
 Gradients additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                                  const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                  const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
-                                 const OptionalTensor& key_lengths, const OptionalTensor&, double, bool is_causal,
-                                 double scale, std::optional<double> softcap, const Tensor& context,
-                                 const Tensor& lse, const Tensor& scores) {
-  const AttentionInputs in(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap);
+                                 const OptionalTensor& key_lengths, const OptionalTensor&, const OptionalTensor&,
+                                 const AttentionOptions& options, const Tensor& context, const Tensor& lse,
+                                 const Tensor& scores) {
+  const AttentionInputs in(query, key, value, weight, mask, key_lengths, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores);
   });
@@ -64,8 +63,6 @@ Gradients additive_attention_bwd(const OptionalTensor& grad_context, const Optio
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) {
-  m.impl("additive_attention_bwd", TORCH_BOX(&additive_attention_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("additive_attention_bwd", boxed<additive_attention_bwd>); }
 
 }  // namespace fusedattn

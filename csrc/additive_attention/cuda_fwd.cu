@@ -1,8 +1,7 @@
 // CUDA launcher of additive_attention_fwd: checks (cuda_inputs.h), allocation, and the kernels of cuda_fwd.cuh.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/box.h"
 #include "cuda_fwd.cuh"
 #include "cuda_inputs.h"
 
@@ -33,10 +32,9 @@ Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores
 // tanh.
 Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor&, double, bool is_causal, double scale,
-                               std::optional<double> softcap, bool return_weights, bool keep_scores,
-                               bool allow_tf32) {
-  const AttentionInputs in(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap);
+                               const OptionalTensor&, const OptionalTensor&, const AttentionOptions& options,
+                               bool return_weights, bool keep_scores, bool allow_tf32) {
+  const AttentionInputs in(query, key, value, weight, mask, key_lengths, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return forward<decltype(storage)>(in, return_weights, keep_scores, allow_tf32);
   });
@@ -44,8 +42,6 @@ Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) {
-  m.impl("additive_attention_fwd", TORCH_BOX(&additive_attention_fwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("additive_attention_fwd", boxed<additive_attention_fwd>); }
 
 }  // namespace fusedattn

@@ -22,12 +22,10 @@ struct AttentionInputs {
   int64_t B, H, Tq, Tk, D, Dv;
   Tensor query, key, value, weight;
   OptionalTensor mask, key_lengths;
-  bool is_causal;
-  double scale, softcap;
+  AttentionOptions options;
 
   AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
-                  const OptionalTensor& mask, const OptionalTensor& key_lengths_, bool is_causal, double scale,
-                  std::optional<double> softcap)
+                  const OptionalTensor& mask, const OptionalTensor& key_lengths_, const AttentionOptions& options)
       : device(query_),
         flat(query_.dim() == 3),
         query(rows(query_, "query")),
@@ -36,9 +34,7 @@ struct AttentionInputs {
         weight(rows(weight_, "weight")),
         mask(mask),
         key_lengths(key_lengths_),
-        is_causal(is_causal),
-        scale(scale),
-        softcap(softcap.value_or(0)) {
+        options(options) {
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
@@ -104,7 +100,7 @@ struct AttentionInputs {
                          : n == 1 ? 0
                                   : mask->stride(n - 1);
     p.key_lengths = gpu::data<int64_t>(key_lengths);
-    p.is_causal = is_causal, p.scale = scale, p.softcap = softcap;
+    p.options = options;
     return p;
   }
 

@@ -22,6 +22,7 @@
 #include "common/cuda.cuh"
 // after the definition of FUSEDATTN_INLINE
 #include "formula.h"
+#include "options.h"
 
 namespace fusedattn {
 
@@ -68,8 +69,7 @@ struct AttentionProblem {
   const bool* mask;  // (B, H, Tq, Tk), true = may attend, or null
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,) or null
-  bool is_causal;
-  double scale, softcap;  // softcap 0: none
+  AttentionOptions options;
 
   FUSEDATTN_HOST_DEVICE int64_t heads() const { return B * H; }
   FUSEDATTN_HOST_DEVICE int64_t query_tiles() const { return gpu::ceil_div(Tq, BLOCK_Q); }
@@ -81,7 +81,7 @@ struct AttentionProblem {
       const int64_t length = key_lengths[b];
       end = length < 0 ? 0 : length < Tk ? length : Tk;
     }
-    if (is_causal && i0 + BLOCK_Q < end) end = i0 + BLOCK_Q;
+    if (options.is_causal && i0 + BLOCK_Q < end) end = i0 + BLOCK_Q;
     return end;
   }
 };
@@ -345,9 +345,9 @@ FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
-    for (int j = 0; j < TILE_K; ++j) score[i][j] = scaled_score(weight, T(p.scale), score[i][j]);
-  if (p.softcap != 0) {
-    const T cap = T(p.softcap), inverse = 1 / cap;
+    for (int j = 0; j < TILE_K; ++j) score[i][j] = scaled_score(weight, T(p.options.scale), score[i][j]);
+  if (p.options.softcap != 0) {
+    const T cap = T(p.options.softcap), inverse = 1 / cap;
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
@@ -358,9 +358,9 @@ FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at
   const int columns = static_cast<int>(lower(TILE_K, keys_end - first_column < 0 ? 0 : keys_end - first_column));
   const int rows = static_cast<int>(lower(TILE_Q, p.Tq - first_row < 0 ? 0 : p.Tq - first_row));
   const int64_t before = first_row - first_column;
-  const int diagonal = !p.is_causal || before >= TILE_K ? TILE_K
-                       : before < -TILE_Q               ? -TILE_Q
-                                                        : static_cast<int>(before) + 1;
+  const int diagonal = !p.options.is_causal || before >= TILE_K ? TILE_K
+                       : before < -TILE_Q                       ? -TILE_Q
+                                                                : static_cast<int>(before) + 1;
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
@@ -460,20 +460,21 @@ template <typename S, typename T>
 FUSEDATTN_DEVICE PairGradient<T> pair_gradient(const AttentionProblem<S>& p, T score, T lse, T a) {
   if (score == -INFINITE<T>) return {T(0), T(0)};
   const T origin = lse - lse == 0 ? lse : NOT_A_NUMBER<T>;  // of an infinite row: every weight is NaN
-  const T weight = gpu::exp_approx(score - origin), ratio = p.softcap == 0 ? T(0) : score / T(p.softcap);
-  return {weight, weight * a * T(p.scale) * (1 - ratio * ratio)};
+  const T weight = gpu::exp_approx(score - origin),
+          ratio = p.options.softcap == 0 ? T(0) : score / T(p.options.softcap);
+  return {weight, weight * a * T(p.options.scale) * (1 - ratio * ratio)};
 }
 
 // finish_scores of one visible-by-length pair.
 template <typename S, typename T>
 FUSEDATTN_DEVICE T finished_score(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
                                   int64_t i, int64_t j, T sum) {
-  if (p.is_causal && j > i) return -INFINITE<T>;
+  if (p.options.is_causal && j > i) return -INFINITE<T>;
   if (p.mask != nullptr &&
       !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
     return -INFINITE<T>;
-  T score = scaled_score(weight, T(p.scale), sum);
-  if (p.softcap != 0) score = T(p.softcap) * gpu::tanh(score * (1 / T(p.softcap)));
+  T score = scaled_score(weight, T(p.options.scale), sum);
+  if (p.options.softcap != 0) score = T(p.options.softcap) * gpu::tanh(score * (1 / T(p.options.softcap)));
   return score == -INFINITE<T> ? VISIBLE_MINUS_INF<T> : score;
 }
 

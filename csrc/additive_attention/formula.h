@@ -29,6 +29,10 @@ struct ScoreRange<double> {
   static constexpr double PAIR = 170.0, QUAD = 85.0;
 };
 
+// Exponentials of all keys that are made ahead of a call have one bound of |k|. Up to this one they are used, with
+// every query within PAIR of it; beyond it each tile of keys has exponentials, and a bound, of its own.
+constexpr double KEY_EXP_BOUND = 20;
+
 template <typename V>
 struct Fraction {
   V numerator, denominator;

@@ -2,7 +2,6 @@
 //
 // Work is cut into pieces by shape alone and partial sums are added in a fixed order: results are bitwise
 // reproducible.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -11,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "common/cpu_level.h"
 #include "common/memory.h"
 #include "cpu_kernel.h"
@@ -102,8 +102,8 @@ struct Runs {
 
 template <typename T>
 Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, const OptionalTensor& beta,
-               double gamma_offset, int64_t activation, const OptionalTensor& residual) {
-  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(gamma_offset), T(1));
+               const OptionalTensor& residual, const FilmOptions& options) {
+  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
   const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
   Tensor y = torch::stable::empty_like(in.x);
   const int64_t size = in.x.element_size();
@@ -121,7 +121,7 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
     torch::stable::parallel_for(0, runs.tasks, runs.grain, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const Runs::Task t = runs.task(n);
-        kernels().forward_runs(type, activation, t.channels, t.length, x + t.element * size,
+        kernels().forward_runs(type, options, t.channels, t.length, x + t.element * size,
                                scale.row(t.b) + t.c * sizeof(T), shift.row(t.b) + t.c * sizeof(T), at(t.element),
                                out + t.element * size, streamed);
       }
@@ -131,8 +131,8 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
     torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
-        kernels().forward_rows(type, activation, std::min(rows, in.M - begin), in.C, x + element * size,
-                               scale.row(b), shift.row(b), at(element), out + element * size, streamed);
+        kernels().forward_rows(type, options, std::min(rows, in.M - begin), in.C, x + element * size, scale.row(b),
+                               shift.row(b), at(element), out + element * size, streamed);
       }
     });
   }
@@ -167,8 +167,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 template <typename T>
 Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const OptionalTensor& gamma,
-                   const OptionalTensor& beta, double gamma_offset, int64_t activation) {
-  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(gamma_offset), T(1));
+                   const OptionalTensor& beta, const FilmOptions& options) {
+  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
   const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
   const Tensor grad = in.like(grad_output);
   const auto sizes = in.x.sizes(), strides = in.x.strides();
@@ -189,10 +189,9 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
     torch::stable::parallel_for(0, cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const Runs::Task t = cut.task(n);
-        kernels().backward_runs(type, activation, t.channels, t.length, dy + t.element * size,
-                                x + t.element * size, scale.row(t.b) + t.c * sizeof(T),
-                                shift.row(t.b) + t.c * sizeof(T), out + t.element * size, &dz_x[t.part],
-                                &dz[t.part], streamed);
+        kernels().backward_runs(type, options, t.channels, t.length, dy + t.element * size, x + t.element * size,
+                                scale.row(t.b) + t.c * sizeof(T), shift.row(t.b) + t.c * sizeof(T),
+                                out + t.element * size, &dz_x[t.part], &dz[t.part], streamed);
       }
     });
   } else {
@@ -204,7 +203,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
     torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
-        kernels().backward_rows(type, activation, std::min(rows, in.M - begin), in.C, dy + element * size,
+        kernels().backward_rows(type, options, std::min(rows, in.M - begin), in.C, dy + element * size,
                                 x + element * size, scale.row(b), shift.row(b), out + element * size,
                                 &dz_x[n * in.C], &dz[n * in.C], streamed);
       }
@@ -215,19 +214,18 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
           beta ? reduced<T>(*beta, in, dz, pieces, runs) : none()};
 }
 
-Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t channel_dim,
-                double gamma_offset, int64_t activation, const OptionalTensor& residual) {
+Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
+                const OptionalTensor& residual, const FilmOptions& options) {
   const FilmType type = storage_type(x.scalar_type());
   if (x.numel() == 0) return torch::stable::empty_like(x);
-  const Layout in(x, channel_dim);
-  return in.restored(type == FilmType::DOUBLE
-                         ? forward<double>(in, type, gamma, beta, gamma_offset, activation, residual)
-                         : forward<float>(in, type, gamma, beta, gamma_offset, activation, residual),
+  const Layout in(x, options);
+  return in.restored(type == FilmType::DOUBLE ? forward<double>(in, type, gamma, beta, residual, options)
+                                              : forward<float>(in, type, gamma, beta, residual, options),
                      x);
 }
 
 Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
-                   const OptionalTensor& beta, int64_t channel_dim, double gamma_offset, int64_t activation) {
+                   const OptionalTensor& beta, const FilmOptions& options) {
   const FilmType type = storage_type(x.scalar_type());
   const auto zeros = [&](const OptionalTensor& t) {
     Tensor zero =
@@ -236,18 +234,18 @@ Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTen
     return zero;
   };
   if (x.numel() == 0) return {torch::stable::empty_like(x), zeros(gamma), zeros(beta)};
-  const Layout in(x, channel_dim);
+  const Layout in(x, options);
   auto [dx, dgamma, dbeta] = type == FilmType::DOUBLE
-                                 ? backward<double>(grad_output, in, type, gamma, beta, gamma_offset, activation)
-                                 : backward<float>(grad_output, in, type, gamma, beta, gamma_offset, activation);
+                                 ? backward<double>(grad_output, in, type, gamma, beta, options)
+                                 : backward<float>(grad_output, in, type, gamma, beta, options);
   return {in.restored(dx, x), dgamma, dbeta};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedattn, CPU, m) {
-  m.impl("film_fwd", TORCH_BOX(&film_fwd));
-  m.impl("film_bwd", TORCH_BOX(&film_bwd));
+  m.impl("film_fwd", boxed<film_fwd>);
+  m.impl("film_bwd", boxed<film_bwd>);
 }
 
 }  // namespace fusedattn

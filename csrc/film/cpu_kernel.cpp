@@ -170,8 +170,8 @@ struct Run {
 
 // body(Run<activation, S>{}, S{}) of a storage type and activation known only at run time.
 template <typename S, typename Body>
-FUSEDATTN_INLINE void with_activation(int64_t activation, const Body& body) {
-  switch (static_cast<Activation>(activation)) {
+FUSEDATTN_INLINE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
     case Activation::NONE:
       return body(Run<Activation::NONE, S>{}, S{});
     case Activation::RELU:
@@ -192,7 +192,7 @@ FUSEDATTN_INLINE void with_activation(int64_t activation, const Body& body) {
 }
 
 template <typename Body>
-FUSEDATTN_INLINE void with_type(FilmType type, int64_t activation, const Body& body) {
+FUSEDATTN_INLINE void with_type(FilmType type, Activation activation, const Body& body) {
   switch (type) {
     case FilmType::FLOAT:
       return with_activation<float>(activation, body);
@@ -210,9 +210,9 @@ FUSEDATTN_INLINE const To* as(const void* p) {
   return static_cast<const To*>(p);
 }
 
-void forward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, const void* x, const void* scale,
-                  const void* shift, const void* residual, void* y, bool streamed) {
-  with_type(type, activation, [&](auto run, auto s) {
+void forward_runs(FilmType type, const FilmOptions& options, int64_t runs, int64_t n, const void* x,
+                  const void* scale, const void* shift, const void* residual, void* y, bool streamed) {
+  with_type(type, options.activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     for (int64_t c = 0; c < runs; ++c)
@@ -223,9 +223,9 @@ void forward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, co
   stream_fence();
 }
 
-void forward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, const void* x, const void* scale,
-                  const void* shift, const void* residual, void* y, bool streamed) {
-  with_type(type, activation, [&](auto run, auto s) {
+void forward_rows(FilmType type, const FilmOptions& options, int64_t rows, int64_t C, const void* x,
+                  const void* scale, const void* shift, const void* residual, void* y, bool streamed) {
+  with_type(type, options.activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     decltype(run)::forward_rows(rows, C, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual), static_cast<S*>(y),
@@ -234,9 +234,10 @@ void forward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, co
   stream_fence();
 }
 
-void backward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, const void* dy, const void* x,
-                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz, bool streamed) {
-  with_type(type, activation, [&](auto run, auto s) {
+void backward_runs(FilmType type, const FilmOptions& options, int64_t runs, int64_t n, const void* dy,
+                   const void* x, const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz,
+                   bool streamed) {
+  with_type(type, options.activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     for (int64_t c = 0; c < runs; ++c)
@@ -247,9 +248,10 @@ void backward_runs(FilmType type, int64_t activation, int64_t runs, int64_t n, c
   stream_fence();
 }
 
-void backward_rows(FilmType type, int64_t activation, int64_t rows, int64_t C, const void* dy, const void* x,
-                   const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz, bool streamed) {
-  with_type(type, activation, [&](auto run, auto s) {
+void backward_rows(FilmType type, const FilmOptions& options, int64_t rows, int64_t C, const void* dy,
+                   const void* x, const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz,
+                   bool streamed) {
+  with_type(type, options.activation, [&](auto run, auto s) {
     using S = decltype(s);
     using T = Arithmetic<S>;
     decltype(run)::backward_rows(rows, C, as<S>(dy), as<S>(x), as<T>(scale), as<T>(shift), static_cast<S*>(dx),

@@ -1,10 +1,10 @@
 // CUDA launcher of film_bwd: memory layout (layout.h), allocation, and the kernels of cuda_bwd.cuh.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 #include <vector>
 
+#include "common/box.h"
 #include "cuda_bwd.cuh"
 #include "cuda_inputs.h"
 
@@ -18,14 +18,14 @@ Tensor empty_as(const Tensor& like, const OptionalTensor& shape) {
 
 std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
                                             const OptionalTensor& gamma, const OptionalTensor& beta,
-                                            int64_t channel_dim, double gamma_offset, int64_t activation) {
+                                            const FilmOptions& options) {
   Tensor dgamma = empty_as(x, gamma), dbeta = empty_as(x, beta);
   if (x.numel() == 0) {
     torch::stable::zero_(dgamma);
     torch::stable::zero_(dbeta);
     return {torch::stable::empty_like(x), dgamma, dbeta};
   }
-  const FilmInputs in(x, gamma, beta, channel_dim, gamma_offset, activation);
+  const FilmInputs in(x, gamma, beta, options);
   in.device.require(grad_output, "film", "grad_output");
   STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(), "film: grad_output: expected the dtype of x");
   const Tensor dy = in.layout.like(grad_output);
@@ -45,6 +45,6 @@ std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("film_bwd", TORCH_BOX(&film_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("film_bwd", boxed<film_bwd>); }
 
 }  // namespace fusedattn

@@ -29,7 +29,7 @@ FUSEDATTN_DEVICE void film_bwd_pack(const FilmProblem<S>& p, const ScaleShift<S>
                                     int64_t element, T* sum_dz_x, T* sum_dz) {
   const gpu::Pack<S, W> x = gpu::load_pack<W>(p.x + element), grad = gpu::load_pack<W>(dy + element);
   T slopes[W];
-  with_activation(p.activation, [&](auto activation) {
+  with_activation(p.options.activation, [&](auto activation) {
 #pragma unroll
     for (int e = 0; e < W; ++e) {
       const T z = gpu::fma(gpu::to_arithmetic(x.element[e]), channel[e * step].scale, channel[e * step].shift);

@@ -1,17 +1,17 @@
 // CUDA launcher of film_fwd: memory layout (layout.h), allocation, and the kernels of cuda_fwd.cuh.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/box.h"
 #include "cuda_fwd.cuh"
 #include "cuda_inputs.h"
 
 namespace fusedattn {
 namespace {
 
-Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t channel_dim,
-                double gamma_offset, int64_t activation, const OptionalTensor& residual) {
+Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
+                const OptionalTensor& residual, const FilmOptions& options) {
   if (x.numel() == 0) return torch::stable::empty_like(x);
-  const FilmInputs in(x, gamma, beta, channel_dim, gamma_offset, activation);
+  const FilmInputs in(x, gamma, beta, options);
   in.device.require(residual, "film", "residual");
   OptionalTensor addend;
   if (residual) addend = in.layout.like(*residual);
@@ -25,6 +25,6 @@ Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("film_fwd", TORCH_BOX(&film_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedattn, CUDA, m) { m.impl("film_fwd", boxed<film_fwd>); }
 
 }  // namespace fusedattn

@@ -19,7 +19,7 @@ FUSEDATTN_DEVICE void film_fwd_pack(const FilmProblem<S>& p, const ScaleShift<S>
 #pragma unroll
     for (int e = 0; e < W; ++e) addend[e] = gpu::to_arithmetic(r.element[e]);
   }
-  with_activation(p.activation, [&](auto activation) {
+  with_activation(p.options.activation, [&](auto activation) {
 #pragma unroll
     for (int e = 0; e < W; ++e) {
       const T z = gpu::fma(gpu::to_arithmetic(x.element[e]), channel[e * step].scale, channel[e * step].shift);

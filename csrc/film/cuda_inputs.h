@@ -11,17 +11,14 @@ struct FilmInputs {
   gpu::Device device;
   Layout layout;
   OptionalTensor gamma, beta;  // contiguous
-  double gamma_offset;
-  Activation activation;
+  FilmOptions options;
 
-  FilmInputs(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t channel_dim,
-             double gamma_offset, int64_t activation)
+  FilmInputs(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, const FilmOptions& options)
       : device(x),
-        layout(x, channel_dim),
+        layout(x, options),
         gamma(parameter(gamma, "gamma")),
         beta(parameter(beta, "beta")),
-        gamma_offset(gamma_offset),
-        activation(static_cast<Activation>(activation)) {}
+        options(options) {}
 
   OptionalTensor parameter(const OptionalTensor& t, const char* name) const {
     if (!t) return t;
@@ -34,17 +31,9 @@ struct FilmInputs {
   template <typename S>
   FilmProblem<S> problem() const {
     const auto stride_b = [&](const OptionalTensor& t) { return t && t->dim() == 2 ? layout.C : 0; };
-    return {layout.B,
-            layout.M,
-            layout.C,
-            layout.N,
-            gpu::data<S>(layout.x),
-            gpu::data<S>(gamma),
-            gpu::data<S>(beta),
-            stride_b(gamma),
-            stride_b(beta),
-            gamma_offset,
-            activation};
+    return {
+        layout.B,           layout.M,        layout.C,       layout.N, gpu::data<S>(layout.x), gpu::data<S>(gamma),
+        gpu::data<S>(beta), stride_b(gamma), stride_b(beta), options};
   }
 };
 

@@ -31,8 +31,7 @@ struct FilmProblem {
   const S* gamma;                         // (B, C) or (C,), contiguous, or null: scale 1
   const S* beta;                          // as gamma, or null: shift 0
   int64_t gamma_stride_b, beta_stride_b;  // C, or 0 where the batch shares them
-  double gamma_offset;
-  Activation activation;
+  FilmOptions options;
 };
 
 template <typename S>
@@ -42,7 +41,8 @@ struct ScaleShift {
 template <typename S>
 FUSEDATTN_DEVICE ScaleShift<S> scale_shift(const FilmProblem<S>& p, int64_t b, int64_t c) {
   using T = gpu::Arithmetic<S>;
-  return {p.gamma == nullptr ? T(1) : gpu::to_arithmetic(p.gamma[b * p.gamma_stride_b + c]) + T(p.gamma_offset),
+  return {p.gamma == nullptr ? T(1)
+                             : gpu::to_arithmetic(p.gamma[b * p.gamma_stride_b + c]) + T(p.options.gamma_offset),
           p.beta == nullptr ? T(0) : gpu::to_arithmetic(p.beta[b * p.beta_stride_b + c])};
 }
 

@@ -5,14 +5,13 @@
 // argument clamped to where the result and its reciprocal are normal numbers), reciprocal, tanh and half_erfc.
 #pragma once
 
+#include "options.h"
+
 #ifndef FUSEDATTN_INLINE
 #define FUSEDATTN_INLINE static inline
 #endif
 
 namespace fusedattn {
-
-// Numbered as ACTIVATIONS in fusedattn/ops/film.py.
-enum class Activation { NONE, RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID };
 
 constexpr double LEAKY_SLOPE = 0.01;
 constexpr double SQRT_HALF = 0.70710678118654752440;

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "options.h"
+
 namespace fusedattn {
 
 using torch::stable::Tensor;
@@ -48,17 +50,17 @@ struct Layout {
   int64_t B, M, C, N;
   bool copied = false;
 
-  Layout(const Tensor& input, int64_t channel_dim) : x(input) {
+  Layout(const Tensor& input, const FilmOptions& options) : x(input) {
     std::vector<int64_t> order = memory_order(x);
     if (!dense_in(x, order) || order[0] != 0) {
       x = torch::stable::contiguous(x);
       copied = true;
       std::iota(order.begin(), order.end(), 0);
     }
-    B = x.size(0), M = 1, C = x.size(channel_dim), N = 1;
+    B = x.size(0), M = 1, C = x.size(options.channel_dim), N = 1;
     bool before = true;
     for (size_t n = 1; n < order.size(); ++n) {
-      if (order[n] == channel_dim)
+      if (order[n] == options.channel_dim)
         before = false;
       else
         (before ? M : N) *= x.size(order[n]);

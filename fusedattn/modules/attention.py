@@ -8,16 +8,13 @@ from torch import Tensor, nn
 
 from fusedattn.ops.additive_attention import accumulation_dtype, attend
 
-# exp(2 key) is kept for reuse only up to this magnitude; beyond it the kernels take the safe path from the key.
-_MAX_KEY_BOUND = 20.0
-
 
 @dataclass(frozen=True, eq=False)
 class ProjectedKeys:
     """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
 
     ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv) carry gradients; ``key_exp`` is exp(2 key), so that a
-    step costs no exponential of keys, or None where max ``|key|`` is too large for it.
+    step costs no exponential of keys, and ``key_bound`` max ``|key|``, beyond which kernels do not use it.
     """
 
     key: Tensor
@@ -25,7 +22,7 @@ class ProjectedKeys:
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
     key_exp: Tensor | None = None
-    key_bound: float = 0.0
+    key_bound: Tensor | None = None
 
 
 def _check_rank(t: Tensor, argument: str, expected: str) -> None:
@@ -139,17 +136,14 @@ class AdditiveAttention(nn.Module):
         ``mask`` and ``key_lengths`` stay with the keys. Gradients of all steps flow to key and value.
         """
         projected, value = self._project(key, value)
-        key_exp, bound = None, 0.0
+        key_exp = bound = None
         eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         if eager and projected.device.type == "cpu" and projected.numel():
             with torch.no_grad():
                 low, high = projected.aminmax()
-                bound = torch.maximum(-low, high).item()
-                if bound <= _MAX_KEY_BOUND:  # False for NaN
-                    wide = projected.to(accumulation_dtype(projected.dtype))
-                    key_exp = torch.exp(2 * wide.contiguous())
-                else:
-                    bound = 0.0
+                dtype = accumulation_dtype(projected.dtype)
+                bound = torch.maximum(-low, high).to(dtype)
+                key_exp = torch.exp(2 * projected.to(dtype).contiguous())
         return ProjectedKeys(projected, value, mask, key_lengths, key_exp, bound)
 
     def forward(

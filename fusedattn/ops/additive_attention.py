@@ -22,6 +22,7 @@ Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value w
 ``tests/test_additive_attention.py``, ``tests/test_triton_additive_attention.py``. Benchmark: ``benchmarks/``.
 """
 
+import math
 from typing import NoReturn
 
 import torch
@@ -71,7 +72,7 @@ def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None
 def _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
     """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
     scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1) * scale
-    if softcap is not None:
+    if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     visible = _visible_keys(scores.shape, scores.device, mask, key_lengths, is_causal)
     row = visible.any(-1, keepdim=True)
@@ -232,10 +233,10 @@ class _AdditiveAttention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, key_bound, is_causal, scale, softcap, return_weights, _, _, ctx.backend = inputs
+        *tensors, is_causal, scale, softcap, return_weights, _, _, ctx.backend = inputs
         context, lse, weights, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
-        ctx.options = (key_bound, is_causal, scale, softcap)
+        ctx.options = (is_causal, scale, softcap)
         ctx.return_weights = return_weights
         if return_weights:
             ctx.mark_non_differentiable(scores)
@@ -265,7 +266,7 @@ class _AdditiveAttention(Function):
         fold = _Fold(info.batch_size, in_dims, args, query=0)
         mask, key_lengths = fold.mask_and_lengths(query=0, key=1, mask=4)
         outputs = _AdditiveAttention.apply(
-            *(fold(n) for n in range(3)), fold.weight(3), mask, key_lengths, None, 0.0, *args[8:]
+            *(fold(n) for n in range(3)), fold.weight(3), mask, key_lengths, None, None, *args[8:]
         )
         return fold.unfolded(outputs)
 
@@ -317,15 +318,15 @@ class _AdditiveAttentionBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grads, tensors, options = inputs[:3], inputs[3:10], inputs[10:14]
+        grads, tensors, options = inputs[:3], inputs[3:11], inputs[11:14]
         ctx.save_for_backward(*grads, *tensors)
         ctx.options = options
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grad_grads):
-        grads, (*inputs, mask, key_lengths, _) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        _, is_causal, scale, softcap = ctx.options
+        grads, (*inputs, mask, key_lengths, _, _) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        is_causal, scale, softcap = ctx.options
         given = [n for n, grad in enumerate(grads) if grad is not None]
 
         def gradients(query, key, value, weight, *given_grads):
@@ -358,7 +359,7 @@ class _AdditiveAttentionBackward(Function):
             mask,
             key_lengths,
             None,
-            0.0,
+            None,
             *args[11:14],
             *(fold(n).contiguous() for n in range(14, 17)),
             args[17],
@@ -587,9 +588,10 @@ def attend(
     return_lse: bool = False,
     backend: str = "auto",
     key_exp: Tensor | None = None,
-    key_bound: float = 0.0,
+    key_bound: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand."""
+    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand,
+    both in the dtype of the arithmetic."""
     for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
@@ -628,6 +630,7 @@ def attend(
         mask = mask.expand(*query.shape[:-1], key.shape[-2])
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64)
+    softcap = 0.0 if softcap is None or softcap == math.inf else softcap
     options = (mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap)
     if query.dim() == 4 and weight.dim() == 1:
         weight = weight.expand(query.shape[1], -1)

@@ -32,7 +32,7 @@ from fusedattn._dispatch import (
     triton_reasons,
 )
 
-# In the order of csrc/film/formula.h.
+# In the order of csrc/film/options.h.
 ACTIVATIONS = {
     None: lambda z: z,
     "relu": F.relu,
@@ -106,7 +106,7 @@ def _raw_ops(backend):
     return ops.film_fwd, ops.film_bwd
 
 
-def _fwd_fake(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
+def _fwd_fake(x, gamma, beta, residual, channel_dim, gamma_offset, activation):
     return torch.empty_like(x)
 
 
@@ -131,7 +131,7 @@ class _FiLM(Function):
     @staticmethod
     def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation, backend):
         film_fwd, _ = _raw_ops(backend)
-        return film_fwd(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
+        return film_fwd(x, gamma, beta, residual, channel_dim, gamma_offset, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -358,4 +358,4 @@ def film(
         tensors = traced((x, gamma, beta, residual))
         return _FiLM.apply(*tensors, channel_dim, gamma_offset, number, backend)
     film_fwd, _ = _raw_ops(backend)
-    return film_fwd(x, gamma, beta, channel_dim, gamma_offset, number, residual)
+    return film_fwd(x, gamma, beta, residual, channel_dim, gamma_offset, number)

@@ -83,7 +83,7 @@ def additive_attention_fwd(
 
 register(
     "additive_attention_fwd_triton(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, "
-    "Tensor? key_lengths, Tensor? key_exp, float key_bound, bool is_causal, float scale, float? softcap, "
+    "Tensor? key_lengths, Tensor? key_exp, Tensor? key_bound, bool is_causal, float scale, float softcap, "
     "bool return_weights, bool keep_scores, bool allow_tf32=False) "
     "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)",
     additive_attention_fwd,
@@ -142,7 +142,7 @@ def additive_attention_bwd(
 register(
     "additive_attention_bwd_triton(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, Tensor query, "
     "Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
-    "float key_bound, bool is_causal, float scale, float? softcap, Tensor context, Tensor lse, "
+    "Tensor? key_bound, bool is_causal, float scale, float softcap, Tensor context, Tensor lse, "
     "Tensor scores) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
     additive_attention_bwd,
@@ -174,7 +174,7 @@ def _typical_call(B, Tq, Tk, D, dtype, masked):
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
-    options = (mask, lengths, None, 0.0, masked, 1.0, 5.0 if masked else None)
+    options = (mask, lengths, None, None, masked, 1.0, 5.0 if masked else 0.0)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, masked, False)
     grads = (context, lse, weights if masked else None)
     additive_attention_bwd(*grads, *inputs, *options, context, lse, scores)

@@ -166,7 +166,7 @@ class Problem:
         self.mask = None if mask is None else mask.expand(self.B, self.H, self.Tq, self.Tk).view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
         self.is_causal = is_causal
-        self.scale, self.softcap = (_scalar(x, query.dtype) for x in (scale, softcap))
+        self.scale, self.softcap = (_scalar(x, query.dtype) for x in (scale, softcap or None))
         self.empty = functools.partial(torch.empty, dtype=arithmetic(query.dtype), device=query.device)
         self.BH = self.B * self.H
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)

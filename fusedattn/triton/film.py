@@ -360,7 +360,7 @@ def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_C": _power_of_2(view.C, elements // rows)}
 
 
-def forward(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
+def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation):
     """film_fwd, see csrc/library.cpp."""
     view = _View(x, channel_dim, (gamma, beta))
     y = torch.empty_like(view.x)
@@ -450,8 +450,8 @@ def _add_up(partial: Tensor, out: Tensor) -> None:
 
 
 register(
-    "film_fwd_triton(Tensor x, Tensor? gamma, Tensor? beta, int channel_dim, float gamma_offset, int activation, "
-    "Tensor? residual) -> Tensor",
+    "film_fwd_triton(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, int channel_dim, "
+    "float gamma_offset, int activation) -> Tensor",
     forward,
 )
 register(
@@ -468,7 +468,7 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         x = torch.empty(shape, dtype=dtype, device="meta")
         C = shape[channel_dim]
         gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
-        forward(x, gamma, gamma, channel_dim, 1.0, activation, x)
+        forward(x, gamma, gamma, x, channel_dim, 1.0, activation)
         backward(x, x, gamma, gamma, channel_dim, 1.0, activation)
 
     cases = (

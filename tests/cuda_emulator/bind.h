@@ -27,6 +27,7 @@
 #include <string>
 #include <vector>
 
+#include "common/bundle.h"
 #include "cuda_emulator.h"
 
 namespace py = pybind11;
@@ -70,6 +71,26 @@ S* data(const py::array& array) {
 template <typename S>
 S* data(const Array& array) {
   return array ? data<S>(*array) : nullptr;
+}
+
+// Converts to a member of a bundle of options, from the next element of a tuple.
+struct NextElement {
+  const py::tuple& values;
+  size_t& next;
+  template <typename T>
+  operator T() const {
+    if constexpr (std::is_enum_v<T>)
+      return static_cast<T>(values[next++].cast<int64_t>());
+    else
+      return values[next++].cast<T>();
+  }
+};
+
+template <typename Options>
+Options bundle(const py::tuple& values) {
+  if (values.size() != fusedattn::MEMBERS<Options>) throw std::invalid_argument("options of the wrong number");
+  size_t next = 0;
+  return fusedattn::make_bundle<Options>(NextElement{values, next});
 }
 
 // In elements.
