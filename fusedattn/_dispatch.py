@@ -1,55 +1,77 @@
 """Chooses a backend and says why the others cannot run: one predicate per backend does both."""
 
-import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedattn import _library
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LEAST_CUDA_CAPABILITY = 8  # bfloat16 and TF32 on tensor cores
-Reasons = Callable[[], list[str]]
 
 
 class UnsupportedError(ValueError):
     """No backend, or not the one asked for, can run these inputs. The message lists every reason."""
 
 
-def choose(op: str, requested: str, backends: Mapping[str, Reasons], describe: Callable[[], str]) -> str:
+def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, describe: Callable[[], str]) -> str:
     """The name of the backend to run.
 
     Args:
         op: name of the public function, for messages.
-        requested: ``"auto"``, ``"reference"`` or a key of ``backends``.
-        backends: in order of preference, each with a function that lists why it cannot run (empty: it can).
-        describe: the inputs in words, called only for an error message.
+        requested: ``"auto"``, ``"reference"`` or a key of ``BACKENDS``.
+        device, dtype: of the inputs.
+        describe: the shapes of the inputs in words, called only for an error message.
 
-    ``"auto"`` takes the first backend that can run; the reference only for the CPU of an installation without the
-    compiled extension, which said so when it was imported. Raises :class:`UnsupportedError` where none can run, or
-    the one asked for cannot, and ``ValueError`` for a name that does not exist.
+    ``"auto"`` takes the first backend that can run. Where none can because of the device or the installation it
+    takes the reference, after one warning for each op and kind of device. Raises :class:`UnsupportedError` where
+    the dtype is none of ``DTYPES``, or the backend asked for cannot run, ``ValueError`` for an unknown name.
     """
     if requested == "auto":
-        for name, reasons in backends.items():
-            if not reasons():
+        for name, reasons in BACKENDS.items():
+            if not reasons(device, dtype):
                 return name
-        if _library.EXTENSION_ERROR is not None and "cpu" in backends and len(backends["cpu"]()) == 1:
-            return "reference"  # the extension is all that is missing
-    elif requested in backends:
-        if not backends[requested]():
+        if not _dtype_reasons(dtype):
+            if not torch.compiler.is_compiling():
+                _warn_of_reference(op, device)
+            return "reference"
+    elif requested in BACKENDS:
+        if not BACKENDS[requested](device, dtype):
             return requested
     elif requested == "reference":
         return requested
     else:
-        names = ", ".join(repr(name) for name in ("auto", *backends, "reference"))
+        names = ", ".join(repr(name) for name in ("auto", *BACKENDS, "reference"))
         raise ValueError(f"{op}: backend: expected one of {names}, got {requested!r}")
     found = "no backend can run" if requested == "auto" else f"backend {requested!r} cannot run"
-    lines = [f"{op}: {found} {describe()}"]
-    lines += [f"  {name}: {'; '.join(reasons()) or 'can run'}" for name, reasons in backends.items()]
-    lines.append("  reference: can run (plain PyTorch, backend='reference')")
-    raise UnsupportedError("\n".join(lines))
+    raise UnsupportedError(
+        f"{op}: {found} {describe()}, {dtype}, {device}\n{_all_reasons(device, dtype)}\n"
+        "  reference: can run (plain PyTorch, backend='reference')"
+    )
+
+
+def _all_reasons(device: torch.device, dtype: torch.dtype) -> str:
+    return "\n".join(
+        f"  {name}: {'; '.join(reasons(device, dtype)) or 'can run'}" for name, reasons in BACKENDS.items()
+    )
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_of_reference(op: str, device: torch.device) -> None:
+    """Once, and not where it says nothing new: meta tensors are not computed, the import told of the extension."""
+    known = device.type == "meta" or (device.type == "cpu" and _library.EXTENSION_ERROR is not None)
+    if known or (op, device.type) in _warned:
+        return
+    _warned.add((op, device.type))
+    warnings.warn(
+        f"fusedattn: no kernel of {op} can run on {device}; it runs as plain PyTorch: same results, slower, with "
+        f"the memory that kernels save.\n{_all_reasons(device, torch.float32)}",
+        stacklevel=4,
+    )
 
 
 def cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -108,13 +130,8 @@ def _dtype_reasons(dtype: torch.dtype) -> list[str]:
     return [] if dtype in DTYPES else [f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"]
 
 
-def needs_function(tensors) -> bool:
-    """Whether derivatives or a functorch transform may be asked of this call."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+# In order of preference.
+BACKENDS = {"cpu": cpu_reasons, "cuda": cuda_reasons, "triton": triton_reasons}
 
 
 def tf32_allowed() -> bool:
@@ -138,20 +155,3 @@ def autocast(t: Tensor) -> Tensor:
     if not t.is_floating_point() or t.dtype == torch.float64:
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
-
-
-def signature_kept(function: type) -> type:
-    """Class decorator: the signature that ``autograd.Function.apply`` else works out anew in every call."""
-    function.forward.__signature__ = inspect.signature(function.forward)
-    return function
-
-
-def traced(tensors) -> tuple:
-    """Views of tensors while torch.compile traces, else the tensors (or None) themselves.
-
-    Under ``torch.func.grad`` dynamo does not know of its inputs that they require gradients, takes a Function for
-    inference, and the gradients come out zero. It knows of what is made from them.
-    """
-    if not torch.compiler.is_compiling():
-        return tuple(tensors)
-    return tuple(t if t is None else t.view_as(t) for t in tensors)

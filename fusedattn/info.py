@@ -10,14 +10,11 @@ import torch
 
 import fusedattn
 from fusedattn import _library
-from fusedattn._dispatch import triton_reasons
-from fusedattn.ops import additive_attention, film
+from fusedattn._dispatch import BACKENDS
 
 # Lowest first; each runs wherever a later one does.
 LEVELS = ("default", "avx2", "avx512")
 VARIABLE = "FUSEDATTN_CPU_CAPABILITY"
-# Each op's module, read for the reasons of its backends.
-OPS = {"additive_attention": additive_attention, "film": film}
 
 
 def supported_levels() -> list[str]:
@@ -70,15 +67,14 @@ def _triton() -> str:
     return triton.__version__ + (" (interpreted on the CPU)" if _library.TRITON_INTERPRETED else "")
 
 
-def _backends(op) -> dict[str, str]:
+def _backends() -> dict[str, str]:
     triton_device, triton_where = ("cpu", "the CPU") if _library.TRITON_INTERPRETED else ("cuda", _gpu())
-    last = "runs only if asked for by name" if _library.EXTENSION_ERROR is None else "what runs on the CPU"
-    return {
-        "cpu": _availability(op.cpu_reasons(torch.device("cpu"), torch.float32), "the CPU"),
-        "cuda": _availability(op.cuda_reasons(torch.device("cuda"), torch.float32), _gpu()),
-        "triton": _availability(triton_reasons(torch.device(triton_device), torch.float32), triton_where),
-        "reference": f"available on any device (plain PyTorch; {last})",
-    }
+    devices = {"cpu": ("cpu", "the CPU"), "cuda": ("cuda", _gpu()), "triton": (triton_device, triton_where)}
+    rows = {}
+    for name, reasons in BACKENDS.items():
+        device, where = devices[name]
+        rows[name] = _availability(reasons(torch.device(device), torch.float32), where)
+    return rows | {"reference": "available on any device (plain PyTorch); runs where no other can"}
 
 
 def report() -> str:
@@ -100,9 +96,8 @@ def report() -> str:
         state = "on" if _tiles.enabled() else "off"
         rows.insert(5, ("", f"tuning of tiles: {state} ({_tiles.VARIABLE}=1 times them at first use)"))
     lines = [f"{name:11}{text}".rstrip() for name, text in rows]
-    for name, op in OPS.items():
-        lines += ["", f"backends of {name}"]
-        lines += [f"  {backend:11}{text}" for backend, text in _backends(op).items()]
+    lines += ["", "backends of every op"]
+    lines += [f"  {backend:11}{text}" for backend, text in _backends().items()]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ class ProjectedKeys:
     """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
 
     ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv) carry gradients; ``key_exp`` is exp(2 key), so that a
-    step costs no exponential of keys, and ``key_bound`` max ``|key|``, beyond which kernels do not use it.
+    step costs no exponential of keys, and ``key_bound`` max ``|key|``: where it is too large, kernels do without.
     """
 
     key: Tensor
@@ -136,14 +136,12 @@ class AdditiveAttention(nn.Module):
         ``mask`` and ``key_lengths`` stay with the keys. Gradients of all steps flow to key and value.
         """
         projected, value = self._project(key, value)
-        key_exp = bound = None
+        key_exp, bound = None, None
         eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         if eager and projected.device.type == "cpu" and projected.numel():
             with torch.no_grad():
-                low, high = projected.aminmax()
-                dtype = accumulation_dtype(projected.dtype)
-                bound = torch.maximum(-low, high).to(dtype)
-                key_exp = torch.exp(2 * projected.to(dtype).contiguous())
+                wide = projected.to(accumulation_dtype(projected.dtype)).contiguous()
+                key_exp, bound = torch.exp(2 * wide), torch.linalg.vector_norm(wide, torch.inf)
         return ProjectedKeys(projected, value, mask, key_lengths, key_exp, bound)
 
     def forward(

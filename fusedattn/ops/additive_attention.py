@@ -23,26 +23,13 @@ Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value w
 """
 
 import math
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from fusedattn import _library
-from fusedattn._dispatch import (
-    UnsupportedError,
-    autocast,
-    autocast_enabled,
-    choose,
-    cpu_reasons,
-    cuda_reasons,
-    needs_function,
-    signature_kept,
-    tf32_allowed,
-    traced,
-    triton_reasons,
-)
+from fusedattn import _autograd
+from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, tf32_allowed
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -50,6 +37,14 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the inner arithmetic, of ``lse`` and of kept scores: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Options(NamedTuple):
+    """In the order of csrc/additive_attention/options.h."""
+
+    is_causal: bool
+    scale: float
+    softcap: float  # 0: none
 
 
 # Reference
@@ -69,12 +64,13 @@ def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None
     return visible.expand(shape)
 
 
-def _reference(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
+def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options: Options):
     """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
-    scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    visible = _visible_keys(scores.shape, scores.device, mask, key_lengths, is_causal)
+    scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1)
+    scores = scores * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    visible = _visible_keys(scores.shape, scores.device, mask, key_lengths, options.is_causal)
     row = visible.any(-1, keepdim=True)
     # A row without a visible key is computed over zeros and masked afterwards: no NaN in any derivative.
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~row, 0.0)
@@ -125,33 +121,11 @@ def additive_attention_ref(
     )
 
 
-# Raw ops and their fakes: shapes and dtypes, for torch.compile and torch.export
+# Declaration
 
 
-def _raw_ops(backend):
-    """(fwd, bwd) of a backend. Triton's have names of their own: a dispatch key holds one kernel."""
-    ops = torch.ops.fusedattn
-    if backend == "triton":
-        return ops.additive_attention_fwd_triton, ops.additive_attention_bwd_triton
-    return ops.additive_attention_fwd, ops.additive_attention_bwd
-
-
-def _fwd_fake(
-    query,
-    key,
-    value,
-    weight,
-    mask,
-    key_lengths,
-    key_exp,
-    key_bound,
-    is_causal,
-    scale,
-    softcap,
-    return_weights,
-    keep_scores,
-    allow_tf32=False,
-):
+def _fwd_fake(query, key, value, *rest):
+    return_weights, keep_scores, *_ = rest[5 + len(Options._fields) :]
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     acc = accumulation_dtype(query.dtype)
     return (
@@ -162,254 +136,67 @@ def _fwd_fake(
     )
 
 
-def _bwd_fake(
-    grad_context,
-    grad_lse,
-    grad_weights,
-    query,
-    key,
-    value,
-    weight,
-    mask,
-    key_lengths,
-    key_exp,
-    key_bound,
-    is_causal,
-    scale,
-    softcap,
-    context,
-    lse,
-    scores,
-):
+def _bwd_fake(grad_context, grad_lse, grad_weights, query, key, value, weight, *rest):
     return tuple(t.new_empty(t.shape) for t in (query, key, value, weight))
 
 
-for _missing, _suffix in ((_library.EXTENSION_ERROR, ""), (_library.TRITON_ERROR, "_triton")):
-    if _missing is None:
-        torch.library.register_fake(f"fusedattn::additive_attention_fwd{_suffix}", _fwd_fake)
-        torch.library.register_fake(f"fusedattn::additive_attention_bwd{_suffix}", _bwd_fake)
-
-
-# Functions. Optional tensors come before the options; the order is that of the raw ops.
-
-
-@signature_kept
-class _AdditiveAttention(Function):
-    @staticmethod
-    def forward(
-        query,
-        key,
-        value,
-        weight,
-        mask,
-        key_lengths,
-        key_exp,
-        key_bound,
-        is_causal,
-        scale,
-        softcap,
-        return_weights,
-        keep_scores,
-        allow_tf32,
-        backend,
-    ):
-        fwd, _ = _raw_ops(backend)
-        return fwd(
-            query,
-            key,
-            value,
-            weight,
-            mask,
-            key_lengths,
-            key_exp,
-            key_bound,
-            is_causal,
-            scale,
-            softcap,
-            return_weights,
-            keep_scores,
-            allow_tf32,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, is_causal, scale, softcap, return_weights, _, _, ctx.backend = inputs
-        context, lse, weights, scores = output
-        ctx.save_for_backward(*tensors, context, lse, scores)
-        ctx.options = (is_causal, scale, softcap)
-        ctx.return_weights = return_weights
-        if return_weights:
-            ctx.mark_non_differentiable(scores)
-        else:
-            ctx.mark_non_differentiable(scores, weights)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_context, grad_lse, grad_weights, _):
-        *tensors, context, lse, scores = ctx.saved_tensors
-        if not ctx.return_weights:  # torch.compile materialises zeros of the placeholder
-            grad_weights = None
-        if grad_context is None and grad_lse is None and grad_weights is None:
-            return (None,) * 15
-        given = [grad for grad in (grad_context, grad_lse, grad_weights) if grad is not None]
-        twice = needs_function((*given, *tensors[:4]))
-        arguments = (grad_context, grad_lse, grad_weights, *tensors, *ctx.options, context, lse, scores)
-        if twice:
-            grads = _AdditiveAttentionBackward.apply(*arguments, ctx.backend)
-        else:
-            _, bwd = _raw_ops(ctx.backend)
-            grads = bwd(*arguments)
-        return (*grads, *(None,) * 11)
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        fold = _Fold(info.batch_size, in_dims, args, query=0)
-        mask, key_lengths = fold.mask_and_lengths(query=0, key=1, mask=4)
-        outputs = _AdditiveAttention.apply(
-            *(fold(n) for n in range(3)), fold.weight(3), mask, key_lengths, None, None, *args[8:]
-        )
-        return fold.unfolded(outputs)
-
-
-class _AdditiveAttentionBackward(Function):
-    """Gradients by the kernel; their own derivatives through the reference formula."""
-
-    @staticmethod
-    def forward(
-        grad_context,
-        grad_lse,
-        grad_weights,
-        query,
-        key,
-        value,
-        weight,
-        mask,
-        key_lengths,
-        key_exp,
-        key_bound,
-        is_causal,
-        scale,
-        softcap,
-        context,
-        lse,
-        scores,
-        backend,
-    ):
-        _, bwd = _raw_ops(backend)
-        return bwd(
-            grad_context,
-            grad_lse,
-            grad_weights,
-            query,
-            key,
-            value,
-            weight,
-            mask,
-            key_lengths,
-            key_exp,
-            key_bound,
-            is_causal,
-            scale,
-            softcap,
-            context,
-            lse,
-            scores,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grads, tensors, options = inputs[:3], inputs[3:11], inputs[11:14]
-        ctx.save_for_backward(*grads, *tensors)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *grad_grads):
-        grads, (*inputs, mask, key_lengths, _, _) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        is_causal, scale, softcap = ctx.options
-        given = [n for n, grad in enumerate(grads) if grad is not None]
-
-        def gradients(query, key, value, weight, *given_grads):
-            def outputs(*primals):
-                results = _reference(*primals, mask, key_lengths, is_causal, scale, softcap)
-                return tuple(results[n] for n in given)
-
-            return torch.func.vjp(outputs, query, key, value, weight)[1](given_grads)
-
-        # context, lse, weights in the Function's order; the reference returns them in the same one.
-        primals = (*inputs, *(grads[n] for n in given))
-        results, pullback = torch.func.vjp(gradients, *primals)
-        cotangents = tuple(
-            torch.zeros_like(result) if grad is None else grad
-            for result, grad in zip(results, grad_grads, strict=True)
-        )
-        second = pullback(cotangents)
-        first = [None, None, None]
-        for n, grad in zip(given, second[4:], strict=True):
-            first[n] = grad
-        return (*first, *second[:4], *(None,) * 11)
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        fold = _Fold(info.batch_size, in_dims, args, query=3)
-        mask, key_lengths = fold.mask_and_lengths(query=3, key=4, mask=7)
-        outputs = _AdditiveAttentionBackward.apply(
-            *(fold(n) for n in range(6)),
-            fold.weight(6),
-            mask,
-            key_lengths,
-            None,
-            None,
-            *args[11:14],
-            *(fold(n).contiguous() for n in range(14, 17)),
-            args[17],
-        )
-        return fold.unfolded(outputs)
-
-
-class _Fold:
-    """Folds a vmapped dimension of size N into the heads: N of (B, H, ...) become (B, N H, ...), or (B, N, ...).
+class _Fold(_autograd.Fold):
+    """Into the heads: N of (B, H, ...) become (B, N H, ...), or N of (B, ...) become (B, N, ...).
 
     Heads, because each of them has its own weight, and because without heads a tensor that is not vmapped is
     expanded with stride 0, not copied.
     """
 
-    def __init__(self, N, in_dims, args, query):
-        self.N, self.in_dims, self.args = N, in_dims, args
-        self.heads = args[query].dim() - (in_dims[query] is not None) == 4
+    def __init__(self, N, tensors, dims):
+        super().__init__(N, tensors, dims)
+        self.heads = tensors[0].dim() - (dims[0] is not None) == 4
 
     def _joined(self, t, dim):
         return t.flatten(dim, dim + 1) if self.heads else t
 
-    def __call__(self, n):
-        t, dim = self.args[n], self.in_dims[n]
-        if t is None or t.dim() == 1:  # absent, or the (0,) of an output that was not asked for
+    def output(self, t, dim):
+        if t is None or t.dim() == 1:  # absent, or not asked for
             return t
-        return self._joined(
-            t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1), 1
-        )
+        t = t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
+        return self._joined(t, 1)
 
-    def weight(self, n):
-        t, dim = self.args[n], self.in_dims[n]
-        return self._joined(t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0), 0)
+    def folded(self):
+        query, key, value, weight, mask, lengths, *_ = self.tensors
+        rows = [self.output(t, dim) for t, dim in zip((query, key, value), self.dims, strict=False)]
+        dim = self.dims[3]
+        weight = self._joined(weight.expand(self.N, *weight.shape) if dim is None else weight.movedim(dim, 0), 0)
+        mask = self.output(mask, self.dims[4])
+        if lengths is not None and self.dims[5] is not None:  # what differs over N becomes part of the mask
+            Tq, (B, heads, Tk, _) = rows[0].shape[2], rows[1].shape
+            lengths = lengths.movedim(self.dims[5], 1)[..., None, None, None]
+            visible = torch.arange(Tk, device=lengths.device) < lengths
+            visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
+            mask, lengths = visible if mask is None else visible & mask, None
+        return (*rows, weight, mask, lengths, None, None)
 
-    def mask_and_lengths(self, query, key, mask):
-        """Both arguments, folded (lengths follow the mask); lengths that differ over N become part of the mask."""
-        lengths, dim = self.args[mask + 1], self.in_dims[mask + 1]
-        if lengths is None or dim is None:
-            return self(mask), lengths
-        Tq, (B, heads, Tk, _) = self(query).shape[2], self(key).shape
-        visible = torch.arange(Tk, device=lengths.device) < lengths.movedim(dim, 1)[..., None, None, None]
-        visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
-        return (visible if self.args[mask] is None else visible & self(mask)), None
-
-    def unfolded(self, outputs):
-        """The outputs with N apart from the heads, and where it is in each."""
+    def outputs_apart(self, outputs):
         dims = tuple(None if t.dim() == 1 else 0 if t.dim() == 2 else 1 for t in outputs)
         if not self.heads:
             return tuple(outputs), dims
         split = (t if d is None else t.unflatten(d, (self.N, -1)) for t, d in zip(outputs, dims, strict=True))
         return tuple(split), dims
+
+    gradients_apart = outputs_apart  # a gradient of weight, (N H, D), is told by its rank
+
+
+ATTENTION = _autograd.Op(
+    "additive_attention",
+    inputs=("query", "key", "value", "weight"),
+    others=("mask", "key_lengths", "key_exp", "key_bound"),
+    options=Options,
+    outputs=("context", "lse", "weights", "scores"),
+    kept=("context", "lse", "scores"),
+    hidden=("scores",),
+    reference=_reference,
+    fwd_fake=_fwd_fake,
+    bwd_fake=_bwd_fake,
+    fold=_Fold,
+)
 
 
 # Public function
@@ -483,12 +270,12 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     """Whether the (Tq, Tk) scores are kept for backward: if they are no larger than query and key.
 
     Recomputing them costs a third of the backward pass; memory stays linear in Tq + Tk either way. An exported
-    program computes no gradients, and comparing its symbolic sizes would limit them.
+    program recomputes: comparing its symbolic sizes would limit them.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
-    compiling = torch.compiler.is_compiling()
-    if compiling and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, *others))):
+    transformed = torch._C._are_functorch_transforms_active()  # an outer level may ask
+    if not transformed and not any(t.requires_grad for t in (query, key, *others)):
         return False
     (Tq, D), Tk = query.shape[-2:], key.shape[-2]
     return Tq * Tk <= (Tq + Tk) * D
@@ -543,14 +330,13 @@ def additive_attention(
     Where PyTorch's settings allow TF32 for float32 matrix products (``torch.set_float32_matmul_precision``), GPUs
     may use it for the product of weights and value.
 
-    Under autocast the four inputs are cast to its dtype, except float64 ones. Second derivatives are computed
-    through the reference formula, which builds the (B, H, Tq, Tk, D) tensor.
+    Under autocast the four inputs are cast to its dtype, except float64 ones. Second derivatives and forward-mode
+    ones are computed through the reference formula, which builds the (B, H, Tq, Tk, D) tensor.
 
     Raises:
         TypeError: query, key, value or weight is not a Tensor.
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
-        NotImplementedError: forward-mode derivatives of a kernel.
     """
     if activation != "tanh" or normalizer != "softmax" or dropout_p != 0:
         raise UnsupportedError(
@@ -590,8 +376,7 @@ def attend(
     key_exp: Tensor | None = None,
     key_bound: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand,
-    both in the dtype of the arithmetic."""
+    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand."""
     for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
@@ -617,37 +402,22 @@ def attend(
     backend = choose(
         "additive_attention",
         backend,
-        {
-            "cpu": lambda: cpu_reasons(device, dtype),
-            "cuda": lambda: cuda_reasons(device, dtype),
-            "triton": lambda: triton_reasons(device, dtype),
-        },
-        lambda: (
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, {dtype}, {device}"
-        ),
+        device,
+        dtype,
+        lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(*query.shape[:-1], key.shape[-2])
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64)
-    softcap = 0.0 if softcap is None or softcap == math.inf else softcap
-    options = (mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap)
     if query.dim() == 4 and weight.dim() == 1:
         weight = weight.expand(query.shape[1], -1)
     elif query.dim() == 3 and weight.dim() == 2:
         weight = weight[0]
-    inputs = (query, key, value, weight)
-    allow_tf32 = dtype == torch.float32 and tf32_allowed()
-    if backend == "reference":
-        context, lse, weights = _reference(*inputs, mask, key_lengths, is_causal, scale, softcap)
-    elif needs_function(inputs):
-        keep = _keeps_scores(*inputs)
-        context, lse, weights, _ = _AdditiveAttention.apply(
-            *traced(inputs), *options, return_weights, keep, allow_tf32, backend
-        )
-    else:  # a Function costs more than a small problem
-        fwd, _ = _raw_ops(backend)
-        context, lse, weights, _ = fwd(*inputs, *options, return_weights, False, allow_tf32)
+    tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound)
+    options = Options(is_causal, scale, 0.0 if softcap is None or softcap == math.inf else softcap)
+    flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
+    context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)
     return _requested(context, lse, weights, return_weights, return_lse)
 
 

@@ -14,25 +14,16 @@ Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (
 ``tests/test_triton_film.py``. Benchmark: ``benchmarks/``.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from fusedattn import _library
-from fusedattn._dispatch import (
-    autocast,
-    autocast_enabled,
-    choose,
-    cpu_reasons,
-    cuda_reasons,
-    needs_function,
-    signature_kept,
-    traced,
-    triton_reasons,
-)
+from fusedattn import _autograd
+from fusedattn._dispatch import autocast, autocast_enabled, choose
 
-# In the order of csrc/film/options.h.
+# In the order of csrc/film/formula.h.
 ACTIVATIONS = {
     None: lambda z: z,
     "relu": F.relu,
@@ -44,7 +35,15 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
 }
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-_NAMES = list(ACTIVATIONS)
+_FUNCTIONS = list(ACTIVATIONS.values())
+
+
+class Options(NamedTuple):
+    """In the order of csrc/film/options.h."""
+
+    channel_dim: int
+    gamma_offset: float
+    activation: int  # index into ACTIVATIONS
 
 
 # Reference
@@ -58,13 +57,13 @@ def _along_channels(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return parameter.view(shape)
 
 
-def _reference(x, gamma, beta, channel_dim, gamma_offset, activation, residual=None):
+def _reference(x, gamma, beta, residual, options: Options):
     z = x
     if gamma is not None:
-        z = (_along_channels(gamma, x, channel_dim) + gamma_offset) * z
+        z = (_along_channels(gamma, x, options.channel_dim) + options.gamma_offset) * z
     if beta is not None:
-        z = z + _along_channels(beta, x, channel_dim)
-    y = ACTIVATIONS[activation](z)
+        z = z + _along_channels(beta, x, options.channel_dim)
+    y = _FUNCTIONS[options.activation](z)
     return y if residual is None else y + residual
 
 
@@ -95,175 +94,76 @@ def film_ref(
     )
 
 
-# Raw ops and their fakes
+# Declaration
 
 
-def _raw_ops(backend):
-    """(film_fwd, film_bwd) of a backend. Triton's have names of their own: a dispatch key holds one kernel."""
-    ops = torch.ops.fusedattn
-    if backend == "triton":
-        return ops.film_fwd_triton, ops.film_bwd_triton
-    return ops.film_fwd, ops.film_bwd
-
-
-def _fwd_fake(x, gamma, beta, residual, channel_dim, gamma_offset, activation):
+def _fwd_fake(x, gamma, beta, residual, *options):
     return torch.empty_like(x)
 
 
-def _bwd_fake(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation):
+def _bwd_fake(grad_output, x, gamma, beta, *options):
     def like(parameter):
         return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
 
     return torch.empty_like(x), like(gamma), like(beta)
 
 
-for _missing, _suffix in ((_library.EXTENSION_ERROR, ""), (_library.TRITON_ERROR, "_triton")):
-    if _missing is None:
-        torch.library.register_fake(f"fusedattn::film_fwd{_suffix}", _fwd_fake)
-        torch.library.register_fake(f"fusedattn::film_bwd{_suffix}", _bwd_fake)
+class _Fold(_autograd.Fold):
+    """Into the batch: N of (B, ...) become (N B, ...); parameters (B, C) or (C,) become (N B, C)."""
 
-
-# Functions
-
-
-@signature_kept
-class _FiLM(Function):
-    @staticmethod
-    def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation, backend):
-        film_fwd, _ = _raw_ops(backend)
-        return film_fwd(x, gamma, beta, residual, channel_dim, gamma_offset, activation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, gamma, beta, residual, *ctx.options, ctx.backend = inputs
-        ctx.save_for_backward(x, gamma, beta)
-        ctx.has_residual = residual is not None
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        x, gamma, beta = ctx.saved_tensors
-        twice = needs_function([t for t in (grad_output, x, gamma, beta) if t is not None])
-        if twice:
-            grads = _FiLMBackward.apply(grad_output, x, gamma, beta, *ctx.options, ctx.backend)
-        else:
-            _, film_bwd = _raw_ops(ctx.backend)
-            grads = film_bwd(grad_output, x, gamma, beta, *ctx.options)
-        dx, dgamma, dbeta = grads
+    def folded(self):
+        (x, gamma, beta, *residual), (dim, *_) = self.tensors, self.dims
+        self.B = (x if dim is None else x.movedim(dim, 0)[0]).shape[0]
         return (
-            dx,
-            None if gamma is None else dgamma,
-            None if beta is None else dbeta,
-            grad_output if ctx.has_residual else None,
-            None,
-            None,
-            None,
-            None,
+            self.output(x, dim),
+            self._parameter(gamma, self.dims[1]),
+            self._parameter(beta, self.dims[2]),
+            *(self.output(t, self.dims[3]) for t in residual),
         )
 
-    @staticmethod
-    def vmap(info, in_dims, x, gamma, beta, residual, channel_dim, *options):
-        fold = _Fold(info.batch_size, x, in_dims[0])
-        y = _FiLM.apply(
-            fold(x, in_dims[0]),
-            fold.parameter(gamma, in_dims[1]),
-            fold.parameter(beta, in_dims[2]),
-            fold(residual, in_dims[3]),
-            channel_dim,
-            *options,
-        )
-        return fold.unfold(y), 0
+    def _first(self, t, dim):
+        return t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)
 
+    def output(self, t, dim):
+        return None if t is None else self._first(t, dim).flatten(0, 1)
 
-class _FiLMBackward(Function):
-    """Gradients by the kernel; their own derivatives through the reference formula."""
-
-    @staticmethod
-    def forward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation, backend):
-        _, film_bwd = _raw_ops(backend)
-        return film_bwd(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, channel_dim, gamma_offset, activation, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.options = (channel_dim, gamma_offset, _NAMES[activation])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *grad_grads):
-        grad_output, *tensors = ctx.saved_tensors
-        given = [n for n, t in enumerate(tensors) if t is not None]
-
-        def gradients(grad_output, *primals):
-            def output(*primals):
-                inputs = [None, None, None]
-                for n, t in zip(given, primals, strict=True):
-                    inputs[n] = t
-                return _reference(*inputs, *ctx.options)
-
-            return torch.func.vjp(output, *primals)[1](grad_output)
-
-        results, pullback = torch.func.vjp(gradients, grad_output, *(tensors[n] for n in given))
-        cotangents = tuple(
-            torch.zeros_like(result) if grad_grads[n] is None else grad_grads[n]
-            for n, result in zip(given, results, strict=True)
-        )
-        second = pullback(cotangents)
-        grads = [second[0], None, None, None]
-        for n, grad in zip(given, second[1:], strict=True):
-            grads[n + 1] = grad
-        return (*grads, None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, x, gamma, beta, channel_dim, *options):
-        fold = _Fold(info.batch_size, x, in_dims[1])
-        dx, dgamma, dbeta = _FiLMBackward.apply(
-            fold(grad_output, in_dims[0]),
-            fold(x, in_dims[1]),
-            fold.parameter(gamma, in_dims[2]),
-            fold.parameter(beta, in_dims[3]),
-            channel_dim,
-            *options,
-        )
-        dgamma, dbeta = (
-            grad if like is None else fold.unfold_parameter(grad, like, dim)
-            for grad, like, dim in ((dgamma, gamma, in_dims[2]), (dbeta, beta, in_dims[3]))
-        )
-        return (fold.unfold(dx), dgamma, dbeta), (
-            0,
-            None if gamma is None else 0,
-            None if beta is None else 0,
-        )
-
-
-class _Fold:
-    """Folds a vmapped dimension of size N into the batch: (N, B, ...) becomes (N B, ...)."""
-
-    def __init__(self, N, x, dim):
-        self.N, self.B = N, (x if dim is None else x.movedim(dim, 0)[0]).shape[0]
-
-    def __call__(self, t, dim):
+    def _parameter(self, t, dim):
         if t is None:
             return None
-        t = t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)
-        return t.flatten(0, 1)
-
-    def parameter(self, t, dim):
-        """(C,) or (B, C), vmapped or not, as (N B, C)."""
-        if t is None:
-            return None
-        t = t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)
+        t = self._first(t, dim)
         if t.dim() == 2:
             t = t.unsqueeze(1).expand(-1, self.B, -1)
         return t.flatten(0, 1)
 
-    def unfold(self, t):
-        return t.unflatten(0, (self.N, self.B))
+    def _apart(self, t):
+        return t.unflatten(0, (self.N, -1))
 
-    def unfold_parameter(self, grad, like, dim):
-        rank = like.dim() - (dim is not None)
-        grad = self.unfold(grad)
-        return grad.sum(1) if rank == 1 else grad
+    def outputs_apart(self, outputs):
+        return tuple(map(self._apart, outputs)), (0,) * len(outputs)
+
+    def gradients_apart(self, grads):
+        dx, *found = grads
+        results, dims = [self._apart(dx)], [0]
+        for grad, t, dim in zip(found, self.tensors[1:], self.dims[1:], strict=False):
+            if t is not None:
+                shared = t.dim() - (dim is not None) == 1  # (C,): one for the whole batch
+                grad = self._apart(grad).sum(1) if shared else self._apart(grad)
+            results.append(grad)
+            dims.append(None if t is None else 0)
+        return tuple(results), tuple(dims)
+
+
+FILM = _autograd.Op(
+    "film",
+    inputs=("x", "gamma", "beta"),
+    added=("residual",),
+    options=Options,
+    outputs=("y",),
+    reference=_reference,
+    fwd_fake=_fwd_fake,
+    bwd_fake=_bwd_fake,
+    fold=_Fold,
+)
 
 
 # Public function
@@ -339,23 +239,6 @@ def film(
             autocast(t) if isinstance(t, Tensor) else t for t in (x, gamma, beta, residual)
         )
     _check_inputs(x, gamma, beta, channel_dim, activation, residual)
-    device, dtype = x.device, x.dtype
-    channel_dim %= x.dim()
-    backend = choose(
-        "film",
-        backend,
-        {
-            "cpu": lambda: cpu_reasons(device, dtype),
-            "cuda": lambda: cuda_reasons(device, dtype),
-            "triton": lambda: triton_reasons(device, dtype),
-        },
-        lambda: f"x {tuple(x.shape)}, {dtype} on {device}",
-    )
-    if backend == "reference":
-        return _reference(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
-    number = _NUMBERS[activation]
-    if needs_function([t for t in (x, gamma, beta, residual) if t is not None]):
-        tensors = traced((x, gamma, beta, residual))
-        return _FiLM.apply(*tensors, channel_dim, gamma_offset, number, backend)
-    film_fwd, _ = _raw_ops(backend)
-    return film_fwd(x, gamma, beta, residual, channel_dim, gamma_offset, number)
+    backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}")
+    options = Options(channel_dim % x.dim(), gamma_offset, _NUMBERS[activation])
+    return FILM(backend, (x, gamma, beta, residual), options)

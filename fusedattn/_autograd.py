@@ -1,0 +1,318 @@
+"""Makes an op from its declaration: what autograd, ``torch.func``, ``torch.compile`` and export ask of it.
+
+An op has a reference and, for each family of backends, two raw operators::
+
+    reference(*tensors, options)                           -> outputs
+    <op>_fwd(*tensors, *options, *flags)                   -> outputs, then what only backward reads
+    <op>_bwd(*grads, *inputs, *others, *options, *kept)    -> gradients of inputs
+
+Tensors are inputs (differentiable), others (no gradient) and added (their gradient is that of the first output);
+any may be None. grads are those of the outputs, kept is what backward reads of the forward pass. Options are
+numbers that both passes take; flags go to forward alone. An output that was not asked for has shape (0,).
+
+:class:`Op` makes of them::
+
+    derivative        a Function around <op>_fwd, whose backward calls <op>_bwd; the raw operator carries it, too,
+                      so that an exported program trains like its module
+    second and more   a Function around <op>_bwd, whose backward goes through the reference
+    forward mode      the reference in place of the kernels
+    vmap              the same operators, once, with the vmapped dimension folded into another (:class:`Fold`)
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from fusedattn import _library
+
+# The families of backends: a dispatch key holds one kernel, so Triton's operators have names of their own.
+_SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
+_IMPLEMENTATIONS = torch.library.Library("fusedattn", "IMPL")
+# Around a call whose derivative is taken care of: the dispatcher would come back to Python for the operator's own,
+# which doubles the cost of a small call.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+class Fold:
+    """Folds a vmapped dimension of size N into one that the op has; each op says how.
+
+    Args:
+        N: size of the vmapped dimension.
+        tensors: of the op, in order (of its backward pass: without the added ones).
+        dims: where N is in each of them, or None.
+    """
+
+    def __init__(self, N: int, tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...]):
+        self.N, self.tensors, self.dims = N, tensors, dims
+
+    def folded(self) -> tuple[Tensor | None, ...]:
+        """The tensors."""
+        raise NotImplementedError
+
+    def output(self, t: Tensor | None, dim: int | None) -> Tensor | None:
+        """An output of forward, or the gradient of one."""
+        raise NotImplementedError
+
+    def outputs_apart(self, outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        """Outputs with N in a dimension of its own, and which that is in each."""
+        raise NotImplementedError
+
+    def gradients_apart(self, grads: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        """The same for the gradients of inputs."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Op:
+    """An op, made from its declaration.
+
+    Attributes:
+        name: of the public function; the raw operators are ``<name>_fwd`` and ``<name>_bwd``.
+        inputs, others, added: the tensors by name, in the order of the raw operators.
+        options: NamedTuple type of the numbers that both operators take.
+        outputs: what forward returns, by name; ``kept`` names those that backward reads.
+        hidden: outputs, the last ones, that have no gradient: they are for backward alone.
+        reference: (\\*tensors, options) -> outputs, in plain PyTorch, differentiable to any order.
+        fwd_fake, bwd_fake: results of the raw operators by shape and dtype, from the same arguments.
+        fold: see :class:`Fold`.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    options: type
+    outputs: tuple[str, ...]
+    reference: Callable[..., Any]
+    fwd_fake: Callable[..., Any]
+    bwd_fake: Callable[..., Any]
+    fold: type[Fold]
+    others: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    _operators: dict[str, "_Operators"] = field(init=False, default_factory=dict)
+
+    def __post_init__(self):
+        errors = {"": _library.EXTENSION_ERROR, "_triton": _library.TRITON_ERROR}
+        made = {suffix: _Operators(self, suffix) for suffix, error in errors.items() if error is None}
+        self._operators.update((name, made[suffix]) for name, suffix in _SUFFIXES.items() if suffix in made)
+
+    def __call__(self, backend: str, tensors: tuple, options: tuple, flags: tuple = ()):
+        """Runs forward on a backend, with every derivative that may be asked for; the reference takes no flags."""
+        if backend == "reference" or forward_ad._current_level >= 0:
+            return self.reference(*tensors, options)
+        return self._operators[backend](*tensors, *options, *flags)
+
+    # The arguments of the raw operators, cut into their parts
+
+    def fwd_parts(self, arguments: tuple) -> tuple[tuple, tuple, tuple]:
+        """(tensors, options, flags) of forward's arguments."""
+        a = len(self.inputs) + len(self.others) + len(self.added)
+        b = a + len(self.options._fields)
+        return arguments[:a], self.options(*arguments[a:b]), arguments[b:]
+
+    def bwd_parts(self, arguments: tuple) -> tuple[tuple, tuple, tuple, tuple]:
+        """(grads, tensors, options, kept) of backward's arguments."""
+        a = len(self.outputs) - len(self.hidden)
+        b = a + len(self.inputs) + len(self.others)
+        c = b + len(self.options._fields)
+        return arguments[:a], arguments[a:b], self.options(*arguments[b:c]), arguments[c:]
+
+
+def _tuple(outputs) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _asked_for(output: Tensor) -> bool:
+    return output.dim() != 1 or output.shape[0] != 0
+
+
+class _Operators:
+    """The raw operators of one family of backends, and the Functions that make them differentiable."""
+
+    def __init__(self, op: Op, suffix: str):
+        self.op = op
+        ops = torch.ops.fusedattn
+        self.fwd = getattr(ops, f"{op.name}_fwd{suffix}").default
+        self.bwd = getattr(ops, f"{op.name}_bwd{suffix}").default
+        self.Forward, self.TransformedForward = _functions(
+            self.fwd, self._save_forward, self._first_derivative, self._vmap_forward
+        )
+        self.Backward, self.TransformedBackward = _functions(
+            self.bwd, self._save_backward, self._second_derivative, self._vmap_backward
+        )
+        for operator, fake, function in (
+            (self.fwd, op.fwd_fake, self.Forward),
+            (self.bwd, op.bwd_fake, self.Backward),
+        ):
+            torch.library.register_fake(operator.name(), fake)
+            kernel = partial(_carry_derivative, operator, function)
+            _IMPLEMENTATIONS.impl(operator.name(), kernel, "Autograd", with_keyset=True)
+
+    def __call__(self, *arguments):
+        return self._run(self.fwd, self.Forward, self.TransformedForward, arguments)
+
+    @staticmethod
+    def _run(operator, function, transformed, arguments):
+        compiling = torch.compiler.is_compiling()
+        if torch._C._are_functorch_transforms_active():
+            return transformed.apply(*(map(_traced, arguments) if compiling else arguments))
+        if compiling:
+            return operator(*arguments)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+            return function.apply(*arguments)
+        with _below_autograd():  # a Function costs more than a small problem
+            return operator(*arguments)
+
+    # First derivative: by <op>_bwd
+
+    def _save_forward(self, ctx, arguments, outputs):
+        op, outputs = self.op, _tuple(outputs)
+        tensors, ctx.options, _ = op.fwd_parts(arguments)
+        named = dict(zip(op.outputs, outputs, strict=True))
+        ctx.save_for_backward(*tensors[: len(tensors) - len(op.added)], *(named[name] for name in op.kept))
+        ctx.added = tuple(t is not None for t in tensors[len(tensors) - len(op.added) :])
+        ctx.asked_for = tuple(name not in op.hidden and _asked_for(t) for name, t in named.items())
+        if without := [t for t, asked in zip(outputs, ctx.asked_for, strict=True) if not asked]:
+            ctx.mark_non_differentiable(*without)
+        ctx.set_materialize_grads(False)
+
+    def _first_derivative(self, ctx, *grads):
+        op = self.op
+        # torch.compile gives zeros for placeholders.
+        grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=True)]
+        grads = grads[: len(op.outputs) - len(op.hidden)]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        n = len(op.inputs) + len(op.others)
+        saved = ctx.saved_tensors  # once: checkpointing unpacks at every look
+        tensors, kept = saved[:n], saved[n:]
+        if forward_ad._current_level >= 0:
+            gradients, present, primals = self._through_reference(grads, tensors, ctx.options)
+            found = [None] * len(op.inputs)
+            for k, grad in zip(present, gradients(*primals), strict=True):
+                found[k] = grad
+        else:
+            arguments = (*grads, *tensors, *ctx.options, *kept)
+            found = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
+            found = [None if t is None else grad for grad, t in zip(found, tensors, strict=False)]
+        found += [None] * len(op.others) + [grads[0] if added else None for added in ctx.added]
+        return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
+
+    def _vmap_forward(self, info, in_dims, *arguments):
+        tensors, options, flags = self.op.fwd_parts(arguments)
+        fold = self.op.fold(info.batch_size, tensors, in_dims[: len(tensors)])
+        outputs = self.TransformedForward.apply(*fold.folded(), *options, *flags)
+        outputs, dims = fold.outputs_apart(_tuple(outputs))
+        return (outputs, dims) if len(outputs) > 1 else (outputs[0], dims[0])
+
+    # Second derivative: through the reference
+
+    def _save_backward(self, ctx, arguments, _):
+        grads, tensors, ctx.options, _ = self.op.bwd_parts(arguments)
+        ctx.save_for_backward(*grads, *tensors)
+        ctx.set_materialize_grads(False)
+
+    def _second_derivative(self, ctx, *grad_grads):
+        n = len(self.op.outputs) - len(self.op.hidden)
+        saved = ctx.saved_tensors
+        gradients, present, primals = self._through_reference(saved[:n], saved[n:], ctx.options)
+        results, pullback = torch.func.vjp(gradients, *primals)
+        cotangents = (grad_grads[k] for k in present)
+        second = pullback(
+            tuple(torch.zeros_like(r) if c is None else c for r, c in zip(results, cotangents, strict=True))
+        )
+        given = [k for k, grad in enumerate(saved[:n]) if grad is not None]
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for k, grad in zip((*(n + k for k in present), *given), second, strict=True):
+            found[k] = grad
+        return tuple(found)
+
+    def _through_reference(self, grads, tensors, options):
+        """What <op>_bwd computes, as a function that can be differentiated.
+
+        Returns (function, which inputs are present, its arguments): it takes the inputs and the grads that are not
+        None, and returns the gradients of these inputs.
+        """
+        op = self.op
+        inputs, others = tensors[: len(op.inputs)], tensors[len(op.inputs) :]
+        present = [k for k, t in enumerate(inputs) if t is not None]
+        given = [k for k, grad in enumerate(grads) if grad is not None]
+
+        def gradients(*arguments):
+            def outputs(*primals):
+                filled = dict(zip(present, primals, strict=True))
+                all_inputs = (filled.get(k) for k in range(len(inputs)))
+                results = _tuple(op.reference(*all_inputs, *others, *(None for _ in op.added), options))
+                return tuple(results[k] for k in given)
+
+            return torch.func.vjp(outputs, *arguments[: len(present)])[1](arguments[len(present) :])
+
+        return gradients, present, (*(inputs[k] for k in present), *(grads[k] for k in given))
+
+    def _vmap_backward(self, info, in_dims, *arguments):
+        grads, tensors, options, kept = self.op.bwd_parts(arguments)
+        a, b, c = len(grads), len(grads) + len(tensors), len(arguments) - len(kept)
+        fold = self.op.fold(info.batch_size, tensors, in_dims[a:b])
+        grads = (fold.output(t, dim) for t, dim in zip(grads, in_dims[:a], strict=True))
+        kept = (fold.output(t, dim).contiguous() for t, dim in zip(kept, in_dims[c:], strict=True))
+        found = self.TransformedBackward.apply(*grads, *fold.folded(), *options, *kept)
+        return fold.gradients_apart(_tuple(found))
+
+
+def _traced(x):
+    """A view of a tensor: within ``torch.func.grad`` torch.compile knows only of what was made there that it may
+    require gradients, and else takes a Function for inference: gradients come out zero."""
+    return x.view_as(x) if isinstance(x, Tensor) else x
+
+
+def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[Function]]:
+    """The Function of an operator in PyTorch's two forms: the quick one, and the one that ``torch.func`` takes.
+
+    torch.compile traces the second and wants plain functions with a known number of parameters.
+    """
+
+    def quick(ctx, *arguments):
+        with _below_autograd():
+            outputs = operator(*arguments)
+        save(ctx, arguments, outputs)
+        return outputs
+
+    def forward(*arguments):
+        return operator(*arguments)
+
+    def setup_context(ctx, inputs, output):
+        save(ctx, inputs, output)
+
+    def backward(ctx, *grads):
+        return derivative(ctx, *grads)
+
+    def vmap_rule(info, in_dims, *arguments):
+        return vmap(info, in_dims, *arguments)
+
+    parameters = [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_ONLY) for a in operator._schema.arguments]
+    forward.__signature__ = inspect.Signature(parameters)
+
+    def function(**methods):
+        name = operator._opname  # shown by grad_fn
+        return type(name, (Function,), {method: staticmethod(f) for method, f in methods.items()})
+
+    return (
+        function(forward=quick, backward=backward),
+        function(forward=forward, setup_context=setup_context, backward=backward, vmap=vmap_rule),
+    )
+
+
+def _carry_derivative(operator, function, keyset, *arguments):
+    """The Autograd kernel of a raw operator, for exported and compiled programs, which hold nothing else."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{operator}: forward-mode derivatives are those of the public function")
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return function.apply(*arguments)
+    with _below_autograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
