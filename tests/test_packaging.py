@@ -15,7 +15,7 @@ import torch
 
 import fusedattn
 from fusedattn import _library, info
-from fusedattn._dispatch import UnsupportedError, choose, cuda_reasons, triton_reasons
+from fusedattn._dispatch import UnsupportedError, cuda_reasons, triton_reasons
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,21 +58,21 @@ def test_info_names_everything():
     assert result.returncode == 0, result.stderr
     expected = ["fusedattn", fusedattn.__version__, torch.__version__, "python", "extension", "threads"]
     expected += ["CPU level", _library.cpu_capability(), info.VARIABLE]
-    expected += ["additive_attention", "film", "cpu", "cuda", "triton", "reference"]
+    expected += ["cpu", "cuda", "triton", "reference"]
     assert [text for text in expected if text not in result.stdout] == []
 
 
 def test_info_reports_an_extension_that_did_not_load(monkeypatch):
     monkeypatch.setattr(_library, "EXTENSION_ERROR", ImportError("no such symbol"))
     text = info.report()
-    assert text.count("no such symbol") == 1 + 2 * len(info.OPS)  # and for the CPU and CUDA kernels of each
+    assert text.count("no such symbol") == 3  # and for the CPU and CUDA kernels
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_info_and_the_refusal_say_why_cuda_cannot_run():
     words = "there are no CUDA kernels here: this torch is built without CUDA"
     text = info.report()
-    assert text.count(words) == len(info.OPS)
+    assert text.count(words) == 1
     with pytest.raises(UnsupportedError, match=words):
         fusedattn.film(torch.ones(2, 3), backend="cuda")
     with pytest.raises(UnsupportedError, match=words):
@@ -194,56 +194,3 @@ def test_triton_schemas_are_those_of_the_library():
 def joined(literal):
     """The text of adjacent string literals."""
     return re.sub(r'"\s*"', "", literal)
-
-
-def backends(**reasons):
-    return {name: lambda found=found: found for name, found in reasons.items()}
-
-
-def describe():
-    return "x (2, 3), torch.int8 on meta"
-
-
-def test_auto_takes_the_first_backend_that_can_run():
-    assert choose("film", "auto", backends(cuda=["no GPU"], cpu=[], slow=[]), describe) == "cpu"
-
-
-def test_the_inputs_are_described_only_for_an_error():
-    assert choose("film", "cpu", backends(cpu=[]), lambda: pytest.fail("described")) == "cpu"
-
-
-def test_reference_runs_only_by_name():
-    assert choose("film", "reference", backends(cpu=["no"]), describe) == "reference"
-    with pytest.raises(UnsupportedError, match="no backend can run"):
-        choose("film", "auto", backends(cpu=["no"]), describe)
-
-
-@pytest.mark.parametrize("requested", ["cuda", "auto"])
-def test_refusal_lists_inputs_and_every_reason(requested):
-    found = backends(cuda=["inputs are on meta", "dtype torch.int8"], cpu=["inputs are not on the CPU"])
-    with pytest.raises(UnsupportedError) as error:
-        choose("film", requested, found, describe)
-    assert str(error.value).splitlines()[1:] == [
-        "  cuda: inputs are on meta; dtype torch.int8",
-        "  cpu: inputs are not on the CPU",
-        "  reference: can run (plain PyTorch, backend='reference')",
-    ]
-    assert describe() in str(error.value).splitlines()[0]
-
-
-def test_unknown_backend_names_the_choices():
-    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'cpu', 'reference', got 'gpu'"):
-        choose("film", "gpu", backends(cpu=[]), describe)
-
-
-def test_unsupported_error_is_a_value_error():
-    assert issubclass(fusedattn.UnsupportedError, ValueError)
-
-
-def test_choosing_compiles_without_a_graph_break():
-    def f(x):
-        backend = choose("film", "auto", {"cuda": lambda: ["no GPU"], "cpu": lambda: []}, lambda: f"x {x.shape}")
-        return x + 1 if backend == "cpu" else x
-
-    compiled = torch.compile(f, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
