@@ -206,28 +206,43 @@ def _fail(argument: str, expected: str, received) -> NoReturn:
     raise ValueError(f"additive_attention: {argument}: expected {expected}, got {received}")
 
 
-def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap):
+def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap) -> tuple:
+    """Raises for what cannot be computed; returns (B,) or (B, H), to which query, key and value broadcast."""
     device, dtype = query.device, query.dtype
+    for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
+        if t.layout != torch.strided or t.is_nested:
+            _fail(argument, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
     if not dtype.is_floating_point:
         _fail("query", "a floating-point dtype", dtype)
     for argument, t in (("key", key), ("value", value), ("weight", weight)):
         if t.dtype != dtype or t.device != device:
             _fail(argument, f"{dtype} on {device} like query", f"{t.dtype} on {t.device}")
-    shape = query.shape
-    rank = len(shape)
+    rank = query.dim()
     if rank != 3 and rank != 4:
-        _fail("query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(shape))
-    lead, Tq, D = shape[:-2], shape[-2], shape[-1]
-    if key.dim() != rank or key.shape[:-2] != lead or key.shape[-1] != D:
+        _fail("query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(query.shape))
+    lead = query.shape[:-2]
+    for t in (key, value):
+        if t.dim() == rank:
+            lead = tuple(n if m == 1 else m for m, n in zip(lead, t.shape[:-2], strict=True))
+    (Tq, D), H = query.shape[-2:], lead[1] if rank == 4 else 1
+    if not _broadcasts(query, lead):
+        _fail("query", f"shape {_shape(*lead, 'Tq', 'D')}", tuple(query.shape))
+    if key.dim() != rank or not _broadcasts(key, lead) or key.shape[-1] != D:
         _fail("key", f"shape {_shape(*lead, 'Tk', D)}", tuple(key.shape))
     Tk = key.shape[-2]
-    if value.dim() != rank or value.shape[:-1] != key.shape[:-1]:
+    if value.dim() != rank or not _broadcasts(value, lead) or value.shape[-2] != Tk:
         _fail("value", f"shape {_shape(*lead, Tk, 'Dv')}", tuple(value.shape))
-    H = shape[1] if rank == 4 else 1
-    if weight.dim() not in (1, 2) or weight.shape[-1] != D or (weight.dim() == 2 and weight.shape[0] != H):
+    if (
+        weight.dim() not in (1, 2)
+        or weight.shape[-1] != D
+        or (weight.dim() == 2 and weight.shape[0] not in (1, H))
+    ):
         _fail("weight", f"shape {_shape(D)} or {_shape(H, D)}", tuple(weight.shape))
-    if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
-        _fail("scale" if isinstance(scale, Tensor) else "softcap", "a number", "a Tensor")
+    for argument, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, Tensor):
+            _fail(argument, "a number", "a Tensor")
+    if scale != scale:
+        _fail("scale", "a number", scale)
     if softcap is not None and not softcap > 0:
         _fail("softcap", "a positive number or None", softcap)
     if mask is not None:
@@ -240,7 +255,16 @@ def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap):
         if mask.dim() > rank or any(m != 1 and m != n for m, n in sizes):
             _fail("mask", f"a shape broadcastable to {_shape(*full)}", tuple(mask.shape))
     if key_lengths is not None:
-        _check_lengths(key_lengths, shape[0], Tk, device)
+        _check_lengths(key_lengths, lead[0], Tk, device)
+    return lead
+
+
+def _broadcasts(t: Tensor, lead: tuple) -> bool:
+    return all(m == 1 or m == n for m, n in zip(t.shape[:-2], lead, strict=True))
+
+
+def _expanded(t: Tensor, lead: tuple) -> Tensor:
+    return t if t.shape[:-2] == lead else t.expand(*lead, -1, -1)
 
 
 def _shape(*sizes) -> str:
@@ -306,7 +330,8 @@ def additive_attention(
 
     Args:
         query: (B, Tq, D) or (B, H, Tq, D), already projected; float32, float64, float16 or bfloat16. Inner
-            arithmetic is at least float32. Any strides; expanded (stride 0) inputs are not copied.
+            arithmetic is at least float32. Any strides; expanded (stride 0) inputs are not copied. Batch and heads
+            of query, key and value may be 1 where the others have more.
         key: (B, Tk, D) or (B, H, Tk, D), already projected.
         value: (B, Tk, Dv) or (B, H, Tk, Dv).
         weight: (D,) or (H, D).
@@ -397,7 +422,8 @@ def attend(
                 key_exp=key_exp if inputs[1].dtype == key.dtype else None,
                 key_bound=key_bound,
             )
-    _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap)
+    lead = _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap)
+    query, key, value = (_expanded(t, lead) for t in (query, key, value))
     dtype = query.dtype
     backend = choose(
         "additive_attention",
@@ -410,7 +436,7 @@ def attend(
         mask = mask.expand(*query.shape[:-1], key.shape[-2])
     if key_lengths is not None:
         key_lengths = key_lengths.to(torch.int64)
-    if query.dim() == 4 and weight.dim() == 1:
+    if query.dim() == 4:
         weight = weight.expand(query.shape[1], -1)
     elif query.dim() == 3 and weight.dim() == 2:
         weight = weight[0]

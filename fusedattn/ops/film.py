@@ -169,32 +169,40 @@ FILM = _autograd.Op(
 # Public function
 
 
-def _check_inputs(x, gamma, beta, channel_dim, activation, residual):
-    if not isinstance(x, Tensor):
-        raise TypeError(f"film: x: expected a Tensor, got {type(x).__name__}")
+def _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
+    for name, t in (("x", x), ("gamma", gamma), ("beta", beta), ("residual", residual)):
+        if not isinstance(t, Tensor) and (t is not None or name == "x"):
+            wanted = "a Tensor" if name == "x" else "a Tensor or None"
+            raise TypeError(f"film: {name}: expected {wanted}, got {type(t).__name__}")
+        if t is not None and (t.layout != torch.strided or t.is_nested):
+            got = f"a nested one of layout {t.layout}" if t.is_nested else t.layout
+            raise ValueError(f"film: {name}: expected a dense Tensor, got {got}")
     if not x.dtype.is_floating_point:
         raise ValueError(f"film: x: expected a floating-point dtype, got {x.dtype}")
     rank = x.dim()
     if rank < 2:
         raise ValueError(f"film: x: expected shape (B, ..., C, ...) of rank 2 or more, got {tuple(x.shape)}")
+    if not isinstance(channel_dim, int):
+        raise TypeError(f"film: channel_dim: expected an int, got {type(channel_dim).__name__}")
     if not -rank < channel_dim < rank or channel_dim == 0:
         raise ValueError(
             f"film: channel_dim: expected a dimension of x other than the batch's (0), got {channel_dim} for "
             f"shape {tuple(x.shape)}"
         )
+    if isinstance(gamma_offset, Tensor):
+        raise ValueError("film: gamma_offset: expected a number, got a Tensor")
     B, C = x.shape[0], x.shape[channel_dim]
     for name, t in (("gamma", gamma), ("beta", beta), ("residual", residual)):
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"film: {name}: expected a Tensor or None, got {type(t).__name__}")
         if t.dtype != x.dtype or t.device != x.device:
             raise ValueError(
                 f"film: {name}: expected dtype {x.dtype} on {x.device} like x, got {t.dtype} on {t.device}"
             )
-        shapes = ((*x.shape,),) if name == "residual" else ((C,), (B, C))
-        if tuple(t.shape) not in shapes:
-            wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
+        shapes = [tuple(x.shape)] if name == "residual" else [(C,), (B, C)]
+        if not any(len(shape) == t.dim() and t.shape == shape for shape in shapes):
+            wanted = " or ".join(map(str, shapes))
             raise ValueError(f"film: {name}: expected shape {wanted}, got {tuple(t.shape)}")
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS)
@@ -238,7 +246,7 @@ def film(
         x, gamma, beta, residual = (
             autocast(t) if isinstance(t, Tensor) else t for t in (x, gamma, beta, residual)
         )
-    _check_inputs(x, gamma, beta, channel_dim, activation, residual)
+    _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
     backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}")
     options = Options(channel_dim % x.dim(), gamma_offset, _NUMBERS[activation])
     return FILM(backend, (x, gamma, beta, residual), options)
