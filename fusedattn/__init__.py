@@ -1,8 +1,9 @@
 """Additive attention and feature-wise conditioning (FiLM) for PyTorch, fused."""
 
 from fusedattn._dispatch import UnsupportedError
-from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention, ProjectedKeys
+from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.film import FiLM
+from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
 from fusedattn.ops.film import film, film_ref
 

@@ -98,7 +98,7 @@ def test_softcap_of_infinity_is_no_cap():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("batch", ["named", "auto"])
 def test_film_is_exported_with_a_batch_that_changes(batch, strict):
-    """Also where the batch of the example is as large as the channels are many: no size is compared with another."""
+    """Also where the example has as many batch elements as channels: these sizes are never compared."""
     module = FiLM(4, 3, activation="silu")
     torch.nn.init.normal_(module.conditioner.weight)
     dim = torch.export.Dim("batch", min=2) if batch == "named" else torch.export.Dim.AUTO

@@ -1,28 +1,12 @@
 """Modules of additive attention: projections around :func:`fusedattn.additive_attention`."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fusedattn.ops.additive_attention import accumulation_dtype, attend
-
-
-@dataclass(frozen=True, eq=False)
-class ProjectedKeys:
-    """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
-
-    ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv) carry gradients; ``key_exp`` is exp(2 key), so that a
-    step costs no exponential of keys, and ``key_bound`` max ``|key|``: where it is too large, kernels do without.
-    """
-
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    key_lengths: Tensor | None = None
-    key_exp: Tensor | None = None
-    key_bound: Tensor | None = None
+from fusedattn.modules.projected_keys import ProjectedKeys
+from fusedattn.ops.additive_attention import attend
 
 
 def _check_rank(t: Tensor, argument: str, expected: str) -> None:
@@ -135,14 +119,7 @@ class AdditiveAttention(nn.Module):
 
         ``mask`` and ``key_lengths`` stay with the keys. Gradients of all steps flow to key and value.
         """
-        projected, value = self._project(key, value)
-        key_exp, bound = None, None
-        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-        if eager and projected.device.type == "cpu" and projected.numel():
-            with torch.no_grad():
-                wide = projected.to(accumulation_dtype(projected.dtype)).contiguous()
-                key_exp, bound = torch.exp(2 * wide), torch.linalg.vector_norm(wide, torch.inf)
-        return ProjectedKeys(projected, value, mask, key_lengths, key_exp, bound)
+        return ProjectedKeys(*self._project(key, value), mask, key_lengths).with_exponentials()
 
     def forward(
         self,
@@ -181,20 +158,20 @@ class AdditiveAttention(nn.Module):
         if mask is not None and mask.dim() == 3:
             mask = mask.unsqueeze(1)
         query = self._heads(self.query_proj(query))
-        weight, value = self._score_weight().to(query.dtype), keys.value.to(query.dtype)
+        key_exp, key_bound = keys.exponentials(query.dtype)
         result = attend(
             query,
-            keys.key,
-            value,
-            weight,
+            keys.key.to(query.dtype),
+            keys.value.to(query.dtype),
+            self._score_weight().to(query.dtype),
             mask=mask,
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
             softcap=self.softcap,
             return_weights=return_weights,
             backend=self.backend,
-            key_exp=keys.key_exp,
-            key_bound=keys.key_bound,
+            key_exp=key_exp,
+            key_bound=key_bound,
         )
         context, weights = result if return_weights else (result, None)
         context = context.transpose(1, 2).flatten(2)

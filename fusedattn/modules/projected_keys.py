@@ -1,0 +1,112 @@
+"""Keys and values projected once, for many steps, with what can be computed of them once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from fusedattn.ops.additive_attention import accumulation_dtype
+
+
+class _Exponentials(NamedTuple):
+    """exp(2 key) and max ``|key|`` of a tensor as it was at one version."""
+
+    exp: Tensor
+    bound: Tensor
+    key: Tensor
+    version: int | None
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedKeys:
+    """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
+
+    ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv) carry gradients; ``mask`` and ``key_lengths`` belong to
+    them. Batch elements are chosen by ``keys[index]`` (a slice, a list or tensor of indices, or a bool mask), one
+    is repeated by ``keys.expand(B)``, and ``keys.to(...)`` moves or casts. A pytree of these four.
+
+    On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the tensor
+    and version that they were computed from: keys that were replaced or edited in place do without.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+
+    _exponentials = None  # no field: neither part of the pytree nor cast, moved or replaced with the others
+
+    def _keep(self, exp: Tensor, bound: Tensor) -> ProjectedKeys:
+        object.__setattr__(self, "_exponentials", _Exponentials(exp, bound, self.key, _version(self.key)))
+        return self
+
+    def with_exponentials(self) -> ProjectedKeys:
+        """Computes and keeps the exponentials, where the kernels use them: on the CPU, outside of transforms."""
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not transformed and self.key.device.type == "cpu" and self.key.numel():
+            with torch.no_grad():
+                wide = self.key.to(accumulation_dtype(self.key.dtype)).contiguous()
+                self._keep(torch.exp(2 * wide), torch.linalg.vector_norm(wide, torch.inf))
+        return self
+
+    def exponentials(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """(exp(2 key), max ``|key|``) if they are those of ``key`` cast to ``dtype``, else (None, None)."""
+        kept = self._exponentials
+        if (
+            kept is None
+            or torch.compiler.is_compiling()
+            or kept.key is not self.key
+            or kept.version != _version(self.key)
+            or kept.exp.dtype != accumulation_dtype(dtype)
+            or torch.promote_types(self.key.dtype, dtype) != dtype  # the cast rounds
+        ):
+            return None, None
+        return kept.exp, kept.bound
+
+    def __getitem__(self, index: Any) -> ProjectedKeys:
+        """The batch elements that ``index`` chooses; the batch stays a dimension."""
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0) or isinstance(index, tuple):
+            raise IndexError(f"ProjectedKeys: expected a slice or a list of batch elements, got {index!r}")
+        keys = ProjectedKeys(*(None if t is None else t[index] if batched else t for t, batched in self._parts()))
+        if kept := self._valid():
+            keys._keep(kept.exp[index].contiguous(), kept.bound)  # a bound of all is one of some
+        return keys
+
+    def expand(self, batch: int) -> ProjectedKeys:
+        """One batch element as ``batch`` of them, without a copy."""
+        if self.key.shape[0] not in (1, batch):
+            raise ValueError(f"ProjectedKeys: expected a batch of 1 to expand to {batch}, got {self.key.shape[0]}")
+        parts = ((None if t is None else t.expand(batch, *t.shape[1:]) if b else t) for t, b in self._parts())
+        return ProjectedKeys(*parts)
+
+    def to(self, *args: Any, **kwargs: Any) -> ProjectedKeys:
+        """As :meth:`torch.Tensor.to`; a dtype concerns key and value alone."""
+        key, value = self.key.to(*args, **kwargs), self.value.to(*args, **kwargs)
+        others = (None if t is None else t.to(key.device) for t in (self.mask, self.key_lengths))
+        keys = ProjectedKeys(key, value, *others)
+        return keys._keep(kept.exp, kept.bound) if key is self.key and (kept := self._valid()) else keys
+
+    def _valid(self) -> _Exponentials | None:
+        return self._exponentials if self.exponentials(self.key.dtype)[0] is not None else None
+
+    def _parts(self) -> list[tuple[Tensor | None, bool]]:
+        """Every part, and whether its first dimension is the batch."""
+        mask, B = self.mask, self.key.shape[0]
+        of_batch = mask is not None and mask.dim() >= 3 and mask.shape[0] == B
+        return [(self.key, True), (self.value, True), (mask, of_batch), (self.key_lengths, True)]
+
+
+# torch.export replaces names by text in its guards: key_lengths has to come before key.
+_pytree.register_dataclass(
+    ProjectedKeys,
+    field_names=["value", "mask", "key_lengths", "key"],
+    serialized_type_name="fusedattn.ProjectedKeys",
+)

@@ -1,0 +1,192 @@
+"""Projected keys as values: chosen, expanded, moved, cast, edited, mapped, exported."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fusedattn import AdditiveAttention, BahdanauAttention, ProjectedKeys
+
+
+@pytest.fixture
+def step():
+    """(module, a decoder state (3, 5), a memory (3, 7, 6), lengths)."""
+    torch.manual_seed(0)
+    module = BahdanauAttention(5, 6, 8)
+    return module, torch.randn(3, 5), torch.randn(3, 7, 6), torch.tensor([7, 4, 2])
+
+
+def at_hand(keys):
+    return keys.exponentials(keys.key.dtype)[0] is not None
+
+
+INDICES = {
+    "beams": [2, 0, 0],
+    "tensor": torch.tensor([1, 2, 1]),
+    "slice": slice(0, 2),
+    "step": slice(None, None, 2),
+    "mask": torch.tensor([True, False, True]),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("index", INDICES)
+def test_batch_elements_are_chosen(step, index, masked):
+    module, query, memory, lengths = step
+    index, mask = INDICES[index], torch.rand(3, 7) > 0.3 if masked else None
+    keys = module.project_keys(memory.requires_grad_(), key_lengths=lengths, mask=mask)
+    chosen = keys[index]
+    assert at_hand(keys) and at_hand(chosen)
+    expected = module(
+        query[index], memory[index], key_lengths=lengths[index], mask=mask[index] if masked else None
+    )
+    actual = module(query[index], chosen)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(context.sin().sum(), memory)[0] for context, _ in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_one_element_is_expanded(step):
+    module, query, memory, _ = step
+    keys = module.project_keys(memory[:1], key_lengths=torch.tensor([4])).expand(3)
+    assert keys.key.untyped_storage().nbytes() == keys.key[:1].numel() * 4  # no copy
+    expected = module(query, memory[:1].expand(3, -1, -1), key_lengths=torch.tensor([4, 4, 4]))
+    torch.testing.assert_close(module(query, keys), expected)
+
+
+@pytest.mark.parametrize("index", [1, torch.tensor(1), (slice(None), 0)], ids=str)
+def test_an_index_that_drops_the_batch_is_an_error(step, index):
+    module, _, memory, _ = step
+    with pytest.raises(IndexError, match="ProjectedKeys: expected a slice or a list of batch elements"):
+        module.project_keys(memory)[index]
+
+
+def test_only_a_batch_of_1_expands(step):
+    module, _, memory, _ = step
+    with pytest.raises(ValueError, match="expected a batch of 1 to expand to 6, got 3"):
+        module.project_keys(memory).expand(6)
+
+
+def test_keys_that_were_replaced_do_without_exponentials(step):
+    module, query, memory, _ = step
+    keys = module.project_keys(memory)
+    order = torch.tensor([2, 0, 1])
+    replaced = dataclasses.replace(keys, key=keys.key[order], value=keys.value[order])
+    assert not at_hand(replaced)
+    torch.testing.assert_close(module(query, replaced), module(query, memory[order]))
+
+
+def test_keys_edited_in_place_do_without_exponentials(step):
+    module, query, memory, _ = step
+    with torch.no_grad():
+        keys = module.project_keys(memory)
+        keys.key.mul_(-1)
+        assert not at_hand(keys)
+        expected = module(query, ProjectedKeys(keys.key.clone(), keys.value))
+        torch.testing.assert_close(module(query, keys), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_cast(step, dtype):
+    module, query, memory, _ = step
+    keys = module.project_keys(memory).to(dtype)
+    assert keys.key.dtype == keys.value.dtype == dtype and not at_hand(keys)
+    expected = module.to(dtype)(query.to(dtype), keys)
+    plain = module(query.to(dtype), ProjectedKeys(keys.key, keys.value))
+    torch.testing.assert_close(expected, plain)
+
+
+def test_the_same_dtype_keeps_everything(step):
+    module, _, memory, _ = step
+    keys = module.project_keys(memory)
+    assert at_hand(keys.to(torch.float32)) and at_hand(keys.to("cpu"))
+
+
+def test_keys_projected_within_autocast_serve_a_step_outside(step):
+    module, query, memory, lengths = step
+    with torch.autocast("cpu", torch.bfloat16):
+        keys = module.project_keys(memory, key_lengths=lengths)
+    assert keys.key.dtype == torch.bfloat16
+    context, _ = module(query, keys)
+    assert context.dtype == torch.float32
+    torch.testing.assert_close(context, module(query, memory, key_lengths=lengths)[0], atol=0.05, rtol=0.05)
+    keys = module.project_keys(memory, key_lengths=lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        context, _ = module(query, keys)
+    assert context.dtype == torch.bfloat16
+
+
+def test_mixed_precision_that_casts_every_tensor_of_the_inputs(step):
+    """What fully sharded training does with dataclasses among the inputs of a module."""
+    distributed = pytest.importorskip("torch.distributed.utils")
+    module, query, memory, lengths = step
+    keys = distributed._apply_to_tensors(
+        lambda t: t.bfloat16() if t.is_floating_point() else t, module.project_keys(memory, key_lengths=lengths)
+    )
+    context, _ = module.bfloat16()(query.bfloat16(), keys)
+    assert context.dtype == torch.bfloat16
+
+
+def test_a_pytree_of_its_tensors(step):
+    module, query, memory, lengths = step
+    keys = module.project_keys(memory, key_lengths=lengths)
+    leaves, spec = pytree.tree_flatten(keys)
+    assert {id(leaf) for leaf in leaves} == {id(t) for t in (keys.key, keys.value, keys.key_lengths)}
+    again = pytree.tree_unflatten(leaves, spec)
+    torch.testing.assert_close(module(query, again), module(query, keys))
+    doubled = pytree.tree_map_only(torch.Tensor, lambda t: t * 2 if t.is_floating_point() else t, keys)
+    torch.testing.assert_close(doubled.key, 2 * keys.key)
+
+
+def test_vmap_over_keys():
+    torch.manual_seed(0)
+    module = AdditiveAttention(5, 6, 8, num_heads=2)
+    query, memory = torch.randn(2, 3, 5), torch.randn(4, 2, 7, 6)
+    keys = [module.project_keys(m) for m in memory]
+    stacked = pytree.tree_map(lambda *t: torch.stack(t), *keys)
+    actual = torch.vmap(module, in_dims=(None, 0))(query, stacked)
+    torch.testing.assert_close(actual, torch.stack([module(query, k) for k in keys]))
+
+
+def test_export_of_a_step(step):
+    module, query, memory, lengths = step
+    keys = module.project_keys(memory, key_lengths=lengths)
+    exported = torch.export.export(module, (query, keys)).module()
+    torch.testing.assert_close(exported(query, keys), module(query, keys))
+
+
+def test_no_number_is_read_from_the_keys(step):
+    """So that projecting traces, and works on fake tensors."""
+    module, _, memory, _ = step
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        keys = module.project_keys(mode.from_tensor(memory))
+        assert keys.key.shape == (3, 1, 7, 8)
+    graph = make_fx(lambda m: module.project_keys(m).key)(memory)
+    torch.testing.assert_close(graph(memory), module.project_keys(memory).key)
+
+
+def test_a_compiled_step_is_compiled_once_for_all_batches(step):
+    module, query, memory, _ = step
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for n in range(1, 12):
+        keys = module.project_keys(n * memory)
+        torch.testing.assert_close(compiled(query, keys), module(query, keys))
+    assert len(graphs) == 1
+
+
+def test_a_deep_copy_attends_like_its_original(step):
+    module, query, memory, lengths = step
+    with torch.no_grad():
+        keys = module.project_keys(memory, key_lengths=lengths)
+        torch.testing.assert_close(module(query, copy.deepcopy(keys)), module(query, keys))
