@@ -150,8 +150,8 @@ def autocast_enabled(device: torch.device) -> bool:
     return known and torch.is_autocast_enabled(device.type)
 
 
-def autocast(t: Tensor) -> Tensor:
-    """t in autocast's dtype; float64 and integers stay what they are."""
+def autocast(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """t in autocast's dtype, or in ``dtype``; float64 and integers stay what they are."""
     if not t.is_floating_point() or t.dtype == torch.float64:
         return t
-    return t.to(torch.get_autocast_dtype(t.device.type))
+    return t.to(torch.get_autocast_dtype(t.device.type) if dtype is None else dtype)

@@ -297,16 +297,33 @@ def test_function_transforms():
     torch.testing.assert_close(*jacobians)
 
 
-def test_export_and_autocast():
+def test_export():
     module = FiLM(4, 3, activation="silu")
     torch.nn.init.normal_(module.conditioner.weight)
     x, condition = torch.randn(2, 3, 5), torch.randn(2, 4)
     exported = torch.export.export(module, (x, condition)).module()
     torch.testing.assert_close(exported(x, condition), module(x, condition))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = module(x, condition)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), module(x, condition), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("function", [film, film_ref])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast_keeps_the_precision_of_features(function, half):
+    """As for x * gamma + beta: only the layer that makes gamma and beta runs in half precision."""
+    x, gamma = torch.full((2, 3, 5), 1e5), torch.full((2, 3), 2.0)
+    with torch.autocast("cpu", half):
+        y = function(x, gamma.to(half), gamma.to(half), residual=x)
+        assert y.dtype == (x * gamma.to(half)[..., None]).dtype == torch.float32
+        torch.testing.assert_close(y, x * 2 + 2 + x)
+        assert function(x.to(half) / 1e5, gamma, gamma).dtype == half
+        doubles = x.double(), gamma.double()
+        assert function(*doubles).dtype == torch.float64
+    module = FiLM(4, 3, activation="silu")
+    torch.nn.init.normal_(module.conditioner.weight)
+    condition = torch.randn(2, 4)
+    with torch.autocast("cpu", half):
+        modulated = module(x, condition)
+    assert modulated.dtype == torch.float32
+    torch.testing.assert_close(modulated, module(x, condition), atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("gamma_offset", [0.0, 1.0])

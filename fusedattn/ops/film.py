@@ -238,14 +238,17 @@ def film(
     Returns:
         y with the shape and dtype of x.
 
+    Under autocast x and residual keep their precision, as for any multiplication and addition of PyTorch's; gamma
+    and beta, which come from a layer in half precision there, are cast to the dtype of x, except float64 ones.
+    Second derivatives and forward-mode ones are computed through the reference formula.
+
     Raises:
+        TypeError: x is not a Tensor, another input neither that nor None, channel_dim not an int.
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
     if isinstance(x, Tensor) and autocast_enabled(x.device):
-        x, gamma, beta, residual = (
-            autocast(t) if isinstance(t, Tensor) else t for t in (x, gamma, beta, residual)
-        )
+        gamma, beta = (autocast(t, x.dtype) if isinstance(t, Tensor) else t for t in (gamma, beta))
     _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
     backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}")
     options = Options(channel_dim % x.dim(), gamma_offset, _NUMBERS[activation])
