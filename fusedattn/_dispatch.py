@@ -43,13 +43,19 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, de
     elif requested == "reference":
         return requested
     else:
-        names = ", ".join(repr(name) for name in ("auto", *BACKENDS, "reference"))
-        raise ValueError(f"{op}: backend: expected one of {names}, got {requested!r}")
+        check_backend(op, requested)
     found = "no backend can run" if requested == "auto" else f"backend {requested!r} cannot run"
     raise UnsupportedError(
         f"{op}: {found} {describe()}, {dtype}, {device}\n{_all_reasons(device, dtype)}\n"
         "  reference: can run (plain PyTorch, backend='reference')"
     )
+
+
+def check_backend(caller: str, requested: str) -> None:
+    """Raises ``ValueError`` for a name that does not exist; whether that backend can run depends on the inputs."""
+    if requested not in ("auto", *BACKENDS, "reference"):
+        names = ", ".join(repr(name) for name in ("auto", *BACKENDS, "reference"))
+        raise ValueError(f"{caller}: backend: expected one of {names}, got {requested!r}")
 
 
 def _all_reasons(device: torch.device, dtype: torch.dtype) -> str:

@@ -211,9 +211,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="context_dim: expected a multiple of num_heads=4, got 6"):
         AdditiveAttention(7, 10, 12, num_heads=4, context_dim=6)
     module, query, key, _ = make()
-    with pytest.raises(ValueError, match=r"query: expected shape \(B, Tq, query_dim\), got \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"query: expected shape \(B, Tq, 7\), got \(3, 7\)"):
         module(query[0], key)
-    with pytest.raises(ValueError, match=r"key: expected shape \(B, Tk, key_dim\), got \(5, 10\)"):
+    with pytest.raises(ValueError, match=r"key: expected shape \(B, Tk, 10\), got \(5, 10\)"):
         module(query, key[0])
     with pytest.raises(ValueError, match="mask: pass it to project_keys"):
         module(query, module.project_keys(key), mask=torch.ones(3, 5) > 0)
@@ -278,7 +278,7 @@ def test_bahdanau_in_a_decoder():
 
 def test_bahdanau_bad_arguments():
     module = BahdanauAttention(7, 10, 12)
-    with pytest.raises(ValueError, match=r"query: expected shape \(B, query_dim\), got \(3, 1, 7\)"):
+    with pytest.raises(ValueError, match=r"query: expected shape \(B, 7\), got \(3, 1, 7\)"):
         module(torch.randn(3, 1, 7), torch.randn(3, 5, 10))
     with pytest.raises(ValueError, match=r"mask: expected shape \(B, T\), got \(5,\)"):
         module(torch.randn(3, 7), torch.randn(3, 5, 10), mask=torch.ones(5) > 0)

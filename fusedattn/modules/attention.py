@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fusedattn._dispatch import check_backend
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import attend
 
 
-def _check_rank(t: Tensor, argument: str, expected: str) -> None:
-    if t.dim() != 3:
+def _check(t: Tensor, argument: str, rows: str, width: int) -> None:
+    if t.dim() != 3 or t.shape[-1] != width:
+        expected = f"(B, {rows}, {width})"
         raise ValueError(f"AdditiveAttention: {argument}: expected shape {expected}, got {tuple(t.shape)}")
 
 
@@ -54,13 +56,19 @@ class AdditiveAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"AdditiveAttention: num_heads: expected 1 or more, got {num_heads}")
         for name, width in (("attention_dim", attention_dim), ("context_dim", context_dim or 0)):
             if width % num_heads:
                 raise ValueError(
                     f"AdditiveAttention: {name}: expected a multiple of num_heads={num_heads}, got {width}"
                 )
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"AdditiveAttention: softcap: expected a positive number or None, got {softcap}")
+        check_backend("AdditiveAttention", backend)
         factory = {"device": device, "dtype": dtype}
         value_dim = key_dim if value_dim is None else value_dim
+        self.query_dim, self.key_dim, self.value_dim = query_dim, key_dim, value_dim
         self.num_heads, self.softcap, self.backend = num_heads, softcap, backend
         self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias, **factory)
         self.key_proj = nn.Linear(key_dim, attention_dim, bias=False, **factory)
@@ -68,7 +76,9 @@ class AdditiveAttention(nn.Module):
         width = num_heads * value_dim if context_dim is None else context_dim
         self.out_proj = None if out_dim is None else nn.Linear(width, out_dim, bias=bias, **factory)
         self.weight = nn.Parameter(torch.empty(num_heads, attention_dim // num_heads, **factory))
-        self.weight_g = nn.Parameter(torch.empty(num_heads, **factory)) if normalize else None
+        self.normalize = normalize
+        # A registered None: torch.nn.utils.weight_norm has a parameter of that name, too.
+        self.register_parameter("weight_g", nn.Parameter(torch.empty(num_heads, **factory)) if normalize else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,12 +88,12 @@ class AdditiveAttention(nn.Module):
                 module.reset_parameters()
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
-        if self.weight_g is not None:
+        if self.normalize:
             nn.init.constant_(self.weight_g, bound)
 
     def extra_repr(self) -> str:
         parts = [f"num_heads={self.num_heads}"]
-        if self.weight_g is not None:
+        if self.normalize:
             parts.append("normalize=True")
         if self.softcap is not None:
             parts.append(f"softcap={self.softcap}")
@@ -93,14 +103,14 @@ class AdditiveAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _score_weight(self) -> Tensor:
-        if self.weight_g is None:
+        if not self.normalize:
             return self.weight
         return self.weight * (self.weight_g / self.weight.norm(dim=1)).unsqueeze(1)
 
     def _project(self, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         value = key if value is None else value
-        _check_rank(key, "key", "(B, Tk, key_dim)")
-        _check_rank(value, "value", "(B, Tk, value_dim)")
+        _check(key, "key", "Tk", self.key_dim)
+        _check(value, "value", "Tk", self.value_dim)
         if self.value_proj is None:
             value = value.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         else:
@@ -146,7 +156,7 @@ class AdditiveAttention(nn.Module):
         Returns:
             (B, Tq, out_dim), or the width of the concatenated contexts without an output projection.
         """
-        _check_rank(query, "query", "(B, Tq, query_dim)")
+        _check(query, "query", "Tq", self.query_dim)
         if isinstance(key, ProjectedKeys):
             for name, given in (("value", value), ("mask", mask), ("key_lengths", key_lengths)):
                 if given is not None:
@@ -245,8 +255,9 @@ class BahdanauAttention(AdditiveAttention):
         Returns:
             context (B, memory_dim) and weights (B, T).
         """
-        if query.dim() != 2:
-            raise ValueError(f"BahdanauAttention: query: expected shape (B, query_dim), got {tuple(query.shape)}")
+        if query.dim() != 2 or query.shape[-1] != self.query_dim:
+            expected = f"(B, {self.query_dim})"
+            raise ValueError(f"BahdanauAttention: query: expected shape {expected}, got {tuple(query.shape)}")
         context, weights = super().forward(
             query.unsqueeze(1), memory, mask=_for_one_query(mask), key_lengths=key_lengths, return_weights=True
         )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fusedattn._dispatch import check_backend
 from fusedattn.ops.film import ACTIVATIONS, film
 
 
@@ -39,8 +40,9 @@ class FiLM(nn.Module):
         if activation not in ACTIVATIONS:
             names = ", ".join(repr(name) for name in ACTIVATIONS)
             raise ValueError(f"FiLM: activation: expected one of {names}, got {activation!r}")
-        self.num_channels, self.channel_dim, self.gamma_offset = num_channels, channel_dim, gamma_offset
-        self.activation, self.backend = activation, backend
+        check_backend("FiLM", backend)
+        self.condition_dim, self.num_channels, self.channel_dim = condition_dim, num_channels, channel_dim
+        self.gamma_offset, self.activation, self.backend = gamma_offset, activation, backend
         self.conditioner = nn.Linear(condition_dim, 2 * num_channels, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -59,6 +61,9 @@ class FiLM(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
         """Modulates x (B, ...) with C channels at ``channel_dim`` by condition (B, condition_dim)."""
+        if condition.shape[-1:] != (self.condition_dim,):
+            expected = f"(B, {self.condition_dim})"
+            raise ValueError(f"FiLM: condition: expected shape {expected}, got {tuple(condition.shape)}")
         gamma, beta = self.conditioner(condition).to(x.dtype).chunk(2, dim=-1)
         return film(
             x,
