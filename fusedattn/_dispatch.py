@@ -1,10 +1,12 @@
 """Chooses a backend and says why the others cannot run: one predicate per backend does both."""
 
+import functools
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fusedattn import _library
 
@@ -148,6 +150,22 @@ def tf32_allowed() -> bool:
 # What torch.compiler.assume_constant_result does, which would import dynamo here. torch.compile guards on the
 # settings by itself.
 tf32_allowed._dynamo_marked_constant = True
+
+
+def overridable(function: Callable) -> Callable:
+    """Decorator: tensors that define ``__torch_function__`` are asked, as by PyTorch's own functions.
+
+    So ``torch.fx`` records a call, and subclasses of Tensor and function modes see it.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        tensors = (*args, *kwargs.values())
+        if has_torch_function(tensors):
+            return handle_torch_function(call, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def autocast_enabled(device: torch.device) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations, parametrize
 
-from fusedattn import AdditiveAttention, BahdanauAttention, FiLM
+from fusedattn import AdditiveAttention, BahdanauAttention, FiLM, additive_attention, film
 
 BAD_OPTIONS = {
     "num_heads": (lambda: AdditiveAttention(5, 6, 8, num_heads=0), "AdditiveAttention: num_heads: .*got 0"),
@@ -87,3 +87,44 @@ def test_parametrizations_of_the_layers():
 def test_without_normalization_there_is_no_weight_g():
     module = AdditiveAttention(5, 6, 8)
     assert "weight_g" not in module.state_dict() and module.weight_g is None
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.bahdanau = (
+            AdditiveAttention(5, 6, 8, num_heads=2, out_dim=6),
+            BahdanauAttention(6, 6, 8),
+        )
+        self.film = FiLM(6, 6, channel_dim=2)
+
+    def forward(self, query, memory, mask, lengths):
+        x = self.attention(query, memory, mask=mask)
+        context, _ = self.bahdanau(x[:, 0], memory, key_lengths=lengths)
+        x = self.film(x, context, residual=x)
+        return film(x, context, channel_dim=2) + additive_attention(x, memory, memory, context[0])
+
+
+def test_symbolic_trace():
+    torch.manual_seed(0)
+    model = Decoder()
+    traced = torch.fx.symbolic_trace(model)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert {film, additive_attention} <= called
+    inputs = torch.randn(2, 3, 5), torch.randn(2, 4, 6), torch.rand(2, 3, 4) > 0.3, torch.tensor([4, 2])
+    torch.testing.assert_close(traced(*inputs), model(*inputs))
+    with pytest.raises(ValueError, match=r"query: expected shape \(B, Tq, 5\)"):
+        traced(inputs[1], *inputs[1:])
+
+
+class Tagged(torch.Tensor):
+    """A subclass with PyTorch's default behaviour."""
+
+
+def test_subclasses_of_tensor_come_back():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, T, 5) for T in (3, 4, 4)] + [torch.randn(5)]
+    tagged = [inputs[0].as_subclass(Tagged), *inputs[1:]]
+    context, weights = additive_attention(*tagged, return_weights=True)
+    assert type(context) is type(weights) is type(film(tagged[0])) is Tagged
+    torch.testing.assert_close(torch.Tensor(context), additive_attention(*inputs))

@@ -10,10 +10,29 @@ from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import attend
 
 
-def _check(t: Tensor, argument: str, rows: str, width: int) -> None:
-    if t.dim() != 3 or t.shape[-1] != width:
-        expected = f"(B, {rows}, {width})"
-        raise ValueError(f"AdditiveAttention: {argument}: expected shape {expected}, got {tuple(t.shape)}")
+def _check(t: Tensor, name: str, *shape: str | int) -> None:
+    """Raises unless t has as many dimensions as ``shape`` and its last width."""
+    if t.dim() != len(shape) or t.shape[-1] != shape[-1]:
+        raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
+
+
+def _over_heads(mask: Tensor | None) -> Tensor | None:
+    """A mask (B, Tq, Tk) as one for every head."""
+    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+
+
+def _for_one_query(mask: Tensor | None) -> Tensor | None:
+    """A mask (B, T) as (B, Tq, Tk)."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise ValueError(f"BahdanauAttention: mask: expected shape (B, T), got {tuple(mask.shape)}")
+    return mask.unsqueeze(1)
+
+
+# torch.fx.symbolic_trace cannot follow what depends on sizes: it records these calls.
+for _function in ("_check", "_over_heads", "_for_one_query"):
+    torch.fx.wrap(_function)
 
 
 class AdditiveAttention(nn.Module):
@@ -109,8 +128,8 @@ class AdditiveAttention(nn.Module):
 
     def _project(self, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         value = key if value is None else value
-        _check(key, "key", "Tk", self.key_dim)
-        _check(value, "value", "Tk", self.value_dim)
+        _check(key, "AdditiveAttention: key", "B", "Tk", self.key_dim)
+        _check(value, "AdditiveAttention: value", "B", "Tk", self.value_dim)
         if self.value_proj is None:
             value = value.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         else:
@@ -156,7 +175,7 @@ class AdditiveAttention(nn.Module):
         Returns:
             (B, Tq, out_dim), or the width of the concatenated contexts without an output projection.
         """
-        _check(query, "query", "Tq", self.query_dim)
+        _check(query, "AdditiveAttention: query", "B", "Tq", self.query_dim)
         if isinstance(key, ProjectedKeys):
             for name, given in (("value", value), ("mask", mask), ("key_lengths", key_lengths)):
                 if given is not None:
@@ -164,9 +183,6 @@ class AdditiveAttention(nn.Module):
             keys = key
         else:
             keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
-        mask = keys.mask
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unsqueeze(1)
         query = self._heads(self.query_proj(query))
         key_exp, key_bound = keys.exponentials(query.dtype)
         result = attend(
@@ -174,7 +190,7 @@ class AdditiveAttention(nn.Module):
             keys.key.to(query.dtype),
             keys.value.to(query.dtype),
             self._score_weight().to(query.dtype),
-            mask=mask,
+            mask=_over_heads(keys.mask),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
             softcap=self.softcap,
@@ -255,19 +271,8 @@ class BahdanauAttention(AdditiveAttention):
         Returns:
             context (B, memory_dim) and weights (B, T).
         """
-        if query.dim() != 2 or query.shape[-1] != self.query_dim:
-            expected = f"(B, {self.query_dim})"
-            raise ValueError(f"BahdanauAttention: query: expected shape {expected}, got {tuple(query.shape)}")
+        _check(query, "BahdanauAttention: query", "B", self.query_dim)
         context, weights = super().forward(
             query.unsqueeze(1), memory, mask=_for_one_query(mask), key_lengths=key_lengths, return_weights=True
         )
         return context.squeeze(1), weights.flatten(1)
-
-
-def _for_one_query(mask: Tensor | None) -> Tensor | None:
-    """A mask (B, T) as (B, Tq, Tk)."""
-    if mask is None:
-        return None
-    if mask.dim() != 2:
-        raise ValueError(f"BahdanauAttention: mask: expected shape (B, T), got {tuple(mask.shape)}")
-    return mask.unsqueeze(1)

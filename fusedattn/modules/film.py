@@ -7,6 +7,12 @@ from fusedattn._dispatch import check_backend
 from fusedattn.ops.film import ACTIVATIONS, film
 
 
+@torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
+def _check(condition: Tensor, width: int) -> None:
+    if condition.shape[-1:] != (width,):
+        raise ValueError(f"FiLM: condition: expected shape (B, {width}), got {tuple(condition.shape)}")
+
+
 class FiLM(nn.Module):
     """Feature-wise linear modulation by a condition (Perez et al. 2018, arXiv:1709.07871).
 
@@ -61,9 +67,7 @@ class FiLM(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
         """Modulates x (B, ...) with C channels at ``channel_dim`` by condition (B, condition_dim)."""
-        if condition.shape[-1:] != (self.condition_dim,):
-            expected = f"(B, {self.condition_dim})"
-            raise ValueError(f"FiLM: condition: expected shape {expected}, got {tuple(condition.shape)}")
+        _check(condition, self.condition_dim)
         gamma, beta = self.conditioner(condition).to(x.dtype).chunk(2, dim=-1)
         return film(
             x,

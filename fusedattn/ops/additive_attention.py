@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, tf32_allowed
+from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable, tf32_allowed
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -79,6 +79,7 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     return weights @ value, lse.masked_fill(~row.squeeze(-1), float("-inf")), weights
 
 
+@overridable
 def additive_attention_ref(
     query: Tensor,
     key: Tensor,
@@ -305,6 +306,7 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     return Tq * Tk <= (Tq + Tk) * D
 
 
+@overridable
 def additive_attention(
     query: Tensor,
     key: Tensor,
@@ -384,6 +386,7 @@ def additive_attention(
     )
 
 
+@overridable
 def attend(
     query: Tensor,
     key: Tensor,

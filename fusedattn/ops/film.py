@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import autocast, autocast_enabled, choose
+from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable
 
 # In the order of csrc/film/formula.h.
 ACTIVATIONS = {
@@ -67,6 +67,7 @@ def _reference(x, gamma, beta, residual, options: Options):
     return y if residual is None else y + residual
 
 
+@overridable
 def film_ref(
     x: Tensor,
     gamma: Tensor | None = None,
@@ -209,6 +210,7 @@ def _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residua
         raise ValueError(f"film: activation: expected one of {names}, got {activation!r}")
 
 
+@overridable
 def film(
     x: Tensor,
     gamma: Tensor | None = None,
