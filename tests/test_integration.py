@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedattn import AdditiveAttention, BahdanauAttention, additive_attention, additive_attention_ref
@@ -108,15 +107,6 @@ def test_no_graph_without_gradients():
     with torch.inference_mode():
         assert additive_attention(*make_inputs(requires_grad=False)).is_inference()
     assert not additive_attention(*(t.detach() for t in inputs)).requires_grad
-
-
-def test_forward_mode_is_refused():
-    query, *others = make_inputs(requires_grad=False)
-    with pytest.raises(NotImplementedError, match="forward mode"):
-        torch.func.jvp(lambda q: additive_attention(q, *others), (query,), (query,))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
-        additive_attention(forward_ad.make_dual(query, query), *others)
-    torch.func.jvp(lambda q: additive_attention(q, *others, backend="reference"), (query,), (query,))
 
 
 def test_checkpointing():
