@@ -294,15 +294,18 @@ def _is_traced() -> bool:
 def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     """Whether the (Tq, Tk) scores are kept for backward: if they are no larger than query and key.
 
-    Recomputing them costs a third of the backward pass; memory stays linear in Tq + Tk either way. An exported
-    program recomputes: comparing its symbolic sizes would limit them.
+    Recomputing them costs a third of the backward pass; memory stays linear in Tq + Tk either way. A compiled
+    program recomputes where its sizes change from call to call: it would be compiled anew to compare them.
     """
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
-        return False
-    transformed = torch._C._are_functorch_transforms_active()  # an outer level may ask
-    if not transformed and not any(t.requires_grad for t in (query, key, *others)):
+    transformed = torch._C._are_functorch_transforms_active()  # an outer level may ask for gradients
+    wanted = torch.is_grad_enabled() and (transformed or any(t.requires_grad for t in (query, key, *others)))
+    if not wanted or torch.compiler.is_exporting():
         return False
     (Tq, D), Tk = query.shape[-2:], key.shape[-2]
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(Tq * Tk <= (Tq + Tk) * D)
     return Tq * Tk <= (Tq + Tk) * D
 
 
