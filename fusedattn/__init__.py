@@ -1,6 +1,7 @@
 """Additive attention and feature-wise conditioning (FiLM) for PyTorch, fused."""
 
 from fusedattn._dispatch import UnsupportedError
+from fusedattn._export import decompositions
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.film import FiLM
 from fusedattn.modules.projected_keys import ProjectedKeys
@@ -17,6 +18,7 @@ __all__ = [
     "UnsupportedError",
     "additive_attention",
     "additive_attention_ref",
+    "decompositions",
     "film",
     "film_ref",
 ]

@@ -108,6 +108,20 @@ class Op:
             return self.reference(*tensors, options)
         return self._operators[backend](*tensors, *options, *flags)
 
+    def decompositions(self) -> dict[torch._ops.OpOverload, Callable]:
+        """Forward by each family of backends as the reference's ATen operators."""
+        return {operators.fwd: self._decomposed for operators in self._operators.values()}
+
+    def _decomposed(self, *arguments):
+        tensors, options, _ = self.fwd_parts(arguments)
+        found, fakes = _tuple(self.reference(*tensors, options)), _tuple(self.fwd_fake(*arguments))
+        absent = (fake.new_empty(0) for fake in fakes[len(found) :])  # what only backward reads
+        outputs = (
+            *(t if _asked_for(fake) else t.new_empty(0) for t, fake in zip(found, fakes, strict=False)),
+            *absent,
+        )
+        return outputs if len(outputs) > 1 else outputs[0]
+
     # The arguments of the raw operators, cut into their parts
 
     def fwd_parts(self, arguments: tuple) -> tuple[tuple, tuple, tuple]:
@@ -162,7 +176,7 @@ class _Operators:
         compiling = torch.compiler.is_compiling()
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*(map(_traced, arguments) if compiling else arguments))
-        if compiling:
+        if compiling or torch.jit.is_tracing():
             return operator(*arguments)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
             return function.apply(*arguments)

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, de
         describe: the shapes of the inputs in words, called only for an error message.
 
     ``"auto"`` takes the first backend that can run. Where none can because of the device or the installation it
-    takes the reference, after one warning for each op and kind of device. Raises :class:`UnsupportedError` where
-    the dtype is none of ``DTYPES``, or the backend asked for cannot run, ``ValueError`` for an unknown name.
+    takes the reference, after one warning for each op and kind of device; so it does for ONNX. Raises
+    :class:`UnsupportedError` where the dtype is none of ``DTYPES``, or the backend asked for cannot run, and
+    ``ValueError`` for an unknown name.
     """
     if requested == "auto":
+        # ONNX has no kernels of ours; what it is made of is the reference's ATen operators.
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return "reference"
         for name, reasons in BACKENDS.items():
             if not reasons(device, dtype):
                 return name
@@ -166,6 +171,14 @@ def overridable(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return call
+
+
+def not_scriptable(module: torch.nn.Module) -> NoReturn:
+    """``__prepare_scriptable__`` of every module: TorchScript would complain of some line of ours."""
+    raise NotImplementedError(
+        f"{type(module).__name__}: torch.jit.script cannot compile it; use torch.export, torch.compile or "
+        "torch.jit.trace"
+    )
 
 
 def autocast_enabled(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fusedattn._dispatch import check_backend
+from fusedattn._dispatch import check_backend, not_scriptable
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import attend
 
@@ -99,6 +99,8 @@ class AdditiveAttention(nn.Module):
         # A registered None: torch.nn.utils.weight_norm has a parameter of that name, too.
         self.register_parameter("weight_g", nn.Parameter(torch.empty(num_heads, **factory)) if normalize else None)
         self.reset_parameters()
+
+    __prepare_scriptable__ = not_scriptable
 
     def reset_parameters(self) -> None:
         """Linear layers as ``nn.Linear``; weight uniform within 1 / sqrt(D); g = 1 / sqrt(D)."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fusedattn._dispatch import check_backend
+from fusedattn._dispatch import check_backend, not_scriptable
 from fusedattn.ops.film import ACTIVATIONS, film
 
 
@@ -51,6 +51,8 @@ class FiLM(nn.Module):
         self.gamma_offset, self.activation, self.backend = gamma_offset, activation, backend
         self.conditioner = nn.Linear(condition_dim, 2 * num_channels, device=device, dtype=dtype)
         self.reset_parameters()
+
+    __prepare_scriptable__ = not_scriptable
 
     def reset_parameters(self) -> None:
         """Identity: gamma + gamma_offset = 1 and beta = 0 for every condition."""

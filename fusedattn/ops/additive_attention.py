@@ -299,7 +299,7 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     """
     transformed = torch._C._are_functorch_transforms_active()  # an outer level may ask for gradients
     wanted = torch.is_grad_enabled() and (transformed or any(t.requires_grad for t in (query, key, *others)))
-    if not wanted or torch.compiler.is_exporting():
+    if not wanted or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     (Tq, D), Tk = query.shape[-2:], key.shape[-2]
     if torch.compiler.is_compiling():
