@@ -58,7 +58,7 @@ def test_decomposed_into_aten(case):
 
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="needs the extra fusedattn[onnx]",
+    reason="needs the extra fusedattn[test]",
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx_runs_in_its_own_runtime(case, tmp_path):
