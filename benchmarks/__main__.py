@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import machine, measure, plots, report, suite
+from . import machine, measure, plots, report, suite, wide
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 PLANS = {"quick": suite.QUICK, "suite": suite.SUITE, "full": suite.FULL}
@@ -25,6 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.set_defaults(plan="suite")
     for name, text in (
         ("quick", "a case or two of each kind, within five minutes"),
+        ("wide", "the sizes that people use, small ones, half precision and loops; lists every row below 1"),
         ("full", "11 rounds, every mode of the sweep, every CPU level"),
     ):
         amount.add_argument(f"--{name}", action="store_const", dest="plan", const=name, help=text)
@@ -68,9 +69,11 @@ def main() -> int:
     else:
         if options.threads:
             torch.set_num_threads(options.threads)
-        plan = PLANS[options.plan]
         try:
-            result = suite.run(replace(plan, g2p=plan.g2p and not options.no_g2p), console)
+            if options.plan == "wide":
+                result = wide.run(console)
+            else:
+                result = suite.run(replace(PLANS[options.plan], g2p=not options.no_g2p), console)
         except measure.DisagreementError as error:
             console.print(f"[red]Results disagree, so nothing is reported.[/red] {error}")
             return 1

@@ -3,6 +3,7 @@
 Symbols: B batch, Tq / Tk query / key length, D score and value width, C channels, N positions per channel.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -82,10 +83,14 @@ class AttentionCase:
         """What the (B, Tq, Tk, D) tensors of the eager form take: the sum and its tanh, then a gradient."""
         return 4 * self.B * self.Tq * self.Tk * self.D * (2 if mode == "forward" else 3)
 
-    def blocks_of_rows(self) -> list[slice]:
-        """Slices of the queries, each with some 2^20 scored elements."""
+    def blocks(self) -> Iterator[tuple]:
+        """Parts that can be computed one by one, as an index into each input, of which the first is the output's,
+        too: queries of one element of the batch, with some 2^20 scored elements."""
         rows = max(1, (1 << 20) // (self.Tk * self.D))
-        return [slice(i, i + rows) for i in range(0, self.Tq, rows)]
+        for b in range(self.B):
+            element = slice(b, b + 1)
+            for i in range(0, self.Tq, rows):
+                yield (element, slice(i, i + rows)), element, element, ...
 
     def summed_terms(self) -> dict[str, int]:
         """How many terms each result adds up."""
@@ -150,8 +155,9 @@ class FilmCase:
         """Forward writes y; backward writes dx."""
         return self.x_bytes() * (1 if mode == "forward" else 2)
 
-    def blocks_of_rows(self) -> list[slice]:
-        return [slice(None)]
+    def blocks(self) -> Iterator[tuple]:
+        for b in range(self.B):
+            yield (slice(b, b + 1),) * 3
 
     def eager_bytes(self, mode: str) -> int:
         return 3 * self.x_bytes()

@@ -42,33 +42,60 @@ def clone(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return x.clone()
 
 
+class Stepwise:
+    """A loop over the first argument; the step is what users compile, as the whole loop would be unrolled."""
+
+    def __init__(self, step: Function):
+        self.step = step
+
+    def __call__(self, queries: Tensor, *others: Tensor) -> Tensor:
+        return torch.stack([self.step(query, *others) for query in queries])
+
+
 def compiled(function: Function) -> Function:
     """Compiled for the shapes it first meets, as a user with fixed shapes would have it."""
+    if isinstance(function, Stepwise):
+        return Stepwise(compiled(function.step))
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _eager(case: Case) -> dict[str, Function]:
+    if isinstance(case, AttentionCase):
+        return dict(zip(EAGER, (attention_matmul, attention_sum), strict=True))
+    if isinstance(case, FilmCase):
+        return {"eager": film_channels_end if case.layout == "BTC" else film_channels_first}
+    return case.eager()
+
+
+def _fast(case: Case) -> dict[str, Function]:
+    if isinstance(case, AttentionCase):
+        return {FUSED: fusedattn.additive_attention}
+    if isinstance(case, FilmCase):
+        return {FUSED: partial(fusedattn.film, channel_dim=case.channel_dim), CLONE: clone}
+    return {FUSED: case.fused()}
+
+
+def _compiled_name(name: str) -> str:
+    return name.replace("eager", "compile")
 
 
 def names(case: Case) -> tuple[str, ...]:
     """All that :func:`of` makes."""
-    if isinstance(case, AttentionCase):
-        return *EAGER, *COMPILED, IDENTITY, FUSED
-    return "eager", "compile", FUSED, CLONE
+    eager = _eager(case)
+    identity = (IDENTITY,) if isinstance(case, AttentionCase) else ()
+    return *eager, *map(_compiled_name, eager), *identity, *_fast(case)
 
 
 def of(case: Case, compile: bool = True) -> dict[str, Function]:
-    """Every contender of a case by name. Compiled code of earlier cases is dropped: its number is limited."""
-    torch._dynamo.reset()
-    if isinstance(case, AttentionCase):
-        eager = dict(zip(EAGER, (attention_matmul, attention_sum), strict=True))
-        fast = {FUSED: fusedattn.additive_attention}
-    else:
-        eager = {"eager": film_channels_end if case.layout == "BTC" else film_channels_first}
-        fast = {FUSED: partial(fusedattn.film, channel_dim=case.channel_dim), CLONE: clone}
-    graphs = {}
+    """Every contender of a case by name, eager ones first. With ``compile`` the compiled code of earlier cases is
+    dropped: its number is limited."""
+    eager, graphs = _eager(case), {}
     if compile:
-        graphs = {name.replace("eager", "compile"): compiled(f) for name, f in eager.items()}
+        torch._dynamo.reset()
+        graphs = {_compiled_name(name): compiled(function) for name, function in eager.items()}
         if isinstance(case, AttentionCase):
             graphs[IDENTITY] = Identity(compiled)
-    return {**eager, **graphs, **fast}
+    return {**eager, **graphs, **_fast(case)}
 
 
 def step(case: Case, mode: str, name: str, function: Function, inputs: tuple[Tensor, ...], grad: Tensor):
@@ -91,25 +118,16 @@ def step(case: Case, mode: str, name: str, function: Function, inputs: tuple[Ten
 
 
 def reference(case: Case, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Output and gradients in float64, few rows at a time so that all that lies between stays in cache."""
-    function = _plain(case)
+    """Output and gradients in float64 by the first eager form, block by block so that all that lies between stays
+    in cache; a gradient is summed over the blocks that share its input."""
+    function = next(iter(_eager(case).values()))
     output = torch.empty_like(grad, dtype=torch.float64)
     grads = [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
-    for b in range(case.B):
-        element = slice(b, b + 1)
-        for rows in case.blocks_of_rows():
-            # the first input has the output's rows; a weight without a batch sums its gradients
-            where = [(element, rows)] + [element if x.dim() > 1 else ... for x in inputs[1:]]
-            leaves = [x[at].double().requires_grad_() for x, at in zip(inputs, where, strict=True)]
-            part = function(*leaves)
-            output[element, rows] = part.detach()
-            found = torch.autograd.grad(part, leaves, grad[element, rows].double())
-            for total, at, g in zip(grads, where, found, strict=True):
-                total[at] += g
+    for where in case.blocks():
+        leaves = [x[at].double().requires_grad_() for x, at in zip(inputs, where, strict=True)]
+        part = function(*leaves)
+        output[where[0]] = part.detach()
+        found = torch.autograd.grad(part, leaves, grad[where[0]].double())
+        for total, at, g in zip(grads, where, found, strict=True):
+            total[at] += g
     return output, *grads
-
-
-def _plain(case: Case) -> Function:
-    if isinstance(case, FilmCase):
-        return film_channels_end if case.layout == "BTC" else film_channels_first
-    return attention_matmul

@@ -27,13 +27,14 @@ class DisagreementError(RuntimeError):
 def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
     """Raises DisagreementError unless every contender's output and gradients match float64.
 
-    Allowed is twice the error of eager PyTorch in float32, plus the rounding of a sum of n terms, which grows
-    as sqrt(n): eps sqrt(n) max|reference|.
+    Allowed is twice the error of eager PyTorch in the same dtype, plus the rounding of a sum of n float32 terms,
+    which grows as sqrt(n), eps sqrt(n) max|reference|, and that of the result in a narrower dtype.
     """
     terms = case.summed_terms()
     expected = dict(zip(terms, contenders.reference(case, inputs, grad), strict=True))
     scale = {name: x.abs().max().item() for name, x in expected.items()}
-    floor = {name: EPSILON * sqrt(n) * scale[name] for name, n in terms.items()}
+    rounding = 0.0 if grad.dtype is torch.float32 else torch.finfo(grad.dtype).eps
+    floor = {name: (rounding + EPSILON * sqrt(n)) * scale[name] for name, n in terms.items()}
 
     def errors(name: str, mode: str) -> dict[str, float]:
         results = contenders.step(case, mode, name, functions[name], inputs, grad)()

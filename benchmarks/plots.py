@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter  # 
 from . import contenders  # noqa: E402
 from .cases import MODES  # noqa: E402
 from .machine import MIB, describe  # noqa: E402
-from .report import number  # noqa: E402
+from .report import WIDE, number  # noqa: E402
 from .summary import summaries  # noqa: E402
 
 # Okabe and Ito's colours: whatever one's colour vision, they can be told apart
@@ -33,6 +33,7 @@ HEADS = {  # of cases, by group and size
     ("film", "cache"): "FiLM in the cache, x",
     ("film", "memory"): "FiLM beyond the cache, x",
     ("small", None): "A small call (B, Tq, Tk, D)",
+    **{(group, None): title for group, title in WIDE.items()},
 }
 TITLES = {"forward": "Forward", "training": "Training step: forward and backward"}
 RATIOS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -116,16 +117,35 @@ def ratios(result: dict, path: Path) -> Path:
                 place = y + n - (len(present(s)) - 1) / 2
                 _bar(axes, 1, ratio, place, COLORS[rival], number(ratio, "×"))
                 found.append(ratio)
-        axes.set_xlabel("times as fast as the rival, logarithmic", fontsize=9)
-    axes = panels[0][0]  # the others share its scale
-    axes.set_xscale("log")
-    low, high = min(0.7, min(found) / 1.5), max(found) * 1.7  # with room for the figures
-    axes.set_xlim(low, high)
-    axes.set_xticks([tick for tick in RATIOS if low <= tick <= high])
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
-    axes.xaxis.set_minor_locator(NullLocator())
+    _scale_ratios(panels, found)
     keys = [Patch(color=COLORS[rival], label=f"against {NAMES[rival]}") for rival in contenders.RIVALS]
     return _save(figure, result, "How many times as fast fusedattn is", keys, path)
+
+
+def _scale_ratios(panels: Panels, ratios: list[float]) -> None:
+    """A logarithmic scale that all panels share, with room for the figures at the bars' ends."""
+    low, high = min(0.7, min(ratios) / 1.5), max(1.5, max(ratios) * 1.7)
+    for axes, _ in panels:
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.set_xticks([tick for tick in RATIOS if low <= tick <= high])
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("times as fast as the rival, logarithmic", fontsize=9)
+
+
+def wide(result: dict, path: Path) -> Path:
+    """How many times faster fusedattn is than the faster of eager PyTorch and torch.compile, at many sizes."""
+    figure, panels = _panels(result, tuple(WIDE), lambda s: 1)
+    colors = {True: ("#0072B2", "fusedattn is faster"), False: ("#D55E00", "fusedattn is slower")}
+    for axes, cases in panels:
+        for y, s in cases:
+            ratio = s["vs faster"]
+            _bar(axes, 1, ratio, y, colors[ratio >= 1][0], number(ratio, "×"))
+    _scale_ratios(panels, [s["vs faster"] for _, cases in panels for _, s in cases])
+    keys = [Patch(color=color, label=label) for color, label in colors.values()]
+    title = "How many times as fast as the faster of eager PyTorch and torch.compile"
+    return _save(figure, result, title, keys, path)
 
 
 def ceilings(result: dict, path: Path) -> Path:
@@ -186,6 +206,8 @@ def write(result: dict, folder: Path) -> list[Path]:
     paths = []
     if summaries(result, "attention") or summaries(result, "film"):
         paths += [ratios(result, folder / "ratios.png"), ceilings(result, folder / "ceilings.png")]
+    if any(summaries(result, group) for group in WIDE):
+        paths.append(wide(result, folder / "wide.png"))
     if len({s["case"] for s in summaries(result, "sweep")}) > 2:
         paths.append(lengths(result, folder / "lengths.png"))
     return paths

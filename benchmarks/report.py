@@ -18,7 +18,23 @@ PICTURES = {  # of the README, in docs/
     "ratios.png": "How many times as fast fusedattn is as eager PyTorch and torch.compile, case by case",
     "ceilings.png": "Which part of the measured ceiling each case reaches",
 }
-HEADS = {"attention": "B, Tq, Tk, D", "sweep": "B, Tq, Tk, D", "small": "B, Tq, Tk, D", "film": "x"}
+ATTENTION = "B, Tq, Tk, D"
+HEADS = {  # of the first column, by group
+    "attention": ATTENTION,
+    "sweep": ATTENTION,
+    "small": ATTENTION,
+    "film": "x",
+    "wide loop": "B, Tk, D",
+    "wide attention": ATTENTION,
+    "wide film": "x",
+    "wide module": "module",
+}
+WIDE = {
+    "wide loop": "Decoder loops",
+    "wide attention": "Attention",
+    "wide film": "FiLM",
+    "wide module": "Modules",
+}
 NOTHING = "–"
 README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
 
@@ -48,11 +64,13 @@ def table(result: dict, group: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for the cases of a group; columns that would be empty are left out."""
     found = summaries(result, group)
     kinds = (*contenders.RIVALS, contenders.FUSED)
+    unit = found[0]["fused"]["unit"] if found else ""
     columns = {
         HEADS[group]: [s["case"].partition(" ")[2] for s in found],
+        "model": [s["model"] or NOTHING for s in found],
         "mode": [s["mode"] for s in found],
         **{f"{kind} ms": [_milliseconds(s[kind]) for s in found] for kind in kinds},
-        found[0]["fused"]["unit"] if found else "": [number(s["fused"]["rate"]) for s in found],
+        unit: [number(s["fused"]["rate"]) if unit else NOTHING for s in found],
         **{
             f"vs {rival}": [number(s.get(f"vs {rival}"), "×") for s in found]
             for rival in (*kinds, contenders.CLONE)
@@ -71,6 +89,12 @@ LEGEND = (
     "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the longer of the bytes that must be read "
     "and written (the output in fresh memory) and the kernel's arithmetic, at rates measured in the same run; "
     "vs clone: GB/s against x.clone()."
+)
+
+
+WIDE_LEGEND = (
+    "Median ms. eager: plain PyTorch by hand; compile: those lines compiled for these shapes, one step of a loop. "
+    "Loops leave out projections on both sides, modules have them (benchmarks/wide.py)."
 )
 
 
@@ -98,14 +122,27 @@ def print_result(console: Console, result: dict) -> None:
     names = list(dict.fromkeys(name for cells in levels.values() for name in cells))
     rows = [[*key, *(cells.get(name, "–") for name in names)] for key, cells in levels.items()]
     _print(console, "CPU levels, G tanh/s", ["B, Tq, Tk, D", "mode", *names], rows)
+    for group, title in WIDE.items():
+        _print(console, title, *table(result, group))
+    _print_below_one(console, result)
     ceilings = [[name, f"{value:.1f}"] for name, value in result["ceilings"].items()]
     _print(console, "Measured ceilings, GB/s and G multiply-adds/s", ["ceiling", "rate"], ceilings)
-    console.print(LEGEND)
+    console.print(WIDE_LEGEND if any(summaries(result, group) for group in WIDE) else LEGEND)
     for line in result.get("sizes", ()):
         console.print(f"sizes: {line}", highlight=False, markup=False)
     for line in result.get("left_out", ()):
         console.print(f"left out: {line}", highlight=False, markup=False, style="yellow")
     console.print(describe(result["machine"]))
+
+
+def _print_below_one(console: Console, result: dict) -> None:
+    """The wide rows that eager PyTorch or torch.compile wins, the worst first."""
+    found = [s for group in WIDE for s in summaries(result, group)]
+    below = sorted((s for s in found if s["vs faster"] < 1), key=lambda s: s["vs faster"])
+    cells = [[s["case"], s["mode"], s["model"], number(s["vs faster"], "×")] for s in below]
+    _print(console, "Below 1", ["case", "mode", "model", "vs the faster of eager and compile"], cells)
+    if found:
+        console.print(f"{len(below)} of {len(found)} rows are below 1", highlight=False)
 
 
 def print_targets(console: Console, result: dict) -> None:

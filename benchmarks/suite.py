@@ -8,6 +8,7 @@ chosen so that this stays rare (sizing.py).
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -93,6 +94,26 @@ class Schedule:
             return None
 
 
+def time_all(
+    jobs: list[Job], schedule: Schedule, tracker: Tracker, time_case: Callable[[Job, float], list[dict]]
+) -> list[dict]:
+    """The rows of all jobs, each in a process of its own."""
+    rows = []
+    for job in jobs:
+        tracker.describe(job.name)
+        new = schedule.run(job.name, partial(_time, time_case, job)) or []
+        skipped = set(job.modes) - {row["mode"] for row in new} if new else ()
+        schedule.left_out += [f"{job.case.name}, {mode}: no time was left" for mode in skipped]
+        rows += new
+        tracker.advance()
+    return rows
+
+
+def _time(time_case: Callable[[Job, float], list[dict]], job: Job, seconds: float) -> list[dict]:
+    """The process stops by itself after most of the time, and is ended after all of it."""
+    return fresh.call(time_case, job, STOPS_AFTER * seconds, seconds=seconds)
+
+
 def jobs(plan: Plan, attention: list[cases.AttentionCase], film_bytes: dict[str, int]) -> list[Job]:
     """The cases to be timed, most important first."""
     effort = {"rounds": plan.rounds, "budget": plan.budget}
@@ -145,11 +166,7 @@ def run(plan: Plan, console: Console) -> dict:
 
         # the least that a run must have: without ceilings no figure says how good it is
         before = step("ceilings", lambda _: fresh.call(measure.ceilings, film_bytes))
-        for job in todo:
-            new = step(job.name, lambda seconds, job=job: _timed(job, seconds)) or []
-            rows += new
-            skipped = set(job.modes) - {row["mode"] for row in new} if new else ()
-            schedule.left_out += [f"{job.case.name}, {mode}: no time was left" for mode in skipped]
+        rows += time_all(todo, schedule, tracker, measure.time_case)
         if plan.level_rounds:
             rows += step("CPU levels", lambda _: levels.rows(plan.level_rounds)) or []
         # the better of the two: a ceiling lowered by a busy machine would flatter
@@ -169,11 +186,6 @@ def run(plan: Plan, console: Console) -> dict:
             schedule.left_out.append(f"g2p: {error}")
     result["seconds"] = time.monotonic() - started
     return result
-
-
-def _timed(job: Job, seconds: float) -> list[dict]:
-    """The job's rows; its process stops by itself after most of the time, and is ended after all of it."""
-    return fresh.call(measure.time_case, job, STOPS_AFTER * seconds, seconds=seconds)
 
 
 def _add_peaks(result: dict, plan: Plan, timed: dict[tuple[str, str], cases.Case], seconds: float) -> None:

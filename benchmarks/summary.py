@@ -12,19 +12,17 @@ def summaries(result: dict, group: str) -> list[dict]:
     found = []
     for (case, mode), by_name in steps.items():
         fused = by_name[contenders.FUSED]
-        summary = {
-            "case": case,
-            "mode": mode,
-            "fused": fused,
-            "size": fused.get("size"),
-            "length": fused.get("length"),
-        }
+        summary = {"case": case, "mode": mode, "fused": fused}
+        summary |= {label: fused.get(label) for label in ("size", "length", "model")}
         for kind in (*contenders.RIVALS, contenders.CLONE):
             rivals = [row for name, row in by_name.items() if name.startswith(kind)]
             best = min(rivals, key=lambda row: row["milliseconds"], default=None)
             summary[kind] = best
             if best is not None and kind != contenders.CLONE:
                 summary[f"vs {kind}"] = best["milliseconds"] / fused["milliseconds"]
+        plain = [summary[f"vs {kind}"] for kind in ("eager", "compile") if f"vs {kind}" in summary]
+        if plain:
+            summary["vs faster"] = min(plain)
         if summary[contenders.CLONE] is not None:
             summary["vs clone"] = fused["rate"] / summary[contenders.CLONE]["rate"]
         if fused.get("ceiling_milliseconds"):

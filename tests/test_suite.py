@@ -10,7 +10,20 @@ import torch
 rich_console = pytest.importorskip("rich.console", reason="rich is an optional extra of the benchmarks")
 pytest.importorskip("matplotlib", reason="matplotlib is an optional extra of the benchmarks")
 
-from benchmarks import cases, contenders, fresh, identity, machine, measure, plots, progress, report, sizing, suite  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    contenders,
+    fresh,
+    identity,
+    machine,
+    measure,
+    plots,
+    progress,
+    report,
+    sizing,
+    suite,
+    wide,
+)
 from benchmarks.machine import GIB, MIB  # noqa: E402
 
 FAST = sizing.Speed(eager=1e9, clone=10e9)
@@ -133,6 +146,34 @@ def test_the_strongest_rival_computes_the_same():
         torch.testing.assert_close(*(step() for step in steps))
 
 
+WIDE = {case.name: (group, case) for group, cases in wide.CASES.items() for case in cases}
+QUICK_TO_CHECK = [
+    "loop (1, 40, 128), values 128, 30 steps float32",
+    "loop (64, 50, 512), values 512, 20 steps bfloat16",
+    "attention (1, 8, 8, 64) float32",
+    "attention (64, 1, 512, 64) 8 heads bfloat16",
+    "film (1, 16, 4) float32",
+    "film (4096, 1024) shared float32",
+    "film (64, 128, 14, 14) relu residual bfloat16",
+    "module FiLM (64, 128, 14, 14), condition 256 float32",
+    "module AdditiveAttention (16, 64, 64, 512) 8 heads float32",
+]
+
+
+def test_wide_has_forty_cases_and_more_and_their_names_differ():
+    assert len(WIDE) == sum(map(len, wide.CASES.values())) >= 40
+
+
+@pytest.mark.parametrize("name", QUICK_TO_CHECK)
+def test_wide_cases_agree_with_code_by_hand(name):
+    case = WIDE[name][1].reduced()
+    functions = contenders.of(case, compile=False)
+    measure.check_agreement(case, functions, case.inputs(), case.grad_output())
+    wrong = functions | {"fused": lambda *inputs: 1.1 * functions["fused"](*inputs)}
+    with pytest.raises(measure.DisagreementError, match="fused: output"):
+        measure.check_agreement(case, wrong, case.inputs(), case.grad_output())
+
+
 def rows(group: str, case: cases.Case, **extra) -> list[dict]:
     """Of a made-up measurement."""
     return [
@@ -173,6 +214,19 @@ def test_report_says_what_was_chosen_and_left_out(result):
     text = console.file.getvalue()
     assert "sizes: FiLM, chosen so" in text and "left out: peak memory: no time was left" in text
     assert "20.0×" in text and "4.00×" in text and "50% bytes" in text
+
+
+def test_rows_below_one_are_listed(result):
+    group, case = WIDE["film (1, 16, 4) float32"]
+    result["rows"] = rows(group, case, model=case.model)
+    slow = [row for row in result["rows"] if row["mode"] == "training" and row["contender"] == "fused"]
+    slow[0]["milliseconds"] = 10.0
+    console = rich_console.Console(file=io.StringIO(), width=200)
+    report.print_result(console, result)
+    text = console.file.getvalue()
+    assert "1 of 2 rows are below 1" in text
+    listed = [line for line in text.splitlines() if line.startswith("│ film (1, 16, 4) float32 ")]
+    assert len(listed) == 1 and "training" in listed[0] and "0.800×" in listed[0]
 
 
 def test_readme_is_rewritten_with_its_pictures(result, tmp_path, monkeypatch):
