@@ -50,7 +50,7 @@ gpu:
 lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests/cuda_emulator $(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/cuda_emulator tests/aarch64 $(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 sanitize: $(BUILT)
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The CPU kernels on aarch64 without such a machine: compiled by GCC and by clang, run under qemu-user, their results
+# compared with those of this machine's default level. Needs qemu-aarch64, aarch64-linux-gnu-g++ and, in the Python
+# named, ziglang.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+zig=("${1:-python}" -m ziglang c++ -target aarch64-linux-gnu)
+gcc=(aarch64-linux-gnu-g++)
+built=build/aarch64
+rm -rf $built
+mkdir -p $built/{here,gcc,clang}
+
+compile() {  # FOLDER SOURCE COMPILER...; flags as in setup.py
+  "${@:3}" -O3 -std=c++17 -Wall -Werror -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option \
+    -ffp-contract=fast -fno-math-errno -fno-trapping-math -Icsrc -DFUSEDATTN_LEVEL=default_ -c "$2" -o "$1/$(tr / _ <<<"$2").o"
+}
+for source in csrc/*/cpu_kernel*.cpp; do
+  jobs=()
+  compile $built/here "$source" c++ & jobs+=($!)
+  compile $built/gcc "$source" "${gcc[@]}" & jobs+=($!)
+  compile $built/clang "$source" "${zig[@]}" & jobs+=($!)
+  for job in "${jobs[@]}"; do wait "$job"; done
+done
+compile $built/here tests/aarch64/kernels.cpp c++
+compile $built tests/aarch64/kernels.cpp "${gcc[@]}"
+c++ $built/here/*.o -o $built/kernels
+$built/kernels write $built/results
+
+# Nothing below proves anything unless a result that differs is caught: here the first, a score, set to 0.
+cp $built/results $built/planted
+dd if=/dev/zero of=$built/planted bs=8 count=1 conv=notrunc status=none
+for compiler in gcc clang; do
+  "${gcc[@]}" -static $built/$compiler/*.o $built/*.o -o $built/kernels_$compiler
+  run=(qemu-aarch64 -cpu cortex-a57 $built/kernels_$compiler compare)
+  if "${run[@]}" $built/planted >/dev/null; then
+    echo "a planted difference was not caught" >&2
+    exit 1
+  fi
+  printf '%s: ' $compiler
+  "${run[@]}" $built/results
+done
