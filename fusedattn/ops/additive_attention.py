@@ -23,13 +23,14 @@ Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value w
 """
 
 import math
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from fusedattn import _autograd
 from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable, tf32_allowed
+from fusedattn._options import AdditiveAttentionOptions as Options
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -37,14 +38,6 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the inner arithmetic, of ``lse`` and of kept scores: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class Options(NamedTuple):
-    """In the order of csrc/additive_attention/options.h."""
-
-    is_causal: bool
-    scale: float
-    softcap: float  # 0: none
 
 
 # Reference

@@ -14,16 +14,15 @@ Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (
 ``tests/test_triton_film.py``. Benchmark: ``benchmarks/``.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _autograd
 from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable
+from fusedattn._options import FilmOptions as Options
 
-# In the order of csrc/film/formula.h.
+# In the order of csrc/film/options.h.
 ACTIVATIONS = {
     None: lambda z: z,
     "relu": F.relu,
@@ -36,14 +35,6 @@ ACTIVATIONS = {
 }
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _FUNCTIONS = list(ACTIVATIONS.values())
-
-
-class Options(NamedTuple):
-    """In the order of csrc/film/options.h."""
-
-    channel_dim: int
-    gamma_offset: float
-    activation: int  # index into ACTIVATIONS
 
 
 # Reference

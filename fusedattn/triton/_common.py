@@ -1,11 +1,15 @@
-"""What the Triton kernels share: the fast reciprocal, registration, and a list of kernels for tools.
+"""What the Triton kernels share: the fast reciprocal, numbers as arguments, registration, and a list for tools.
 
 Works on Triton 3.6 to 3.9.
 """
 
+import functools
+import inspect
 import os
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,6 +51,22 @@ def load_wide(pointers, mask):
     if t.dtype != tl.float64:
         t = t.to(tl.float32)
     return t
+
+
+def argument(x: float, dtype: torch.dtype) -> float | int:
+    """A number as kernels of this dtype take it: Triton passes floats in single precision, so double goes as bits.
+
+    Kernels list it under ``do_not_specialize`` and read it with ``number``.
+    """
+    return struct.unpack("q", struct.pack("d", x))[0] if dtype == torch.float64 else x
+
+
+@triton.jit
+def number(x, dtype: tl.constexpr):
+    """An ``argument`` in the dtype of the arithmetic."""
+    if dtype == tl.float64:
+        x = x.to(tl.int64).to(tl.float64, bitcast=True)
+    return x
 
 
 def on_device_of(t: torch.Tensor):
@@ -135,12 +155,32 @@ _record: list[Kernel] | None = None
 _target: tuple[str, int | str] = ("cuda", 90)
 
 
-def launch(function, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constexprs):
-    """Launches a kernel, or only notes it within ``recorded``."""
+def launch(
+    function,
+    grid: tuple[int, ...],
+    *arguments,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **keywords,
+):
+    """Launches a kernel, or only notes it within ``recorded``.
+
+    ``options`` are what kernels of the op take of its options; this one gets those that its signature names.
+    """
+    names = _parameters(function.fn)
+    for name, value in options.items():
+        if name in names:
+            keywords[name] = value
     if _record is None:
-        function[grid](*arguments, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        function[grid](*arguments, **keywords, num_warps=num_warps, num_stages=num_stages)
     else:
-        _record.append(_described(function, grid, arguments, constexprs, num_warps, num_stages))
+        _record.append(_described(function, grid, arguments, keywords, num_warps, num_stages))
+
+
+@functools.cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def recorded(call: Callable[[], Any], target: tuple[str, int | str] = ("cuda", 90)) -> list[Kernel]:
@@ -173,11 +213,13 @@ _TYPES = {
 }
 
 
-def _described(function, grid, arguments, constexprs, num_warps, num_stages) -> Kernel:
+def _described(function, grid, arguments, keywords, num_warps, num_stages) -> Kernel:
     """What Triton would compile for this launch: its rules of specialisation, written down."""
-    signature, values, divisible = {}, dict(constexprs), []
-    for parameter, x in zip(function.params, arguments, strict=False):
+    signature, values, divisible = {}, {}, []
+    given = dict(zip(function.arg_names, arguments, strict=False)) | keywords
+    for parameter in function.params:
         name, specialised = parameter.name, not parameter.do_not_specialize
+        x = given[name]
         if parameter.is_constexpr or x is None or (specialised and isinstance(x, int) and x == 1):
             values[name] = x
         elif isinstance(x, torch.Tensor):

@@ -35,9 +35,12 @@ launches are in ``additive_attention_fwd.py`` and ``_bwd.py``; what both share, 
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import torch
 
+from fusedattn._options import AdditiveAttentionOptions as Options
+from fusedattn._options import schema
 from fusedattn.triton._common import Kernel, on_device_of, recorded, register
 from fusedattn.triton.additive_attention_bwd import (
     key_gradient,
@@ -49,6 +52,19 @@ from fusedattn.triton.additive_attention_bwd import (
 from fusedattn.triton.additive_attention_fwd import attend, write_scores
 from fusedattn.triton.additive_attention_problem import Problem, arithmetic
 
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
+    "Tensor? key_bound"
+)
+
+
+class Flags(NamedTuple):
+    """What forward alone takes."""
+
+    return_weights: bool
+    keep_scores: bool
+    allow_tf32: bool = False
+
 
 def _weights(scores, lse, dtype):
     """exp(scores - lse), 0 for masked keys."""
@@ -56,11 +72,10 @@ def _weights(scores, lse, dtype):
     return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
 
-def additive_attention_fwd(
-    query, key, value, weight, mask, key_lengths, key_exp, key_bound, is_causal, scale, softcap, return_weights,
-    keep_scores, allow_tf32=False,
-):  # fmt: skip
+def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp, key_bound, *numbers):
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
+    options = Options(*numbers[: len(Options._fields)])
+    return_weights, keep_scores, allow_tf32 = Flags(*numbers[len(Options._fields) :])
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
@@ -70,7 +85,7 @@ def additive_attention_fwd(
         lse.fill_(float("-inf"))
     elif lse.numel():
         with on_device_of(query):
-            problem = Problem(query, key, value, weight, mask, key_lengths, is_causal, scale, softcap)
+            problem = Problem(query, key, value, weight, mask, key_lengths, options)
             heads = (problem.B, problem.H, problem.Tq)
             c, row_lse = context.view(*heads, Dv), lse.view(heads)
             for first, end in problem.chunks(keep_scores or return_weights):
@@ -82,24 +97,22 @@ def additive_attention_fwd(
 
 
 register(
-    "additive_attention_fwd_triton(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, "
-    "Tensor? key_lengths, Tensor? key_exp, Tensor? key_bound, bool is_causal, float scale, float softcap, "
-    "bool return_weights, bool keep_scores, bool allow_tf32=False) "
+    f"additive_attention_fwd_triton({_INPUTS}, {schema(Options)}, {schema(Flags)}) "
     "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)",
     additive_attention_fwd,
 )
 
 
 def additive_attention_bwd(
-    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound,
-    is_causal, scale, softcap, context, lse, scores,
+    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound, *rest
 ):  # fmt: skip
     """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
+    *options, context, lse, scores = rest
     inputs = (query, key, value, weight)
     if not (lse.numel() and key.shape[-2]):
         return tuple(t.new_zeros(t.shape) for t in inputs)
     with on_device_of(query):
-        problem = Problem(*inputs, mask, key_lengths, is_causal, scale, softcap)
+        problem = Problem(*inputs, mask, key_lengths, Options(*options))
         B, H, Tq, Tk, Dv = problem.B, problem.H, problem.Tq, problem.Tk, problem.Dv
         queries, keys = packed_rows(problem)
         kept = scores.numel() > 0
@@ -140,10 +153,8 @@ def additive_attention_bwd(
 
 
 register(
-    "additive_attention_bwd_triton(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, Tensor query, "
-    "Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
-    "Tensor? key_bound, bool is_causal, float scale, float softcap, Tensor context, Tensor lse, "
-    "Tensor scores) "
+    f"additive_attention_bwd_triton(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, {_INPUTS}, "
+    f"{schema(Options)}, Tensor context, Tensor lse, Tensor scores) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
     additive_attention_bwd,
 )
@@ -174,7 +185,8 @@ def _typical_call(B, Tq, Tk, D, dtype, masked):
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
-    options = (mask, lengths, None, None, masked, 1.0, 5.0 if masked else 0.0)
-    context, lse, weights, scores = additive_attention_fwd(*inputs, *options, masked, False)
+    inputs += [mask, lengths, None, None]
+    options = Options(is_causal=masked, scale=1.0, softcap=5.0 if masked else 0.0)
+    context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
     additive_attention_bwd(*grads, *inputs, *options, context, lse, scores)

@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide
+from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide, number
 from fusedattn.triton.additive_attention_problem import (
     LOG2E,
     PAIR_RANGE,
     UNSPECIALISED,
     batch_and_head,
-    number,
     pack,
     programs_wanted,
     reciprocal_of_sum,
@@ -107,9 +106,9 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
         additive_attention_bwd_kernel_gradient,
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
         scores, lse, problem.value, context, grad_context, grad_weights, shift, g, g_transposed,
-        *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk, problem.scale, problem.softcap,
-        Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=_dot_terms(context.dtype), PAD=PAD,
-        NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
+        *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk,
+        options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_V=_dot_terms(context.dtype), PAD=PAD, NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return g, g_transposed
 
@@ -165,7 +164,7 @@ def value_gradient(problem, scores, lse, grad_context, first):
         (triton.cdiv(problem.Tk, block_k) * problem.BH, triton.cdiv(problem.Dv, block_v), 1),
         scores, lse, grad_context, problem.key_lengths, out, *grad_context.stride()[:2],
         problem.H, lse.shape[2], problem.Tk, first,
-        IS_CAUSAL=problem.is_causal, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+        options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
         NVIDIA=NVIDIA, num_warps=4,
     )  # fmt: skip
     return out
@@ -316,7 +315,7 @@ def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
         problem.weight, g, problem.key_lengths, grad, grad_weight,
         *held.x.stride(), *passing.x.stride(), *strides(held.bounds), *strides(passing.bounds), problem.stride_wh,
         problem.H, problem.BH, T, passing_T, first, split_rows,
-        IS_CAUSAL=problem.is_causal, D=problem.D, CHANNELS=problem.channels, BLOCK_T=block_t, BLOCK_D=block_d,
+        options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_T=block_t, BLOCK_D=block_d,
         PAD=PAD, NVIDIA=NVIDIA, num_warps=tile.warps,
     )  # fmt: skip
     grad = grad.sum(0) if splits > 1 else grad[0]

@@ -3,14 +3,13 @@
 import triton
 import triton.language as tl
 
-from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide
+from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide, number
 from fusedattn.triton.additive_attention_problem import (
     LOG2E,
     PAIR_RANGE,
     UNSPECIALISED,
     at_most,
     batch_and_head,
-    number,
     pack,
     programs_wanted,
     reciprocal_of_sum,
@@ -225,9 +224,9 @@ def _write_scores_by(tile, problem, out, first, end):
             additive_attention_fwd_kernel_few, (n * triton.cdiv(problem.Tk, block_k) * problem.BH,),
             query, problem.key, problem.weight, mask, problem.key_lengths, out,
             *query.stride(), *problem.key.stride(), *mask_strides, problem.stride_wh,
-            problem.H, n, problem.Tk, first, problem.scale, problem.softcap,
-            IS_CAUSAL=problem.is_causal, D=problem.D, BLOCK_K=block_k, BLOCK_D=block_d,
-            NVIDIA=NVIDIA, num_warps=tile.warps,
+            problem.H, n, problem.Tk, first,
+            options=problem.options, D=problem.D, BLOCK_K=block_k, BLOCK_D=block_d, NVIDIA=NVIDIA,
+            num_warps=tile.warps,
         )  # fmt: skip
         return
     block_q, block_k = tile.extents_in(query.dtype)
@@ -242,8 +241,8 @@ def _write_scores_by(tile, problem, out, first, end):
         query_exp, key_exp, query_bound, key_bound, out,
         *query.stride(), *problem.key.stride(), *mask_strides,
         *strides(query_bound), *strides(key_bound), problem.stride_wh,
-        problem.H, n, problem.Tk, first, problem.scale, problem.softcap,
-        IS_CAUSAL=problem.is_causal, D=problem.D, CHANNELS=problem.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
+        problem.H, n, problem.Tk, first,
+        options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_D=triton.next_power_of_2(problem.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=tile.warps,
     )  # fmt: skip
 
@@ -362,7 +361,7 @@ def _attend_by(tile, problem, scores, context, lse, first, allow_tf32):
         scores, problem.value, problem.key_lengths, parts, lse_parts,
         *problem.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
         problem.H, n, problem.Tk, first, split_keys,
-        IS_CAUSAL=problem.is_causal, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+        options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
         TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps,
     )  # fmt: skip
     if splits > 1:

@@ -1,14 +1,14 @@
 """Additive attention in Triton: what forward and backward share. See ``additive_attention.py``."""
 
 import functools
-import struct
 
 import torch
 import triton
 import triton.language as tl
 
+from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton import _tiles
-from fusedattn.triton._common import fast_reciprocal, launch, load_wide
+from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide
 
 # Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
 # reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
@@ -21,7 +21,7 @@ UNSPECIALISED = [
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
-    "split_keys", "splits", "scale", "softcap",
+    "split_keys", "splits", *Options._fields,
 ]  # fmt: skip
 
 
@@ -46,14 +46,6 @@ def at_most(z, limit):
 def batch_and_head(bh, H):
     """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, and spills."""
     return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-
-
-@triton.jit
-def number(x, dtype: tl.constexpr):
-    """A float argument, from ``_scalar``."""
-    if dtype == tl.float64:
-        x = x.to(tl.int64).to(tl.float64, bitcast=True)
-    return x
 
 
 @triton.jit
@@ -137,13 +129,6 @@ def programs_wanted(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def _scalar(x, dtype):
-    """A float argument of a kernel: Triton passes floats in single precision, so double goes as its bits."""
-    if x is None or dtype != torch.float64:
-        return x
-    return struct.unpack("q", struct.pack("d", x))[0]
-
-
 def _packed_weight(weight, channels):
     """(H or 1, channels) in the dtype of the arithmetic, padded with 0."""
     if weight.shape[0] > 1 and weight.stride(0) == 0:
@@ -152,10 +137,19 @@ def _packed_weight(weight, channels):
     return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
 
 
+def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
+    """What kernels take of the options, by name."""
+    return {
+        "IS_CAUSAL": options.is_causal,
+        "scale": argument(options.scale, dtype),
+        "softcap": argument(options.softcap, dtype) if options.softcap else None,
+    }
+
+
 class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
-    def __init__(self, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap):
+    def __init__(self, query, key, value, weight, mask, key_lengths, options: Options):
         if query.dim() == 3:
             if mask is not None:
                 mask = mask.expand(*query.shape[:-1], key.shape[-2]).unsqueeze(1)
@@ -165,8 +159,7 @@ class Problem:
         self.query, self.key, self.value = query, key, value
         self.mask = None if mask is None else mask.expand(self.B, self.H, self.Tq, self.Tk).view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
-        self.is_causal = is_causal
-        self.scale, self.softcap = (_scalar(x, query.dtype) for x in (scale, softcap or None))
+        self.options = _kernel_options(options, query.dtype)
         self.empty = functools.partial(torch.empty, dtype=arithmetic(query.dtype), device=query.device)
         self.BH = self.B * self.H
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)

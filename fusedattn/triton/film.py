@@ -30,10 +30,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from fusedattn._options import FilmOptions as Options
+from fusedattn._options import schema
 from fusedattn.triton import _tiles
-from fusedattn.triton._common import Kernel, launch, load_wide, on_device_of, recorded, register
+from fusedattn.triton._common import (
+    Kernel,
+    argument,
+    launch,
+    load_wide,
+    number,
+    on_device_of,
+    recorded,
+    register,
+)
 
-# As in csrc/film/formula.h, whose activations are numbered so. In products the tensor comes first: the interpreter
+# As in csrc/film/options.h, whose activations are numbered so. In products the tensor comes first: the interpreter
 # takes a constexpr times a tensor for a constexpr.
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)
@@ -124,9 +135,10 @@ def _affine(x, scale, shift):
 
 
 @triton.jit
-def _parameter(P, b, c, stride_b, stride_c, mask, OFFSET: tl.constexpr):
+def _parameter(P, b, c, stride_b, stride_c, mask, offset=None):
     """gamma or beta of channels c of batch elements b, in the dtype of the arithmetic."""
-    return load_wide(P + b * stride_b + c * stride_c, mask) + OFFSET
+    p = load_wide(P + b * stride_b + c * stride_c, mask)
+    return p if offset is None else p + number(offset, p.dtype)
 
 
 @triton.jit
@@ -154,12 +166,12 @@ def _bwd_step(DY, X, DX, at, mask, scale, shift, ACTIVATION: tl.constexpr):
 # multiples of 16; those that decide how wide a load may be are.
 
 
-@triton.jit(do_not_specialize=["gamma_b", "beta_b", "R", "MC", "C"])
+@triton.jit(do_not_specialize=[*Options._fields, "gamma_b", "beta_b", "R", "MC", "C"])
 def film_fwd_kernel_runs(
     X, GAMMA, BETA, RESIDUAL, Y,
     gamma_b, gamma_c, beta_b, beta_c,  # strides
     R, MC, C, N,  # R = B M C runs, MC = M C of a batch element
-    GAMMA_OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     chunks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -168,9 +180,9 @@ def film_fwd_kernel_runs(
     scale = None
     shift = None
     if GAMMA is not None:
-        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, within, GAMMA_OFFSET)[:, None]
+        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, within, gamma_offset)[:, None]
     if BETA is not None:
-        shift = _parameter(BETA, b, c, beta_b, beta_c, within, 0.0)[:, None]
+        shift = _parameter(BETA, b, c, beta_b, beta_c, within)[:, None]
     at = run[:, None] * N + n[None, :]  # [BLOCK_R, BLOCK_N]
     mask = within[:, None] & (n < N)[None, :]
     y = _activate(_affine(load_wide(X + at, mask), scale, shift), ACTIVATION)
@@ -179,12 +191,12 @@ def film_fwd_kernel_runs(
     tl.store(Y + at, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["gamma_b", "beta_b", "M"])
+@triton.jit(do_not_specialize=[*Options._fields, "gamma_b", "beta_b", "M"])
 def film_fwd_kernel_rows(
     X, GAMMA, BETA, RESIDUAL, Y,
     gamma_b, gamma_c, beta_b, beta_c,
     M, C,
-    GAMMA_OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tiles_c, tiles_m = tl.cdiv(C, BLOCK_C), tl.cdiv(M, BLOCK_R)
     program = tl.program_id(0)
@@ -194,9 +206,9 @@ def film_fwd_kernel_rows(
     scale = None
     shift = None
     if GAMMA is not None:
-        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, c < C, GAMMA_OFFSET)[None, :]
+        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, c < C, gamma_offset)[None, :]
     if BETA is not None:
-        shift = _parameter(BETA, b, c, beta_b, beta_c, c < C, 0.0)[None, :]
+        shift = _parameter(BETA, b, c, beta_b, beta_c, c < C)[None, :]
     at = (b * M + m)[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
     mask = (m < M)[:, None] & (c < C)[None, :]
     y = _activate(_affine(load_wide(X + at, mask), scale, shift), ACTIVATION)
@@ -205,12 +217,12 @@ def film_fwd_kernel_rows(
     tl.store(Y + at, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["gamma_b", "beta_b", "R", "MC", "C", "pieces", "steps"])
+@triton.jit(do_not_specialize=[*Options._fields, "gamma_b", "beta_b", "R", "MC", "C", "pieces", "steps"])
 def film_bwd_kernel_runs(
     DY, X, GAMMA, BETA, DX, DGAMMA, DBETA,  # DGAMMA and DBETA (R, pieces): sums over a piece
     gamma_b, gamma_c, beta_b, beta_c,
     R, MC, C, N, pieces, steps,  # a program walks a piece, steps tiles of its runs
-    GAMMA_OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     run, b, c, within = _runs(program // pieces, R, MC, C, BLOCK_R)
@@ -218,9 +230,9 @@ def film_bwd_kernel_runs(
     scale = None
     shift = None
     if GAMMA is not None:
-        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, within, GAMMA_OFFSET)[:, None]
+        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, within, gamma_offset)[:, None]
     if BETA is not None:
-        shift = _parameter(BETA, b, c, beta_b, beta_c, within, 0.0)[:, None]
+        shift = _parameter(BETA, b, c, beta_b, beta_c, within)[:, None]
     ARITHMETIC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     sum_dz_x = tl.zeros((BLOCK_R, BLOCK_N), ARITHMETIC)
     sum_dz = tl.zeros((BLOCK_R, BLOCK_N), ARITHMETIC)
@@ -237,12 +249,12 @@ def film_bwd_kernel_runs(
         tl.store(DBETA + run * pieces + piece, tl.sum(sum_dz, 1), mask=within)
 
 
-@triton.jit(do_not_specialize=["gamma_b", "beta_b", "M", "pieces", "steps"])
+@triton.jit(do_not_specialize=[*Options._fields, "gamma_b", "beta_b", "M", "pieces", "steps"])
 def film_bwd_kernel_rows(
     DY, X, GAMMA, BETA, DX, DGAMMA, DBETA,  # DGAMMA and DBETA (B, pieces, C)
     gamma_b, gamma_c, beta_b, beta_c,
     M, C, pieces, steps,
-    GAMMA_OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tiles_c = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
@@ -252,9 +264,9 @@ def film_bwd_kernel_rows(
     scale = None
     shift = None
     if GAMMA is not None:
-        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, c < C, GAMMA_OFFSET)[None, :]
+        scale = _parameter(GAMMA, b, c, gamma_b, gamma_c, c < C, gamma_offset)[None, :]
     if BETA is not None:
-        shift = _parameter(BETA, b, c, beta_b, beta_c, c < C, 0.0)[None, :]
+        shift = _parameter(BETA, b, c, beta_b, beta_c, c < C)[None, :]
     ARITHMETIC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     sum_dz_x = tl.zeros((BLOCK_R, BLOCK_C), ARITHMETIC)
     sum_dz = tl.zeros((BLOCK_R, BLOCK_C), ARITHMETIC)
@@ -360,13 +372,19 @@ def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_C": _power_of_2(view.C, elements // rows)}
 
 
-def forward(x, gamma, beta, residual, channel_dim, gamma_offset, activation):
+def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
+    """What kernels take of the options, by name."""
+    return {"gamma_offset": argument(options.gamma_offset, dtype), "ACTIVATION": options.activation}
+
+
+def forward(x, gamma, beta, residual, *options):
     """film_fwd, see csrc/library.cpp."""
-    view = _View(x, channel_dim, (gamma, beta))
+    options = Options(*options)
+    view = _View(x, options.channel_dim, (gamma, beta))
     y = torch.empty_like(view.x)
     if x.numel() == 0:
         return view.restored(y, x)
-    arguments = (view, gamma, beta, view.like(residual), y, gamma_offset, activation)
+    arguments = (view, gamma, beta, view.like(residual), y, _kernel_options(options, x.dtype))
     _tiled("film_fwd", view, lambda tile: _forward(tile, *arguments))
     return view.restored(y, x)
 
@@ -378,7 +396,7 @@ def _tiled(name: str, view: _View, run) -> None:
         run(_tiles.choose("film", view.N, view.x, sizes, run, name))
 
 
-def _forward(tile, view, gamma, beta, residual, y, gamma_offset, activation):
+def _forward(tile, view, gamma, beta, residual, y, options):
     B, M, C, N, blocks = view.B, view.M, view.C, view.N, _blocks(view, tile)
     if N > 1:
         kernel, sizes = film_fwd_kernel_runs, (B * M * C, M * C, C, N)
@@ -386,8 +404,8 @@ def _forward(tile, view, gamma, beta, residual, y, gamma_offset, activation):
     else:
         kernel, sizes = film_fwd_kernel_rows, (M, C)
         programs = B * triton.cdiv(M, blocks["BLOCK_R"]) * triton.cdiv(C, blocks["BLOCK_C"])
-    arguments = (view.x, gamma, beta, residual, y, *_strides(gamma, beta), *sizes, gamma_offset, activation)
-    launch(kernel, (programs,), *arguments, **blocks, num_warps=tile.warps)
+    arguments = (view.x, gamma, beta, residual, y, *_strides(gamma, beta), *sizes)
+    launch(kernel, (programs,), *arguments, options=options, **blocks, num_warps=tile.warps)
 
 
 def _cut(tiles: int, blocks: int) -> tuple[int, int]:
@@ -396,9 +414,10 @@ def _cut(tiles: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(blocks, steps), steps
 
 
-def backward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation):
+def backward(grad_output, x, gamma, beta, *options):
     """film_bwd, see csrc/library.cpp."""
-    view = _View(x, channel_dim, (gamma, beta))
+    options = Options(*options)
+    view = _View(x, options.channel_dim, (gamma, beta))
     dx = torch.empty_like(view.x)
     grads = [
         x.new_empty(0) if p is None else torch.empty(p.shape, dtype=p.dtype, device=x.device)
@@ -406,12 +425,12 @@ def backward(grad_output, x, gamma, beta, channel_dim, gamma_offset, activation)
     ]
     if x.numel() == 0:
         return view.restored(dx, x), *(grad.zero_() for grad in grads)
-    arguments = (view, view.like(grad_output), gamma, beta, dx, grads, gamma_offset, activation)
+    arguments = (view, view.like(grad_output), gamma, beta, dx, grads, _kernel_options(options, x.dtype))
     _tiled("film_bwd", view, lambda tile: _backward(tile, *arguments))
     return view.restored(dx, x), *grads
 
 
-def _backward(tile, view, grad_output, gamma, beta, dx, grads, gamma_offset, activation):
+def _backward(tile, view, grad_output, gamma, beta, dx, grads, options):
     B, M, C, N, blocks = view.B, view.M, view.C, view.N, _blocks(view, tile)
     if N > 1:
         tiles = triton.cdiv(B * M * C, blocks["BLOCK_R"])
@@ -431,8 +450,8 @@ def _backward(tile, view, grad_output, gamma, beta, dx, grads, gamma_offset, act
         else:
             sums.append(torch.empty(partial_shape, dtype=arithmetic, device=dx.device))
     pointers = grad_output, view.x, gamma, beta, dx, *sums
-    arguments = (*pointers, *_strides(gamma, beta), *sizes, gamma_offset, activation)
-    launch(kernel, (tiles * pieces,), *arguments, **blocks, num_warps=tile.warps)
+    arguments = (*pointers, *_strides(gamma, beta), *sizes)
+    launch(kernel, (tiles * pieces,), *arguments, options=options, **blocks, num_warps=tile.warps)
     for partial, grad in zip(sums, grads, strict=True):
         if partial is not None and partial is not grad:
             _add_up(partial, grad)
@@ -450,13 +469,12 @@ def _add_up(partial: Tensor, out: Tensor) -> None:
 
 
 register(
-    "film_fwd_triton(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, int channel_dim, "
-    "float gamma_offset, int activation) -> Tensor",
+    f"film_fwd_triton(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, {schema(Options)}) -> Tensor",
     forward,
 )
 register(
-    "film_bwd_triton(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, int channel_dim, "
-    "float gamma_offset, int activation) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
+    f"film_bwd_triton(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, {schema(Options)}) "
+    "-> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
     backward,
 )
 

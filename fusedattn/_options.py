@@ -1,0 +1,24 @@
+"""The options of every op, numbers that both its raw operators take, in the order of ``csrc/<op>/options.h``."""
+
+from typing import NamedTuple
+
+
+class AdditiveAttentionOptions(NamedTuple):
+    is_causal: bool
+    scale: float
+    softcap: float  # 0: none
+
+
+class FilmOptions(NamedTuple):
+    channel_dim: int
+    gamma_offset: float
+    activation: int  # index into ACTIVATIONS of ops/film.py
+
+
+def schema(bundle: type) -> str:
+    """A NamedTuple's fields as arguments in an operator's schema, ``"bool is_causal, float scale"``."""
+    arguments = []
+    for name, kind in bundle.__annotations__.items():
+        default = f"={bundle._field_defaults[name]}" if name in bundle._field_defaults else ""
+        arguments.append(f"{kind.__name__} {name}{default}")
+    return ", ".join(arguments)
