@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fusedattn import _library
+from fusedattn import _autograd, _library
+from fusedattn.ops.additive_attention import ATTENTION
+from fusedattn.ops.film import FILM
 
 from .executor import launch
 from .memory import GlobalMemory
@@ -113,8 +115,10 @@ class Launches:
 @functools.cache
 def _register_for_cpu_tensors() -> torch.library.Library:
     """The raw operators' kernels for GPUs also for tensors of the CPU, whose launches end up here."""
-    for name in ("film", "additive_attention"):
-        importlib.import_module(f"fusedattn.triton.{name}")
+    for op in (FILM, ATTENTION):
+        importlib.import_module(f"fusedattn.triton.{op.name}")
+        if "triton" not in op._operators:  # a torch built for the CPU
+            op._operators["triton"] = _autograd._Operators(op, "_triton")
     library = torch.library.Library("fusedattn", "IMPL")  # what it registers lives as long as it
     on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for op in torch._C._dispatch_get_all_op_names():
