@@ -121,8 +121,11 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(f"inputs are on {device}, not on a GPU")
     elif not torch.cuda.is_available():
         reasons.append("torch finds no GPU")
-    elif torch.version.hip is None:
-        reasons += _capability_reasons(device)
+    else:
+        if torch.version.hip is None:
+            reasons += _capability_reasons(device)
+        if not reasons and (error := _library.triton_driver_error()) is not None:
+            reasons.append(f"Triton does not start: {error}")
     return reasons + _dtype_reasons(dtype)
 
 

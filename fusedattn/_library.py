@@ -1,5 +1,6 @@
 """Loads what registers raw operators under ``torch.ops.fusedattn``: the compiled extensions, Triton's kernels."""
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -39,6 +40,26 @@ def _load_triton() -> str | None:
 
 
 TRITON_ERROR = _load_triton()
+
+
+@functools.cache
+def _triton_driver_error() -> str | None:
+    import triton
+
+    try:
+        triton.runtime.driver.active  # noqa: B018, makes the driver
+    except Exception as error:  # whatever may stop a compiler
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def triton_driver_error() -> str | None:
+    """Why Triton cannot launch on this machine's GPU; None if it can. It compiles its driver in C at first use."""
+    return _triton_driver_error()
+
+
+# What torch.compiler.assume_constant_result does, which would import dynamo here.
+triton_driver_error._dynamo_marked_constant = True
 
 # Why there are no CUDA kernels in this process; None if there are. They need neither a driver nor a GPU to load.
 CUDA_ERROR: str | None = None

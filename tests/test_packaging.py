@@ -178,6 +178,27 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     assert any("int32" in reason for reason in triton_reasons(torch.device("cpu"), torch.int32))
 
 
+def test_triton_that_cannot_make_its_driver_says_so(monkeypatch):
+    triton = pytest.importorskip("triton")
+
+    def fail():
+        raise RuntimeError("Failed to find C compiler.")
+
+    gpu = types.SimpleNamespace(name="GPU", major=9, minor=0)
+    monkeypatch.setattr(_library, "TRITON_ERROR", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", fail)
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)
+    monkeypatch.setattr(triton.runtime.driver, "_default", None)
+    _library._triton_driver_error.cache_clear()
+    try:
+        reasons = triton_reasons(torch.device("cuda"), torch.float32)
+    finally:
+        _library._triton_driver_error.cache_clear()
+    assert reasons == ["Triton does not start: RuntimeError: Failed to find C compiler."]
+
+
 @pytest.mark.parametrize("op", ["additive_attention", "film"])
 def test_triton_schemas_are_those_of_the_library(op):
     pytest.importorskip("triton")
