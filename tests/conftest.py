@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator import build
+from device import BACKEND, DEVICE, force_backend, replace_in_package
 
 import fusedattn
-from fusedattn import _library
-
-DEVICE = os.environ.get("FUSEDATTN_TEST_DEVICE")
+from fusedattn import _dispatch, _library
 
 
 def pytest_configure(config):
@@ -20,6 +19,16 @@ def pytest_configure(config):
     # Two threads run every path that splits work, and cost little on the small tensors of tests.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(2)
+
+
+if DEVICE == "standin":
+    import standin
+
+    replace_in_package(_dispatch.cuda_reasons, standin.cuda_reasons)
+    standin.shorten_gradcheck()
+    pytest_collection_modifyitems = standin.choose_tests
+if BACKEND != "auto":
+    force_backend()
 
 
 def pytest_report_header():
@@ -43,12 +52,10 @@ def pytest_make_parametrize_id(val, argname):
 
 @pytest.fixture(autouse=True)
 def device_under_test():
-    """FUSEDATTN_TEST_DEVICE=cuda: tensors that tests make without naming a device are made there."""
-    if DEVICE is None:
-        yield
-    else:
-        with torch.device(DEVICE):
-            yield
+    """Tensors that tests make without naming a device are made there."""
+    torch.set_default_device(None if DEVICE == "cpu" else DEVICE)  # a mode costs, and changes what Dynamo does
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +66,7 @@ def poisoned_memory():
     torch's filling of uninitialised memory on.
     """
     # PyTorch itself has operators on GPUs, in references, without a deterministic form: they only warn.
-    torch.use_deterministic_algorithms(True, warn_only=DEVICE is not None)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
 

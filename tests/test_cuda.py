@@ -11,11 +11,13 @@ import test_cuda_additive_attention
 import test_cuda_film
 import test_film
 import torch
+from device import DEVICE, not_on_the_standin
 
 from fusedattn import _library, additive_attention, film
 
+GPU = "cuda" if DEVICE == "cpu" else DEVICE
 pytestmark = pytest.mark.skipif(
-    _library.CUDA_ERROR is not None or not torch.cuda.is_available(),
+    GPU == "cuda" and (_library.CUDA_ERROR is not None or not torch.cuda.is_available()),
     reason=_library.CUDA_ERROR or "there is no GPU",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,8 +25,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def on_the_gpu(poisoned_memory):
-    with torch.device("cuda"):
-        yield
+    torch.set_default_device(GPU)
+    yield
+    torch.set_default_device(None)
 
 
 def on_the_emulator(kernel):
@@ -33,7 +36,7 @@ def on_the_emulator(kernel):
     def function(*tensors, **options):
         options = {name: t.cpu() if isinstance(t, torch.Tensor) else t for name, t in options.items()}
         outputs = kernel(*(t if t is None else t.cpu() for t in tensors), **options)
-        return outputs.cuda() if isinstance(outputs, torch.Tensor) else tuple(t.cuda() for t in outputs)
+        return outputs.to(GPU) if isinstance(outputs, torch.Tensor) else tuple(t.to(GPU) for t in outputs)
 
     return function
 
@@ -54,8 +57,15 @@ def test_additive_attention_is_as_accurate_as_in_the_emulator(emulated, sizes, d
     test_additive_attention.check(inputs, eager=on_the_emulator(kernel))
 
 
-def test_tf32_is_as_accurate_as_in_the_emulator(emulated, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_is_as_accurate_as_in_the_emulator(emulated, tf32):
     module = emulated("additive_attention")
     kernel = functools.partial(test_cuda_additive_attention.emulated_attention, module, tf32=True)
     inputs = test_additive_attention.make_inputs(test_additive_attention.shape(2, 70, 83, 17, 70))
@@ -90,6 +100,7 @@ def capture(function):
     return graph, outputs
 
 
+@not_on_the_standin("it has no graphs")
 @pytest.mark.parametrize("Tq", [1, 20])
 def test_calls_are_captured_in_a_cuda_graph(Tq):
     torch.use_deterministic_algorithms(False)  # its filling of fresh memory is not for a graph
@@ -108,10 +119,25 @@ def test_calls_are_captured_in_a_cuda_graph(Tq):
 
 def test_tensors_on_several_devices_are_named():
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="gamma: expected dtype torch.float32 on cuda:0 like x, got .* on cpu"):
+    with pytest.raises(ValueError, match=f"gamma: expected dtype torch.float32 on {GPU}:0 like x, got .* on cpu"):
         film(x, torch.ones(3, device="cpu"))
+
+
+@not_on_the_standin("the kernels that refuse them are the GPU's")
+def test_raw_ops_name_tensors_on_another_device():
     with pytest.raises(RuntimeError, match="gamma: expected a tensor on device cuda:0"):
-        torch.ops.fusedattn.film_fwd(x, torch.ones(3, device="cpu"), None, None, 1, 0.0, 0)
+        torch.ops.fusedattn.film_fwd(torch.ones(2, 3), torch.ones(3, device="cpu"), None, None, 1, 0.0, 0)
+
+
+@not_on_the_standin("it does not count its memory")
+def test_training_on_a_long_sequence_takes_linear_memory():
+    T = 16384
+    inputs = [torch.randn(1, T, 64, requires_grad=True) for _ in range(3)] + [torch.randn(64, requires_grad=True)]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    additive_attention(*inputs).sum().backward()
+    # Triton holds some 32 MiB of scores at a time, and their gradients; all of them would be 1 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 256 << 20
 
 
 def test_key_lengths_out_of_range_are_clamped():

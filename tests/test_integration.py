@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE, not_on_the_standin, raw_op
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +24,15 @@ def make_inputs(B=2, Tq=3, Tk=4, D=5, Dv=3, H=None, N=(), dtype=torch.float64, r
 CASES = {
     "plain": {},
     "softcap_causal": {"softcap": 2.0, "is_causal": True},
-    "lengths": {"key_lengths": torch.tensor([4, 2])},
-    "mask": {"mask": torch.tensor([[True, False, True, True], [False, True, False, False], [True] * 4])},
-    "empty_row": {"mask": torch.tensor([[True] * 4, [False] * 4, [False, True, True, False]])},
+    "lengths": {"key_lengths": [4, 2]},
+    "mask": {"mask": [[True, False, True, True], [False, True, False, False], [True] * 4]},
+    "empty_row": {"mask": [[True] * 4, [False] * 4, [False, True, True, False]]},
 }
+
+
+def options_of(case):
+    """The options of a case, its tensors made on the device under test."""
+    return {name: torch.tensor(x) if isinstance(x, list) else x for name, x in CASES[case].items()}
 
 
 def finite(outputs):
@@ -39,8 +45,10 @@ def finite(outputs):
 @pytest.mark.parametrize("H", [None, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck(case, H):
+    options = options_of(case)
+
     def function(*inputs):
-        return finite(additive_attention(*inputs, **CASES[case], **EVERYTHING))
+        return finite(additive_attention(*inputs, **options, **EVERYTHING))
 
     assert torch.autograd.gradcheck(function, make_inputs(H=H))
 
@@ -48,24 +56,30 @@ def test_gradcheck(case, H):
 @pytest.mark.parametrize("sizes", [{}, {"Tq": 6, "Tk": 6, "D": 2}], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("case", ["plain", "softcap_causal", "lengths"])
 def test_gradcheck_with_and_without_kept_scores(case, sizes):
+    options = options_of(case)
+
     def function(*inputs):
-        return finite(additive_attention(*inputs, **CASES[case], **EVERYTHING))
+        return finite(additive_attention(*inputs, **options, **EVERYTHING))
 
     assert torch.autograd.gradcheck(function, make_inputs(**sizes))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradgradcheck(case):
+    options = options_of(case)
+
     def function(*inputs):
-        return finite(additive_attention(*inputs, **CASES[case], **EVERYTHING))
+        return finite(additive_attention(*inputs, **options, **EVERYTHING))
 
     assert torch.autograd.gradgradcheck(function, make_inputs(Tq=3, Tk=4, D=2, Dv=2))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_passes_gradcheck_to_second_order(case):
+    options = options_of(case)
+
     def function(*inputs):
-        return finite(additive_attention_ref(*inputs, **CASES[case], **EVERYTHING))
+        return finite(additive_attention_ref(*inputs, **options, **EVERYTHING))
 
     inputs = make_inputs(Tq=3, Tk=4, D=2, Dv=2)
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
@@ -134,8 +148,9 @@ ALL = (0, 1, 2, 3)
 @pytest.mark.parametrize("case", CASES)
 def test_func_grad(case):
     inputs = make_inputs(requires_grad=False)
-    actual = torch.func.grad(loss, ALL)(*inputs, **CASES[case])
-    torch.testing.assert_close(actual, torch.func.grad(reference_loss, ALL)(*inputs, **CASES[case]))
+    options = options_of(case)
+    actual = torch.func.grad(loss, ALL)(*inputs, **options)
+    torch.testing.assert_close(actual, torch.func.grad(reference_loss, ALL)(*inputs, **options))
 
 
 @pytest.mark.parametrize("argument", range(4), ids=INPUTS)
@@ -175,8 +190,10 @@ def test_vmap(dims, case, H):
     shared, batched = (make_inputs(H=H, N=N, requires_grad=False) for N in ((), (4,)))
     args, singles = moved(shared, batched, DIMS[dims])
 
+    options = options_of(case)
+
     def function(*inputs):
-        return additive_attention(*inputs, **CASES[case], **EVERYTHING)
+        return additive_attention(*inputs, **options, **EVERYTHING)
 
     actual = torch.vmap(function, in_dims=DIMS[dims])(*args)
     expected = [torch.stack(outputs) for outputs in zip(*(function(*inputs) for inputs in singles), strict=True)]
@@ -288,8 +305,10 @@ def fresh_dynamo():
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("H", [None, 2])
 def test_compile_without_graph_breaks(case, H, fresh_dynamo):
+    options = options_of(case)
+
     def function(*inputs):
-        return finite(additive_attention(*inputs, **CASES[case], **EVERYTHING))
+        return finite(additive_attention(*inputs, **options, **EVERYTHING))
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed, sizes in enumerate(({}, {"D": 9, "Dv": 6})):
@@ -302,6 +321,7 @@ def test_compile_without_graph_breaks(case, H, fresh_dynamo):
         )
 
 
+@not_on_the_standin("Inductor makes no code for it")
 def test_compile_with_inductor(fresh_dynamo):
     def function(query, key, value, weight, lengths):
         return additive_attention(query * 2, key, value, weight, key_lengths=lengths).relu()
@@ -354,6 +374,7 @@ def test_compile_of_modules(module, fresh_dynamo):
         inputs = torch.randn(2, 3, 5), torch.randn(2, 4, 6)
         function = layer if module == "attention" else lambda q, k: layer(q, layer.project_keys(k))
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.set_default_device(None)  # under one, Dynamo cannot trace Tensor.unflatten
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
@@ -384,7 +405,7 @@ class RecordsTf32(TorchDispatchMode):
     """Whether the last call of the raw op was allowed TF32."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.fusedattn.additive_attention_fwd.default:
+        if function is raw_op("additive_attention_fwd").default:
             self.allowed = args[13:] == (True,)  # without an argument that has its default
         return function(*args, **(kwargs or {}))
 
@@ -404,7 +425,7 @@ def test_tf32_follows_the_setting_when_compiled(set_tf32, fresh_dynamo):
     allowed = []
 
     def record(graph, inputs):
-        op = torch.ops.fusedattn.additive_attention_fwd.default
+        op = raw_op("additive_attention_fwd").default
         allowed.extend(node.args[13:] == (True,) for node in graph.graph.nodes if node.target is op)
         return graph
 
@@ -426,7 +447,7 @@ def test_export(strict, fresh_dynamo):
     *inputs, _ = make_inputs(B=3, Tq=6, Tk=9, requires_grad=False)
     lengths = torch.tensor([9, 0, 5])
     torch.testing.assert_close(exported.module()(*inputs, lengths), module(*inputs, lengths))
-    assert "fusedattn.additive_attention_fwd" in exported.graph_module.print_readable(print_output=False)
+    assert f"{raw_op('additive_attention_fwd')}." in exported.graph_module.print_readable(print_output=False)
 
 
 # Autocast
@@ -436,7 +457,7 @@ def test_export(strict, fresh_dynamo):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, backend):
     inputs = make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         context, weights, lse = additive_attention(*inputs, backend=backend, return_weights=True, return_lse=True)
     assert (context.dtype, weights.dtype, lse.dtype) == (dtype, dtype, torch.float32)
     expected = additive_attention(*(t.to(dtype) for t in inputs), backend=backend)
@@ -447,7 +468,7 @@ def test_autocast(dtype, backend):
 
 def test_autocast_of_mixed_dtypes():
     query, key, value, weight = make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         context = additive_attention(query.bfloat16(), key, value.half(), weight)
         assert context.dtype == torch.bfloat16
         with pytest.raises(ValueError, match="key: expected torch.bfloat16"):
@@ -468,7 +489,7 @@ def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
     options = (mask, torch.tensor([4, 2]), None, None, True, 0.5, 3.0)
-    forward, backward = torch.ops.fusedattn.additive_attention_fwd, torch.ops.fusedattn.additive_attention_bwd
+    forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     inputs = (query, key, value, weight, *options)
     torch.library.opcheck(forward.default, (*inputs, kept, kept))
     context, lse, weights, scores = forward(*inputs, kept, kept)
@@ -480,7 +501,7 @@ def test_opcheck(kept, dtype, H):
 def test_opcheck_of_the_least():
     inputs = make_inputs(H=1, requires_grad=False)
     inputs = (*inputs, None, None, None, None, False, 1.0, 0.0)
-    torch.library.opcheck(torch.ops.fusedattn.additive_attention_fwd.default, (*inputs, False, False))
+    torch.library.opcheck(raw_op("additive_attention_fwd").default, (*inputs, False, False))
 
 
 def test_meta_inputs_under_fake_mode():

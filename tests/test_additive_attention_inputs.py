@@ -1,0 +1,134 @@
+"""Inputs of additive attention that are refused, and how errors name them."""
+
+import math
+
+import pytest
+import torch
+from device import DEVICE, cpu_alone, raw_op
+from test_additive_attention import INPUTS, make_inputs, shape
+
+from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
+
+
+def tensor(*shape, dtype=torch.float32, device=None):
+    """Makes a tensor later, inside the test: on the device under test."""
+    return lambda: torch.ones(shape, dtype=dtype, device=device)
+
+
+# Which argument is wrong, with what, and what is said of it.
+BAD_INPUTS = {
+    "query_list": ("query", [[1.0]], TypeError, "query: expected a Tensor, got list"),
+    "weight_none": ("weight", None, TypeError, "weight: expected a Tensor, got NoneType"),
+    "query_rank": ("query", tensor(3, 4), ValueError, r"query: expected shape .*got \(3, 4\)"),
+    "query_rank5": ("query", tensor(1, 1, 1, 3, 4), ValueError, "query: expected shape"),
+    "query_integers": ("query", tensor(2, 3, 4, dtype=torch.int64), ValueError, "query: expected a floating"),
+    "query_complex": ("query", tensor(2, 3, 4, dtype=torch.complex64), ValueError, "query: expected a float"),
+    "key_rank": ("key", tensor(5, 4), ValueError, r"key: expected shape \(2, Tk, 4\), got \(5, 4\)"),
+    "key_batch": ("key", tensor(3, 5, 4), ValueError, r"key: expected shape \(2, Tk, 4\)"),
+    "key_width": ("key", tensor(2, 5, 3), ValueError, r"key: expected shape \(2, Tk, 4\)"),
+    "key_dtype": (
+        "key",
+        tensor(2, 5, 4, dtype=torch.float64),
+        ValueError,
+        f"key: expected torch.float32 on {DEVICE}.* like query",
+    ),
+    "value_keys": ("value", tensor(2, 6, 6), ValueError, r"value: expected shape \(2, 5, Dv\)"),
+    "value_rank": ("value", tensor(2, 5), ValueError, r"value: expected shape \(2, 5, Dv\)"),
+    "value_device": ("value", tensor(2, 5, 6, device="meta"), ValueError, f"value: expected .* on {DEVICE}"),
+    "weight_width": ("weight", tensor(5), ValueError, r"weight: expected shape \(4,\) or \(1, 4\), got \(5,\)"),
+    "weight_heads": ("weight", tensor(2, 4), ValueError, r"weight: expected shape \(4,\) or \(1, 4\)"),
+    "weight_scalar": ("weight", tensor(), ValueError, "weight: expected shape"),
+    "mask_float": ("mask", tensor(3, 5), ValueError, "mask: expected a bool Tensor .*got torch.float32"),
+    "mask_list": ("mask", [True], ValueError, "mask: expected a bool Tensor .*got list"),
+    "mask_shape": (
+        "mask",
+        tensor(3, 4, dtype=torch.bool),
+        ValueError,
+        r"mask: expected a shape broadcastable to \(2, 3, 5\), got \(3, 4\)",
+    ),
+    "mask_rank": (
+        "mask",
+        tensor(1, 2, 3, 5, dtype=torch.bool),
+        ValueError,
+        "mask: expected a shape broadcastable",
+    ),
+    "mask_device": ("mask", tensor(3, 5, dtype=torch.bool, device="meta"), ValueError, "mask: expected"),
+    "lengths_shape": (
+        "key_lengths",
+        tensor(1, dtype=torch.int64),
+        ValueError,
+        r"key_lengths: expected shape \(2,\)",
+    ),
+    "lengths_rank": (
+        "key_lengths",
+        tensor(2, 1, dtype=torch.int64),
+        ValueError,
+        r"key_lengths: expected shape \(2,\)",
+    ),
+    "lengths_float": ("key_lengths", tensor(2), ValueError, "key_lengths: expected a Tensor of integers"),
+    "lengths_bool": (
+        "key_lengths",
+        tensor(2, dtype=torch.bool),
+        ValueError,
+        "key_lengths: expected a Tensor of integers",
+    ),
+    "lengths_list": ("key_lengths", [1, 2], ValueError, "key_lengths: .*got list"),
+    "scale_tensor": ("scale", tensor(), ValueError, "scale: expected a number, got a Tensor"),
+    "softcap_zero": ("softcap", 0.0, ValueError, "softcap: expected a positive number or None, got 0.0"),
+    "softcap_negative": ("softcap", -1.0, ValueError, "softcap: expected a positive number"),
+    "softcap_nan": ("softcap", math.nan, ValueError, "softcap: expected a positive number"),
+    "activation": ("activation", "relu", UnsupportedError, "activation='relu'"),
+    "normalizer": ("normalizer", "sparsemax", UnsupportedError, "normalizer='sparsemax'"),
+    "dropout": ("dropout_p", 0.1, UnsupportedError, "dropout_p=0.1"),
+    "backend": ("backend", "tpu", ValueError, "backend: expected one of .*got 'tpu'"),
+}
+
+
+def check_refused(argument, value, error, message):
+    arguments = dict(zip(INPUTS, make_inputs(shape(2, 3, 5, 4, 6)), strict=True)) | {argument: value}
+    for function in (additive_attention, additive_attention_ref):
+        if argument != "backend" or function is additive_attention:
+            with pytest.raises(error, match=message):
+                function(**arguments)
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs(case):
+    argument, value, *expected = BAD_INPUTS[case]
+    check_refused(argument, value() if callable(value) else value, *expected)
+
+
+@cpu_alone  # on a GPU, looking at the values would wait for it
+@pytest.mark.parametrize(("lengths", "got"), [([1, -1], "-1, 1"), ([6, 1], "1, 6")], ids=["negative", "large"])
+def test_lengths_out_of_range_are_refused(lengths, got):
+    message = rf"key_lengths: expected values in \[0, 5\] .*got values in \[{got}\]"
+    check_refused("key_lengths", torch.tensor(lengths), ValueError, message)
+
+
+def test_the_reference_is_a_backend():
+    inputs = make_inputs(shape(2, 3, 5, 4))
+    torch.testing.assert_close(
+        additive_attention(*inputs, backend="reference"), additive_attention_ref(*inputs), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    # GPUs use no exponentials at hand.
+    [
+        "key",
+        "value",
+        "weight",
+        "mask",
+        "key_lengths",
+        *(pytest.param(n, marks=cpu_alone) for n in ("key_exp", "key_bound")),
+    ],
+)
+def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
+    query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
+    arguments = {"query": query, "key": key, "value": value, "weight": weight}
+    arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
+    arguments |= {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
+    arguments[wrong] = arguments[wrong][:, :1] if arguments[wrong].dim() > 1 else arguments[wrong][:0]
+    with pytest.raises(RuntimeError, match=wrong):
+        raw_op("additive_attention_fwd")(*arguments.values(), False, 1.0, 0.0, True, True)
