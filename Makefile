@@ -29,6 +29,8 @@ test: $(BUILT)
 	$(BIN)/python -m pytest tests
 	@echo "== Triton kernels in Triton's interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/test_triton_*.py)
+	@echo "== tests of GPUs on a stand-in, which refuses to mix their tensors with the CPU's"
+	FUSEDATTN_TEST_DEVICE=standin $(BIN)/python -m pytest @tests/on_gpus.txt
 	@for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \
 	  echo "== kernel tests at CPU level $$level"; \
 	  FUSEDATTN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest tests -m levels; \
