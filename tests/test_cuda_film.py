@@ -153,3 +153,8 @@ def test_nan_infinity_and_huge_values_behave_as_in_the_reference(module, activat
     module.film_fwd("float32", array(x), None, None, None, (2, 0.0, list(ACTIVATIONS).index(activation)), array(y))
     expected = ACTIVATIONS[activation](x.double()).float()
     torch.testing.assert_close(y, expected, equal_nan=True, atol=1e-30, rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_of_any_number_are_those_of_the_reference(module, activation):
+    test_film.check_slopes_of_any_number(functools.partial(emulated_film, module), activation)

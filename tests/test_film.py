@@ -197,6 +197,24 @@ def test_nan_infinity_and_huge_values_behave_as_in_the_reference(activation):
     torch.testing.assert_close(actual, expected.float(), equal_nan=True, atol=1e-30, rtol=1e-6)
 
 
+def check_slopes_of_any_number(function, activation, dtype=torch.float32):
+    magnitudes = torch.tensor([float("inf"), 3e38, 1e35, 1e30, 1e20, 1e13, 1e5, 100, 90, 50, 20, 0, float("nan")])
+    x = torch.cat([magnitudes, -magnitudes]).view(1, 1, 1, -1)
+    slopes = []
+    for f, of in ((function, dtype), (film_ref, dtype), (film_ref, torch.float64)):
+        leaf = x.to(of).requires_grad_()
+        y = f(leaf, torch.ones(1, 1, dtype=of), None, residual=None, channel_dim=2, activation=activation)
+        slopes += torch.autograd.grad(y.sum(), leaf)
+    # PyTorch's slope of silu takes x (1 - sigmoid(x)) with 1 - sigmoid(20) rounded to the precision of 1.
+    assert_close_to_reference(*slopes, name="slopes", scale=20 if activation == "silu" else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_of_any_number_are_those_of_the_reference(activation, dtype):
+    check_slopes_of_any_number(film, activation, dtype)
+
+
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_any_shape(data):

@@ -23,7 +23,7 @@ T grad_scores(const AttentionProblem<T>& p, const T* scores, T lse, T grad_lse, 
   for (int64_t j = 0; j < p.Tk; j += W) {
     const int64_t left = p.Tk - j;
     const Vec<T> x = (j < whole ? load(scores + j) : load_partial(scores + j, left)) - lse;
-    const Vec<T> e = x < T(-87) ? Vec<T>{} : exp(x);
+    const Vec<T> e = exp_or_zero<T>(x);
     if (j < whole) {
       store(prob + j, e);
       lanes += e * load(g + j);

@@ -7,17 +7,11 @@
 // every key once: its keys are read, exponentiated and used in one go.
 #include "cpu_kernel_common.h"
 
-extern "C" {
-float logf(float);
-double log(double);
-}
+extern "C" double log1p(double);
 
 namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
-
-FUSEDATTN_INLINE float log_of(float x) { return logf(x); }
-FUSEDATTN_INLINE double log_of(double x) { return log(x); }
 
 // Stands for a visible score of -inf, which only an infinite weight makes: softmax of a row of them is NaN, while
 // a row of masked ones is zero.
@@ -291,7 +285,7 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
       for (j = first; j < last; j += W) {
         const int64_t left = last - j;
         const Vec<T> x = (left < W ? load_partial(scores + j, left) : load(scores + j)) - m;
-        Vec<T> e = x < T(-87) ? Vec<T>{} : exp(x);  // exp() itself stops at the smallest normal number
+        Vec<T> e = exp_or_zero<T>(x);
         if (left < W) {
           store_partial(p + j, e, left);
           e = load_partial(p + j, left);
@@ -304,7 +298,7 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
     }
     const T inverse = static_cast<T>(1 / sum);
     for (j = 0; j < Tk; ++j) p[j] *= inverse;
-    lse[r] = m + log_of(static_cast<T>(sum));
+    lse[r] = m + static_cast<T>(log1p(sum - 1));
   }
 }
 }  // namespace

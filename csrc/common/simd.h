@@ -260,9 +260,23 @@ FUSEDATTN_INLINE Vec<double> exp_unclamped(Vec<double> x) {
   return p * (Vec<double>)power;
 }
 
-// exp(x) with x clamped to where the result and its reciprocal are normal numbers.
-FUSEDATTN_INLINE Vec<float> exp(Vec<float> x) { return exp_unclamped(min(splat(87.0f), max(splat(-87.0f), x))); }
-FUSEDATTN_INLINE Vec<double> exp(Vec<double> x) { return exp_unclamped(min(splat(708.0), max(splat(-708.0), x))); }
+// Up to which |x| exp(x) and its reciprocal are normal numbers.
+template <typename T>
+constexpr T LARGEST_EXPONENT = sizeof(T) == 4 ? 87 : 708;
+
+// exp(x) with x clamped to LARGEST_EXPONENT.
+template <typename T>
+FUSEDATTN_INLINE Vec<T> clamped_exp(Vec<T> x) {
+  return exp_unclamped(min(splat(LARGEST_EXPONENT<T>), max(splat(-LARGEST_EXPONENT<T>), x)));
+}
+FUSEDATTN_INLINE Vec<float> exp(Vec<float> x) { return clamped_exp<float>(x); }
+FUSEDATTN_INLINE Vec<double> exp(Vec<double> x) { return clamped_exp<double>(x); }
+
+// exp(x), and 0 below the clamp.
+template <typename T>
+FUSEDATTN_INLINE Vec<T> exp_or_zero(Vec<T> x) {
+  return x < -LARGEST_EXPONENT<T> ? Vec<T>{} : exp(x);
+}
 
 // tanh(x) with relative accuracy near zero, where 1 - 2 / (1 + exp(2x)) only has that of 1.
 FUSEDATTN_INLINE Vec<float> tanh(Vec<float> x) {
@@ -270,8 +284,11 @@ FUSEDATTN_INLINE Vec<float> tanh(Vec<float> x) {
   Vec<float> p = y * 2.1869488e-2f - 5.3968254e-2f;
   p = p * y + 1.3333333e-1f;
   p = p * y - 3.3333333e-1f;
-  const Vec<float> large = 1 - 2 * reciprocal(1 + exp(x + x));
-  return abs(x) < 0.25f ? x + x * (y * p) : large;
+  // Of the magnitude: near 1 the reciprocal is small, and so is its error.
+  const Vec<float> magnitude = abs(x);
+  const Vec<float> large = 1 - 2 * reciprocal(1 + exp(magnitude + magnitude));
+  const IntVec<float> sign = (IntVec<float>)x & (int32_t{1} << 31);
+  return magnitude < 0.25f ? x + x * (y * p) : (Vec<float>)((IntVec<float>)large | sign);
 }
 FUSEDATTN_INLINE Vec<double> tanh(Vec<double> x) {
   for (int l = 0; l < LANES<double>; ++l) x[l] = ::tanh(x[l]);

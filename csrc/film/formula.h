@@ -19,7 +19,12 @@ constexpr double INV_SQRT_2PI = 0.39894228040143267794;
 constexpr double GELU_TANH_SCALE = 0.79788456080286535588;  // sqrt(2 / pi)
 constexpr double GELU_TANH_CUBIC = 0.044715;
 
-// s = 1 / (1 + exp(-z)), and 1 - s without cancellation. Far below s is 0: -inf times it is NaN, as in PyTorch.
+// Beyond it M::exp stays where it is. What decays is zero there: huge numbers times it are zero, infinities NaN,
+// as in PyTorch.
+template <typename M>
+constexpr typename M::T LARGEST_EXPONENT = sizeof(typename M::T) == 4 ? 87 : 708;
+
+// s = 1 / (1 + exp(-z)), and 1 - s without cancellation.
 template <typename V>
 struct Logistic {
   V s, complement;
@@ -28,7 +33,7 @@ template <typename M, typename V = typename M::V>
 FUSEDATTN_INLINE Logistic<V> logistic(V z) {
   const V e = M::exp(-z);
   const V s = M::reciprocal(1 + e);
-  return {z < (sizeof(typename M::T) == 4 ? -87 : -708) ? V{} : s, e * s};
+  return {z < -LARGEST_EXPONENT<M> ? V{} : s, z > LARGEST_EXPONENT<M> ? V{} : e * s};
 }
 
 // The distribution function of the standard normal. half_erfc(z) = erfc(z) / 2 for z >= 0.
@@ -57,22 +62,30 @@ FUSEDATTN_INLINE V activate(V z) {
   return z;
 }
 
+// exp(-z^2 / 2)
+template <typename M, typename V = typename M::V>
+FUSEDATTN_INLINE V bell(V z) {
+  const V exponent = typename M::T(-0.5) * z * z;
+  return exponent < -LARGEST_EXPONENT<M> ? V{} : M::exp(exponent);
+}
+
 // activation'(z)
 template <Activation activation, typename M, typename V = typename M::V>
 FUSEDATTN_INLINE V slope(V z) {
   using T = typename M::T;
   const V one = V{} + T(1);
-  if constexpr (activation == Activation::RELU) return z > 0 ? one : V{};
+  if constexpr (activation == Activation::RELU) return z <= 0 ? V{} : one;
   if constexpr (activation == Activation::LEAKY_RELU) return z > 0 ? one : V{} + T(LEAKY_SLOPE);
   if constexpr (activation == Activation::SILU) {
     const Logistic<V> p = logistic<M>(z);
     return p.s * (1 + z * p.complement);
   }
-  if constexpr (activation == Activation::GELU)
-    return normal_cdf<M>(z) + z * (T(INV_SQRT_2PI) * M::exp(T(-0.5) * z * z));
+  if constexpr (activation == Activation::GELU) return normal_cdf<M>(z) + z * (T(INV_SQRT_2PI) * bell<M>(z));
   if constexpr (activation == Activation::GELU_TANH) {
     const Logistic<V> p = logistic<M>(gelu_tanh_argument<M>(z));
-    return p.s + z * p.s * p.complement * (T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z));
+    const V decay = p.s * p.complement;
+    const V growth = T(2 * GELU_TANH_SCALE) * (1 + T(3 * GELU_TANH_CUBIC) * z * z);  // overflows before z does
+    return p.s + z * (decay == 0 ? V{} : decay * growth);
   }
   if constexpr (activation == Activation::TANH) {
     const V t = M::tanh(z);
