@@ -2,6 +2,7 @@
 
 from fusedattn._dispatch import UnsupportedError
 from fusedattn._export import decompositions
+from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.film import FiLM
 from fusedattn.modules.projected_keys import ProjectedKeys
@@ -19,6 +20,7 @@ __all__ = [
     "additive_attention",
     "additive_attention_ref",
     "decompositions",
+    "empty_cache",
     "film",
     "film_ref",
 ]

@@ -3,13 +3,18 @@
 import copy
 import io
 import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import fusedattn
 from fusedattn import additive_attention, film
 
 MIB = 1 << 20
@@ -130,14 +135,6 @@ def resident_after(sizes, **variables):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
-def test_no_more_is_kept_than_was_in_use_at_once():
-    # Had every block been kept, blocks too small for the next step would add up to some 500 MiB.
-    growing = [4 * 1.6**n for n in range(7)]
-    assert resident_after([growing[-1]]) > growing[-1]
-    assert resident_after(growing) < 1.25 * resident_after([growing[-1]])
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
 def test_nothing_is_kept_where_that_is_not_wanted():
     assert resident_after([64], FUSEDATTN_REUSE_MEMORY="0") < 32
     assert resident_after([64], FUSEDATTN_REUSE_MEMORY="1") > 100
@@ -147,3 +144,150 @@ def test_another_value_of_the_variable_is_a_clear_error():
     result = run_resident([4], FUSEDATTN_REUSE_MEMORY="no")
     assert result.returncode != 0
     assert "FUSEDATTN_REUSE_MEMORY: expected 0 or 1, got 'no'" in result.stderr
+
+
+def status(field):
+    """MiB of this process."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+@pytest.fixture
+def kept():
+    """A function that tells how many MiB have become resident since nothing was kept."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("resident memory is read from /proc")
+    fusedattn.empty_cache()
+    before = status("VmRSS")
+    yield lambda: status("VmRSS") - before
+    fusedattn.empty_cache()
+
+
+def gradients_of(size, D=256):
+    """A function that makes new gradients of one query; those of key and value take ``size`` MiB each."""
+    key = torch.zeros(1, 1, D).expand(1, size * MIB // (4 * D), D)
+    inputs = [t.requires_grad_() for t in (torch.zeros(1, 1, D), key, key.detach(), torch.zeros(D))]
+    return lambda: torch.autograd.grad(additive_attention(*inputs).sum(), inputs)
+
+
+def test_no_more_is_kept_than_was_in_use_at_once(kept):
+    # Had every block been kept, blocks too small for the next step would add up to some 350 MiB.
+    for size in (4, 6, 10, 16, 26, 42, 67):
+        gradients_of(size)()
+    assert 130 < kept() < 170
+
+
+def test_what_was_made_once_is_given_back(kept):
+    """But from the third step on, a step finds all the memory of the last."""
+    gradients = gradients_of(19)
+
+    def addresses():
+        return {t.data_ptr() for step in [gradients() for _ in range(12)] for t in step[1:3]}
+
+    held = [gradients() for _ in range(12)]
+    assert kept() > 450
+    del held
+    assert kept() < 290
+    for _ in range(3):
+        last = addresses()
+    assert addresses() == last
+
+
+def test_empty_cache_gives_everything_back(kept):
+    gradients_of(64)()
+    assert kept() > 120
+    fusedattn.empty_cache()
+    assert kept() < 16
+
+
+def test_what_nobody_asks_for_is_given_back_by_the_next_call(kept):
+    gradients_of(64)()
+    time.sleep(5.1)
+    assert kept() > 120
+    film(torch.ones(1, 1))
+    assert kept() < 16
+
+
+@pytest.fixture
+def address_space():
+    """A function that limits the memory of this process to so many MiB more than it has."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+
+    def limit(more):
+        resource.setrlimit(resource.RLIMIT_AS, (int(status("VmSize") + more) * MIB, limits[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_under_a_limit_nothing_is_kept_from_others(kept, address_space):
+    address_space(1200)
+    for _ in range(3):
+        gradients_of(128)()
+    assert torch.empty(1024 * MIB, dtype=torch.int8).numel() == 1024 * MIB
+
+
+@pytest.mark.parametrize("size, count", [(1 << 13, 500), (1 << 22, 1)], ids=["small", "large"])
+def test_what_is_kept_is_given_back_before_an_allocation_fails(size, count, kept, address_space):
+    x = torch.ones(1, 16, size)
+    gradients_of(100)()
+    address_space(150)
+    results = [film(x) for _ in range(count)]  # 250 MiB
+    assert all(torch.equal(y, x) for y in results)
+
+
+def test_huge_pages_end_with_the_results_that_lay_in_them(kept):
+    def flagged():
+        with open("/proc/self/smaps") as maps:
+            return sum(line.startswith("VmFlags") and " hg" in line for line in maps)
+
+    before = flagged()
+    held = [film(torch.ones(1, n, 1024)) for n in range(2048, 16384, 1024)]
+    held.append(additive_attention(*torch.ones(3, 1, 1100, 64), torch.ones(64), return_weights=True))
+    assert flagged() > before
+    del held
+    fusedattn.empty_cache()
+    assert flagged() == before
+
+
+def test_out_of_memory_says_how_much_was_asked_for():
+    x = torch.ones(1, 1, 1).expand(1, 1 << 40, 1)
+    for call in (
+        lambda: additive_attention(x[:, :1], x, x, x[0, 0, :1]),
+        lambda: additive_attention(x[:, :1], x, x, x[0, 0, :1], return_weights=True),
+        lambda: additive_attention(x, x[:, :1], x[:, :1], x[0, 0, :1]),
+    ):
+        with pytest.raises(RuntimeError, match=r"out of memory: tried to allocate \d{13} bytes"):
+            call()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_of_fork_computes_while_the_parent_does():
+    done = threading.Event()
+
+    def steps():
+        while not done.is_set():
+            for size in (10, 30, 90):  # each needs other blocks
+                gradients_of(size)()
+
+    threads = [threading.Thread(target=steps) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                gradients_of(2)()
+                os._exit(0)
+            end = time.monotonic() + 20
+            while os.waitpid(child, os.WNOHANG) == (0, 0):
+                if time.monotonic() > end:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    pytest.fail("the child hangs")
+                time.sleep(0.001)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()

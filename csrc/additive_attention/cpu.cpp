@@ -14,6 +14,7 @@
 #include "common/box.h"
 #include "common/cpu_level.h"
 #include "common/memory.h"
+#include "common/parallel.h"
 #include "cpu_kernel.h"
 #include "formula.h"
 
@@ -63,15 +64,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // body(first, last, scratch) over [0, tasks); grain is how many tasks are worth a thread.
 template <typename T, typename Body>
 void parallel(int64_t tasks, int64_t grain, int64_t scratch_size, const Body& body) {
-  if (tasks == 0) return;
-  const auto range = [&](int64_t first, int64_t last) {
+  parallel_for(tasks, grain, [&](int64_t first, int64_t last) {
     const Buffer<T> scratch(scratch_size);
     body(first, last, scratch.get());
-  };
-  if (tasks <= grain)
-    range(0, tasks);
-  else
-    torch::stable::parallel_for(0, tasks, grain, range);
+  });
 }
 
 // Tasks of `cost` elementary steps each: below some 16,000 steps a second thread costs more than it brings.
@@ -86,9 +82,8 @@ void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& 
 
 // In dtype `type`, with a contiguous last dimension; a copy only where it must be.
 Tensor prepared(const Tensor& t, ScalarType type) {
-  Tensor r = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  if (r.size(-1) > 1 && r.stride(-1) != 1) r = torch::stable::contiguous(r);
-  return r;
+  const bool contiguous_rows = t.size(-1) <= 1 || t.stride(-1) == 1;
+  return t.scalar_type() == type && contiguous_rows ? t : contiguous(t, type);
 }
 
 template <typename T>
@@ -149,7 +144,7 @@ struct Inputs {
       check_shape(*key_lengths, "key_lengths", {p.B});
       STD_TORCH_CHECK(key_lengths->scalar_type() == ScalarType::Long,
                       "additive_attention: key_lengths must be of dtype int64");
-      if (!key_lengths->is_contiguous()) key_lengths = torch::stable::contiguous(*key_lengths);
+      key_lengths = contiguous(*key_lengths, ScalarType::Long);
       p.key_lengths = key_lengths->template const_data_ptr<int64_t>();
     }
     const int64_t lanes = fwd<T>().lanes;
@@ -195,10 +190,8 @@ struct Inputs {
     return sizes;
   }
 
-  // A tensor of shape(rest) that every step makes anew.
-  Tensor lent(std::initializer_list<int64_t> rest) const {
-    const std::vector<int64_t> sizes = shape(rest);
-    return empty_lent(sizes, contiguous_strides(sizes), scalar_type<T>());
+  Tensor empty(std::initializer_list<int64_t> rest) const {
+    return fusedattn::empty(shape(rest), scalar_type<T>());
   }
 
   int64_t rows() const { return p.B * p.H * p.Tq; }
@@ -296,9 +289,9 @@ template <typename T>
 Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool keep_scores) {
   const auto& p = in.p;
   const ScalarType acc = scalar_type<T>();
-  Tensor context = empty(in.shape({p.Tq, p.Dv}), acc), lse = empty(in.shape({p.Tq}), acc);
-  Tensor weights = return_weights ? empty(in.shape({p.Tq, p.Tk}), acc) : empty({0}, type);
-  Tensor scores = keep_scores ? in.lent({p.Tq, p.Tk}) : empty({0}, acc);
+  Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq});
+  Tensor weights = return_weights ? in.empty({p.Tq, p.Tk}) : empty({0}, type);
+  Tensor scores = keep_scores ? in.empty({p.Tq, p.Tk}) : empty({0}, acc);
   const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
   const Buffer<T> buffer(return_weights ? 0 : buffer_size);
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
@@ -312,11 +305,7 @@ Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool 
     });
     contexts(in, chunk, probabilities, context.template mutable_data_ptr<T>() + first_row * p.Dv);
   });
-  if (type != acc) {
-    context = torch::stable::to(context, type);
-    if (return_weights) weights = torch::stable::to(weights, type);
-  }
-  return {context, lse, weights, scores};
+  return {contiguous(context, type), lse, contiguous(weights, type), scores};
 }
 
 template <typename T>
@@ -375,7 +364,7 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
                       const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores) {
   auto& p = in.p;
   const ScalarType acc = scalar_type<T>();
-  const Gradients<T> grads{in.lent({p.Tq, p.D}), in.lent({p.Tk, p.D}), in.lent({p.Tk, p.Dv}),
+  const Gradients<T> grads{in.empty({p.Tq, p.D}), in.empty({p.Tk, p.D}), in.empty({p.Tk, p.Dv}),
                            in.flat ? empty({p.D}, acc) : empty({p.H, p.D}, acc)};
   const auto first_output = [](const Tensor& t) {
     return passes_caches(t, t.size(-1) * t.element_size()) ? Output::STREAMED : Output::WRITTEN;
@@ -485,10 +474,7 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
   const auto run = [&](auto zero) -> Forward {
     using T = decltype(zero);
     const ScalarType acc = scalar_type<T>();
-    const auto contiguous = [&](const OptionalTensor& t) -> OptionalTensor {
-      if (!t) return std::nullopt;
-      return torch::stable::contiguous(prepared(*t, acc));
-    };
+    const auto given = [&](const OptionalTensor& t) { return t ? contiguous(*t, acc) : t; };
     Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
@@ -500,11 +486,10 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
                     "additive_attention: lse and scores must be in the dtype of the arithmetic");
     OptionalTensor dc;
     if (grad_context) dc = prepared(*grad_context, acc);
-    const auto grads = backward(in, dc, contiguous(grad_lse), contiguous(grad_weights),
-                                torch::stable::contiguous(lse), torch::stable::contiguous(scores));
-    if (type == acc) return {grads.query, grads.key, grads.value, grads.weight};
-    return {torch::stable::to(grads.query, type), torch::stable::to(grads.key, type),
-            torch::stable::to(grads.value, type), torch::stable::to(grads.weight, type)};
+    const auto grads =
+        backward(in, dc, given(grad_lse), given(grad_weights), contiguous(lse, acc), contiguous(scores, acc));
+    return {contiguous(grads.query, type), contiguous(grads.key, type), contiguous(grads.value, type),
+            contiguous(grads.weight, type)};
   };
   return type == ScalarType::Double ? run(0.0) : run(0.0f);
 }

@@ -1,5 +1,4 @@
-// Memory of large results and of large working sets: what the system charges for fresh pages, and how not to pay
-// it at every step.
+// Memory of results and of working sets: large blocks are kept from one step for the next, in huge pages.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,12 +10,8 @@
 
 namespace fusedattn {
 
-// Writing fresh memory 4 KiB page by page is bound by page faults, not by bandwidth. Before its first write,
-// asks for huge pages in the aligned inside of a large block; only a hint, so failure changes nothing.
-void advise_huge_pages(void* data, size_t bytes);
-
 // Uninitialised memory, aligned to cache lines. A large block is one that was given back, where there is one that
-// fits, and what is given back is kept for the next (memory.cpp).
+// fits, and what is given back may be kept for the next (memory.cpp).
 struct Block {
   void* data = nullptr;
   size_t bytes = 0;
@@ -24,11 +19,15 @@ struct Block {
 Block lend(size_t bytes);
 void take_back(Block block) noexcept;
 
+// `count` elements of `size` bytes. An error where that is more than can be counted: expanded tensors have any
+// size.
+size_t bytes_of(int64_t count, size_t size);
+
 // lend() for as long as the object lives.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size = 0) : block_(lend(sizeof(T) * size)) {}
+  explicit Buffer(int64_t size = 0) : block_(lend(bytes_of(size, sizeof(T)))) {}
   Buffer(Buffer&& other) noexcept : block_(other.block_) { other.block_ = {}; }
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(block_, other.block_);
@@ -45,14 +44,12 @@ class Buffer {
 // rows are whole aligned cache lines.
 bool passes_caches(const torch::stable::Tensor& result, int64_t row_bytes);
 
-std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
+// An uninitialised tensor on the CPU. A large one lies in memory that is lent: its storage cannot be resized.
+torch::stable::Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            torch::headeronly::ScalarType type);
+torch::stable::Tensor empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type);  // contiguous
 
-// An uninitialised tensor on the CPU, in huge pages if it is large.
-torch::stable::Tensor empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type);
-
-// The same in memory that is lent: for what every step of training makes anew, gradients before all. Its storage
-// cannot be resized.
-torch::stable::Tensor empty_lent(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                                 torch::headeronly::ScalarType type);
+// t, contiguous and of dtype `type`: a copy only where it must be.
+torch::stable::Tensor contiguous(const torch::stable::Tensor& t, torch::headeronly::ScalarType type);
 
 }  // namespace fusedattn

@@ -13,6 +13,7 @@
 #include "common/box.h"
 #include "common/cpu_level.h"
 #include "common/memory.h"
+#include "common/parallel.h"
 #include "cpu_kernel.h"
 #include "layout.h"
 
@@ -43,30 +44,34 @@ FilmType storage_type(ScalarType type) {
 
 // scale = gamma + offset (1 without gamma) or shift = beta (0 without), per batch element and channel, in the
 // dtype of the arithmetic; one row where all elements of the batch share it.
+template <typename T>
 struct ChannelValues {
-  std::vector<char> bytes;
-  int64_t row_bytes;
-  const char* row(int64_t b) const { return bytes.data() + b * row_bytes; }
+  Buffer<T> memory;
+  int64_t stride;
+  const T* row(int64_t b) const { return memory.get() + b * stride; }
 };
 
 template <typename T>
-ChannelValues channel_values(const OptionalTensor& source, const Layout& layout, T offset, T absent) {
-  ChannelValues values;
+ChannelValues<T> channel_values(const OptionalTensor& source, const Layout& layout, T offset, T absent) {
   const int64_t C = layout.C;
   const int64_t rows = source && source->dim() == 2 ? layout.B : 1;
-  values.bytes.resize(rows * C * sizeof(T) + sizeof(T));
-  values.row_bytes = rows > 1 ? C * sizeof(T) : 0;
-  T* out = reinterpret_cast<T*>(values.bytes.data());
+  ChannelValues<T> values{Buffer<T>(rows * C), rows > 1 ? C : 0};
+  T* out = values.memory.get();
   if (!source) {
     std::fill_n(out, C, absent);
     return values;
   }
   layout.check_parameter(*source);
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const Tensor t = torch::stable::contiguous(torch::stable::to(*source, type));
+  const Tensor t = contiguous(*source, type);
   const T* in = t.const_data_ptr<T>();
   for (int64_t n = 0; n < rows * C; ++n) out[n] = in[n] + offset;
   return values;
+}
+
+Tensor empty_like(const Layout& in) {
+  const auto sizes = in.x.sizes(), strides = in.x.strides();
+  return empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, in.x.scalar_type());
 }
 
 const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
@@ -103,32 +108,30 @@ struct Runs {
 template <typename T>
 Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, const OptionalTensor& beta,
                const OptionalTensor& residual, const FilmOptions& options) {
-  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
-  const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
-  Tensor y = torch::stable::empty_like(in.x);
+  const ChannelValues<T> scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
+  const ChannelValues<T> shift = channel_values<T>(beta, in, T(0), T(0));
+  Tensor y = empty_like(in);
   const int64_t size = in.x.element_size();
   OptionalTensor addend;
   if (residual) addend = in.like(*residual);
   const char* x = static_cast<const char*>(in.x.const_data_ptr());
   const char* r = addend ? static_cast<const char*>(addend->const_data_ptr()) : nullptr;
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  advise_huge_pages(out, y.numel() * size);
   const bool streamed = passes_caches(y, (in.N > 1 ? in.N : in.C) * size);
   const auto at = [&](int64_t element) { return r == nullptr ? nullptr : r + element * size; };
 
   if (in.N > 1) {
     const Runs runs(in);
-    torch::stable::parallel_for(0, runs.tasks, runs.grain, [&](int64_t first, int64_t last) {
+    parallel_for(runs.tasks, runs.grain, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const Runs::Task t = runs.task(n);
-        kernels().forward_runs(type, options, t.channels, t.length, x + t.element * size,
-                               scale.row(t.b) + t.c * sizeof(T), shift.row(t.b) + t.c * sizeof(T), at(t.element),
-                               out + t.element * size, streamed);
+        kernels().forward_runs(type, options, t.channels, t.length, x + t.element * size, scale.row(t.b) + t.c,
+                               shift.row(t.b) + t.c, at(t.element), out + t.element * size, streamed);
       }
     });
   } else {
     const int64_t rows = std::max<int64_t>(1, PIECE / std::max<int64_t>(in.C, 1)), pieces = ceil_div(in.M, rows);
-    torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
+    parallel_for(in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
         kernels().forward_rows(type, options, std::min(rows, in.M - begin), in.C, x + element * size, scale.row(b),
@@ -142,12 +145,12 @@ Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, con
 // Sums over the pieces of each batch element and channel, and over the batch where all elements share the
 // parameter. parts: (B, pieces, C), or (B, M, C, pieces) for runs.
 template <typename T>
-Tensor reduced(const Tensor& like, const Layout& in, const std::vector<T>& parts, int64_t pieces, bool runs) {
+Tensor reduced(const Tensor& like, const Layout& in, const Buffer<T>& parts, int64_t pieces, bool runs) {
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = like.dim() == 2 ? in.B : 1, C = in.C, added = in.B / rows;
-  Tensor sums = torch::stable::empty(std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), type);
+  Tensor sums = empty({like.sizes().begin(), like.sizes().end()}, type);
   T* out = sums.template mutable_data_ptr<T>();
-  const T* part = parts.data();
+  const T* part = parts.get();
   const int64_t summands = runs ? in.M : pieces, each = runs ? pieces : 1;  // part is read in order
   std::vector<double> sum(C);
   for (int64_t row = 0; row < rows; ++row) {
@@ -160,7 +163,7 @@ Tensor reduced(const Tensor& like, const Layout& in, const std::vector<T>& parts
           for (int64_t s = 0; s < each; ++s) sum[c] += *part++;
     for (int64_t c = 0; c < C; ++c) out[row * C + c] = static_cast<T>(sum[c]);
   }
-  return like.scalar_type() == type ? sums : torch::stable::to(sums, like.scalar_type());
+  return contiguous(sums, like.scalar_type());
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
@@ -168,11 +171,10 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 template <typename T>
 Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const OptionalTensor& gamma,
                    const OptionalTensor& beta, const FilmOptions& options) {
-  const ChannelValues scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
-  const ChannelValues shift = channel_values<T>(beta, in, T(0), T(0));
+  const ChannelValues<T> scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
+  const ChannelValues<T> shift = channel_values<T>(beta, in, T(0), T(0));
   const Tensor grad = in.like(grad_output);
-  const auto sizes = in.x.sizes(), strides = in.x.strides();
-  Tensor dx = empty_lent({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, in.x.scalar_type());
+  Tensor dx = empty_like(in);
   const int64_t size = in.x.element_size();
   const char* x = static_cast<const char*>(in.x.const_data_ptr());
   const char* dy = static_cast<const char*>(grad.const_data_ptr());
@@ -181,17 +183,18 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
   const bool runs = in.N > 1;
   const bool streamed = passes_caches(dx, (runs ? in.N : in.C) * size);
   int64_t pieces;
-  std::vector<T> dz_x, dz;
+  Buffer<T> dz_x, dz;
   if (runs) {
     const Runs cut(in);
     pieces = cut.pieces;
-    dz_x.resize(in.B * in.M * in.C * pieces), dz.resize(dz_x.size());
-    torch::stable::parallel_for(0, cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
+    const int64_t parts = in.B * in.M * in.C * pieces;
+    dz_x = Buffer<T>(parts), dz = Buffer<T>(parts);
+    parallel_for(cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const Runs::Task t = cut.task(n);
         kernels().backward_runs(type, options, t.channels, t.length, dy + t.element * size, x + t.element * size,
-                                scale.row(t.b) + t.c * sizeof(T), shift.row(t.b) + t.c * sizeof(T),
-                                out + t.element * size, &dz_x[t.part], &dz[t.part], streamed);
+                                scale.row(t.b) + t.c, shift.row(t.b) + t.c, out + t.element * size,
+                                dz_x.get() + t.part, dz.get() + t.part, streamed);
       }
     });
   } else {
@@ -199,17 +202,17 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
     const int64_t least = std::max<int64_t>(16, PIECE / std::max<int64_t>(in.C, 1));
     const int64_t rows = std::max(least, std::min<int64_t>(1024, ceil_div(in.B * in.M, 256)));
     pieces = ceil_div(in.M, rows);
-    dz_x.resize(in.B * pieces * in.C), dz.resize(in.B * pieces * in.C);
-    torch::stable::parallel_for(0, in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
+    dz_x = Buffer<T>(in.B * pieces * in.C), dz = Buffer<T>(in.B * pieces * in.C);
+    parallel_for(in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
         kernels().backward_rows(type, options, std::min(rows, in.M - begin), in.C, dy + element * size,
                                 x + element * size, scale.row(b), shift.row(b), out + element * size,
-                                &dz_x[n * in.C], &dz[n * in.C], streamed);
+                                dz_x.get() + n * in.C, dz.get() + n * in.C, streamed);
       }
     });
   }
-  const auto none = [&] { return torch::stable::empty(std::vector<int64_t>{0}, in.x.scalar_type()); };
+  const auto none = [&] { return empty({0}, in.x.scalar_type()); };
   return {dx, gamma ? reduced<T>(*gamma, in, dz_x, pieces, runs) : none(),
           beta ? reduced<T>(*beta, in, dz, pieces, runs) : none()};
 }
