@@ -1,11 +1,40 @@
-"""What real inputs seldom are: with weights of e^-400."""
+"""What real inputs seldom are: of no width at all, of more rows than any memory holds, with weights of e^-400."""
 
 import pytest
 import torch
 
-from fusedattn import additive_attention
+from fusedattn import additive_attention, additive_attention_ref
 
 pytestmark = pytest.mark.levels
+
+
+@pytest.mark.parametrize("Tq", [1, 16, 17, 70])  # up to 16 queries the backward pass walks whole rows of keys
+@pytest.mark.parametrize("D, Dv", [(0, 4), (4, 0), (0, 0)])
+def test_width_zero(D, Dv, Tq):
+    for Tk in (0, 5, 200):
+        results = []
+        for function in (additive_attention, additive_attention_ref):
+            generator = torch.Generator().manual_seed(0)
+            shapes = ((2, Tq, D), (2, Tk, D), (2, Tk, Dv), (D,))
+            inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+            context = function(*inputs)
+            results.append([context, *torch.autograd.grad(context.sum(), inputs, materialize_grads=True)])
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("Tq, Tk", [(1, 2**62), (2**62, 1), (2**31, 2**31)])
+@pytest.mark.parametrize("D, Dv", [(0, 1), (1, 0), (1, 1)])
+def test_products_of_sizes_beyond_64_bits(D, Dv, Tq, Tk):
+    """Expanded tensors may have any size."""
+
+    def expanded(T, D):
+        return torch.ones(1, 1, D).expand(1, T, D)
+
+    inputs = expanded(Tq, D), expanded(Tk, D), expanded(Tk, Dv), torch.ones(D)
+    message = rf"query, key and value: expected sizes .* Tq = {Tq}, Tk = {Tk}, D = {D}, Dv = {Dv}"
+    for return_weights in (False, True):
+        with pytest.raises(RuntimeError, match=message):
+            additive_attention(*inputs, return_weights=return_weights)
 
 
 def test_the_smallest_weights_of_float64():

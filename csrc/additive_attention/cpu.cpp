@@ -116,6 +116,7 @@ struct Inputs {
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     p.B = query.size(0), p.H = flat ? 1 : query.size(1), p.Tq = query.size(-2), p.D = query.size(-1);
     p.Tk = key.size(-2), p.Dv = value.size(-1);
+    check_sizes();
     check_shape(key, "key", shape({p.Tk, p.D}));
     check_shape(value, "value", shape({p.Tk, p.Dv}));
     check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
@@ -180,6 +181,18 @@ struct Inputs {
     }
     p.weight = weight.get(), p.weight_scaled = weight_scaled.get();
     p.weight_max = weight_max.get(), p.weight_sum = weight_sum.get();
+  }
+
+  // An expanded tensor may have any size: what is computed from these must stay below 2^63.
+  void check_sizes() const {
+    int64_t work = 1;
+    bool fits = true;
+    for (int64_t size : {p.B, p.H, p.Tq, p.Tk, std::max(p.D, p.Dv)})
+      fits = fits && !__builtin_mul_overflow(work, std::max<int64_t>(size, 1), &work);
+    STD_TORCH_CHECK(fits && work < int64_t{1} << 56,
+                    "additive_attention: query, key and value: expected sizes with "
+                    "B H Tq Tk max(D, Dv) below 2^56, got B = ",
+                    p.B, ", H = ", p.H, ", Tq = ", p.Tq, ", Tk = ", p.Tk, ", D = ", p.D, ", Dv = ", p.Dv);
   }
 
   // (B, H, ...), or (B, ...) without heads.
@@ -318,6 +331,7 @@ template <typename T>
 void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row, const T* g, int64_t splits,
                      const Gradients<T>& grads, T* partial_query, T* partial_weight) {
   const auto& p = in.p;
+  if (p.D == 0) return;
   const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
   const int64_t strips = rowwise ? 1 : p.D_padded / fwd<T>().lanes;
   const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
