@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(fusedattn, m) {
   m.def("cpu_capability() -> str");
   m.def("empty_cache() -> ()");
+  m.def("cuda_error(int device) -> str");
 
   // query (B,H,Tq,D), key (B,H,Tk,D), value (B,H,Tk,Dv), weight (H,D), mask (B,H,Tq,Tk) or None, or all without H,
   // key_lengths (B,) or None, key_exp = exp(2 key) or None, with key_bound = max|key| of one element in its dtype.

@@ -208,6 +208,29 @@ def test_tf32_changes_nothing_but_float32(module, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.fixture
+def module_75(module):
+    """Kernels and launches as on compute capability 7.5: what it does not have is an error of the emulator."""
+    module.set_architecture(75)
+    yield module
+    module.set_architecture(80)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_on_7_5(module_75, dtype):
+    check(module_75, make_inputs(shape(1, 17, 70, 17, 66), dtype), keep_scores=False)
+
+
+def test_few_queries_that_need_too_much_memory_on_7_5(module_75):
+    check(module_75, make_inputs(shape(1, 16, 5, 400, 3), torch.float64), keep_scores=False)
+
+
+def test_tf32_is_left_out_on_7_5(module_75):
+    inputs = make_inputs(shape(1, 17, 5, 9, 6))
+    results = [emulated_attention(module_75, *inputs, tf32=tf32) for tf32 in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])
 def test_zero_sizes(module, empty):
     check(module, make_inputs(shape(2, 3, 5, 4, 6, H=2) | {empty: 0}))
@@ -300,8 +323,9 @@ def test_gradients_of_each_output_alone(module, outputs, keep_scores):
         (shape(1, 2, 70, 35, 9), torch.float32, True),
         (shape(1, 66, 67, 33, 65), torch.float32, False),
         (shape(1, 66, 67, 33, 65), torch.bfloat16, True),
+        (shape(1, 17, 67, 17, 9), torch.float64, False),
     ],
-    ids=["few-float32", "tiles-float32", "tiles-bfloat16"],
+    ids=["few-float32", "tiles-float32", "tiles-bfloat16", "tiles-float64"],
 )
 def test_no_thread_relies_on_luck(module, sizes, dtype, keep_scores, thread_order):
     """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""

@@ -77,6 +77,24 @@ def test_misuse_is_an_error_that_names_the_kernel(module, kind, grid, block, sha
     module.misuse(NOTHING_WRONG, 1, 64, 0)  # the next launch works
 
 
+@pytest.fixture
+def module_75(module):
+    module.set_architecture(75)
+    yield module
+    module.set_architecture(80)
+
+
+def test_7_5_has_less_memory_and_half_precision_on_tensor_cores_alone(module_75):
+    with pytest.raises(RuntimeError, match="shared memory: expected at most 65536 bytes, which every sm_75 has"):
+        module_75.misuse(NOTHING_WRONG, 1, 32, 65 << 10)
+    a, b = torch.ones(16, 16, dtype=torch.bfloat16), torch.ones(16, 8, dtype=torch.bfloat16)
+    c = poisoned((16, 8), torch.float32)
+    with pytest.raises(RuntimeError, match="tensor cores before 8.0 have half alone"):
+        module_75.product("bfloat16", array(a), array(b), array(c))
+    module_75.product("float16", array(a.half()), array(b.half()), array(c))
+    assert (c == 16).all()
+
+
 def run_tests(variant, *selection, **options):
     """pytest in a process of its own; a report of a sanitizer ends it."""
     arguments = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *selection]

@@ -3,8 +3,14 @@
 The emulator (tests/cuda_emulator) runs what g++ makes of the same source; this runs what a GPU would be given.
 """
 
+import re
+import subprocess
+
+import numpy as np
+import ptx
 import pytest
 import torch
+from cuda_emulator.arrays import array
 from ptx import nvcc
 from test_additive_attention import make_inputs, shape
 
@@ -55,3 +61,46 @@ def test_additive_attention(attention, Tq, dtype, keep_scores):
 
 def test_additive_attention_in_tf32(attention):
     test_cuda_additive_attention.check_tf32(attention, shape(1, 17, 70, 9, 66))
+
+
+SM_75 = """
+#include "product.cuh"
+using namespace fusedattn;
+template __global__ void fusedattn::product_kernel<__half>(const __half*, const __half*, float*);
+__global__ void round_kernel(const float* x, __nv_bfloat16* rounded, float* result) {
+  rounded[threadIdx.x] = gpu::to_storage<__nv_bfloat16>(x[threadIdx.x]);
+  result[threadIdx.x] = gpu::to_arithmetic(rounded[threadIdx.x]);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def sm_75(tmp_path_factory):
+    """The kernels above for compute capability 7.5, by name: it multiplies matrices and rounds by other code."""
+    if reason := nvcc.missing():
+        pytest.skip(reason)
+    source = tmp_path_factory.mktemp("sm_75") / "kernels.cu"
+    source.write_text(SM_75)
+    text = source.with_suffix(".ptx")
+    includes = [f"-I{folder}" for folder in (nvcc.ROOT / "csrc", nvcc.BINDINGS)]
+    subprocess.run(["nvcc", "-std=c++17", "-ptx", "-arch=compute_75", *includes, source, "-o", text], check=True)
+    names = re.findall(r"\.entry (\w+)", text.read_text())
+    return {re.search(r"[a-z]+_kernel", name)[0]: ptx.parse(text.read_text(), name) for name in names}
+
+
+def test_tensor_cores_of_7_5(sm_75):
+    a, b = (torch.randint(-9, 9, shape).half() for shape in ((16, 16), (16, 8)))
+    c = np.full((16, 8), np.nan, np.float32)
+    ptx.launch(sm_75["product_kernel"], (1,), 32, [array(a), array(b), c])
+    assert torch.equal(torch.from_numpy(c), a.float() @ b.float())
+
+
+def test_rounding_to_bfloat16_on_7_5(sm_75):
+    bits = torch.tensor([0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x00018000, 1])
+    x = torch.cat([bits.int().view(torch.float32), torch.randn(24)])
+    x = torch.cat([x, -x, torch.tensor([float("nan")] * 64)])
+    rounded, result = np.zeros(128, np.uint16), np.zeros(128, np.float32)
+    ptx.launch(sm_75["round_kernel"], (1,), 128, [x.numpy(), rounded, result])
+    expected, exact = x.bfloat16(), dict(rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(torch.from_numpy(rounded).view(torch.bfloat16), expected, **exact)
+    torch.testing.assert_close(torch.from_numpy(result), expected.float(), **exact)

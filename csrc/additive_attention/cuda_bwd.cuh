@@ -28,13 +28,15 @@
 namespace fusedattn {
 
 constexpr int BACKWARD_BLOCK = 256;  // threads of the joint pass: 8 warps of 8 queries
-constexpr int BACKWARD_CHANNELS = 32, BACKWARD_KEYS = 32;
+constexpr int BACKWARD_CHANNELS = 32;
+template <typename T>
+constexpr int BACKWARD_KEYS = sizeof(T) == 8 ? 16 : 32;  // as BLOCK_D
 constexpr int BACKWARD_WARPS = BACKWARD_BLOCK / gpu::WARP;
 constexpr int64_t BACKWARD_CHUNK = int64_t{1}
                                    << 24;  // elements of g, of p and of the parts of dk, if a tile allows it
 
 static_assert(BACKWARD_WARPS * TILE_Q == BLOCK_Q, "a block of the joint pass owns a tile of queries");
-static_assert(BLOCK_K % BACKWARD_KEYS == 0, "its keys are read from whole tiles");
+static_assert(BLOCK_K % BACKWARD_KEYS<float> == 0, "its keys are read from whole tiles");
 
 // The chunk of queries at hand: tiles [first_tile, first_tile + tiles) of heads [first_head, first_head + heads).
 template <typename T>
@@ -153,12 +155,12 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   T grad[TILE_Q][TILE_K] = {};
   if (grads.grad_context.data != nullptr && !only_scores) {
     const auto same = [](T x) { return x; };
-    for (int64_t v0 = 0; v0 < p.Dv; v0 += BLOCK_D) {
+    for (int64_t v0 = 0; v0 < p.Dv; v0 += BLOCK_D<T>) {
       __syncthreads();
       stage_transposed(grads.grad_context, at, i0, lower(p.Tq, i0 + BLOCK_Q), v0, p.Dv, memory.q, same);
       stage_transposed(p.value, at, j0, keys_end, v0, p.Dv, memory.k, same);
       __syncthreads();
-      multiply_tile(memory.q, memory.k, BLOCK_D, grad);
+      multiply_tile(memory.q, memory.k, BLOCK_D<T>, grad);
     }
   }
 
@@ -190,14 +192,15 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
 // Shared memory of the joint pass.
 template <typename T>
 struct JointMemory {
-  static constexpr int64_t SIZE = BACKWARD_KEYS * (BLOCK_Q + BACKWARD_CHANNELS) +
-                                  BACKWARD_WARPS * BACKWARD_KEYS * BACKWARD_CHANNELS + BACKWARD_WARPS;
+  static constexpr int KEYS = BACKWARD_KEYS<T>;
+  static constexpr int64_t SIZE =
+      KEYS * (BLOCK_Q + BACKWARD_CHANNELS) + BACKWARD_WARPS * KEYS * BACKWARD_CHANNELS + BACKWARD_WARPS;
   T *g, *k, *parts, *reduce;  // [j][i], [j][d], [warp][j][d]
   FUSEDATTN_DEVICE explicit JointMemory(T* memory)
       : g(memory),
-        k(g + BACKWARD_KEYS * BLOCK_Q),
-        parts(k + BACKWARD_KEYS * BACKWARD_CHANNELS),
-        reduce(parts + BACKWARD_WARPS * BACKWARD_KEYS * BACKWARD_CHANNELS) {}
+        k(g + KEYS * BLOCK_Q),
+        parts(k + KEYS * BACKWARD_CHANNELS),
+        reduce(parts + BACKWARD_WARPS * KEYS * BACKWARD_CHANNELS) {}
 };
 
 // Sums of a thread: of its channel, over its queries and the keys so far.
@@ -211,9 +214,9 @@ template <bool exponentials, typename T>
 FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE_Q], JointSums<T>& sums) {
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   const T *g_of_warp = memory.g + warp * TILE_Q, *k_of_lane = memory.k + lane;
-  T* part = memory.parts + warp * BACKWARD_KEYS * BACKWARD_CHANNELS + lane;
+  T* part = memory.parts + warp * BACKWARD_KEYS<T> * BACKWARD_CHANNELS + lane;
 #pragma unroll 4
-  for (int key = 0; key < BACKWARD_KEYS; ++key) {
+  for (int key = 0; key < BACKWARD_KEYS<T>; ++key) {
     const T k = k_of_lane[key * BACKWARD_CHANNELS];
     T sum = 0;
 #pragma unroll
@@ -270,16 +273,18 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   });
   bound = block_reduce(bound, memory.reduce, [](T a, T b) { return gpu::max(a, b); });
 
-  // What the thread stages and sums: 4 channels of a key, and of g two packs.
+  // What the thread stages and sums: 4 channels of a key, if there are as many, and packs of g.
+  constexpr int KEYS = BACKWARD_KEYS<T>;
   const int key = static_cast<int>(threadIdx.x) / 8, channel = static_cast<int>(threadIdx.x) % 8 * PACK;
+  const bool stages = key < KEYS;
   JointSums<T> sums = {};
   T g_sum = 0;
   bool raw = false;  // whether q holds q
-  for (int64_t j0 = 0; j0 < keys_end; j0 += BACKWARD_KEYS) {
+  for (int64_t j0 = 0; j0 < keys_end; j0 += KEYS) {
     __syncthreads();
     const T* g = chunk.g + (head * chunk.keys + j0) * chunk.rows() + tile * BLOCK_Q;
 #pragma unroll
-    for (int n = 0; n < BACKWARD_KEYS * BLOCK_Q / (PACK * BACKWARD_BLOCK); ++n) {
+    for (int n = 0; n < KEYS * BLOCK_Q / (PACK * BACKWARD_BLOCK); ++n) {
       const int at_pack = static_cast<int>(threadIdx.x) + n * BACKWARD_BLOCK;
       const int row = at_pack / (BLOCK_Q / PACK), column = at_pack % (BLOCK_Q / PACK) * PACK;
       const auto pack = gpu::load_pack<PACK>(g + row * chunk.rows() + column);
@@ -287,7 +292,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
       for (int e = 0; e < PACK; ++e) g_sum += pack.element[e];
       gpu::store_pack(memory.g + row * BLOCK_Q + column, pack);
     }
-    const bool exists = j0 + key < keys_end;
+    const bool exists = stages && j0 + key < keys_end;
     const auto keys =
         load_channels(p.key.row(at.b, at.h, exists ? j0 + key : j0), p.key.packed, d0 + channel, exists ? p.D : 0);
     T key_bound = 0;
@@ -298,7 +303,10 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
       key_bound = gpu::max(key_bound, gpu::abs(x));
       pack.element[e] = exp_of_twice(x);
     }
-    gpu::store_pack(memory.k + key * BACKWARD_CHANNELS + channel, pack);
+    const auto store_keys = [&] {
+      if (stages) gpu::store_pack(memory.k + key * BACKWARD_CHANNELS + channel, pack);
+    };
+    store_keys();
     if (!__syncthreads_or(!(bound + key_bound <= ScoreRange<T>::PAIR))) {
       if (raw) load_queries([](T x) { return exp_of_twice(x); });
       raw = false;
@@ -306,19 +314,19 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
     } else {
 #pragma unroll
       for (int e = 0; e < PACK; ++e) pack.element[e] = gpu::to_arithmetic(keys.element[e]);
-      gpu::store_pack(memory.k + key * BACKWARD_CHANNELS + channel, pack);
+      store_keys();
       if (!raw) load_queries([](T x) { return x; });
       raw = true;
       __syncthreads();
       joint_keys<false>(memory, q, sums);
     }
     __syncthreads();
+    if (!stages) continue;
 #pragma unroll
     for (int e = 0; e < PACK; ++e) pack.element[e] = 0;
 #pragma unroll
     for (int w = 0; w < BACKWARD_WARPS; ++w) {
-      const auto part =
-          gpu::load_pack<PACK>(memory.parts + (w * BACKWARD_KEYS + key) * BACKWARD_CHANNELS + channel);
+      const auto part = gpu::load_pack<PACK>(memory.parts + (w * KEYS + key) * BACKWARD_CHANNELS + channel);
 #pragma unroll
       for (int e = 0; e < PACK; ++e) pack.element[e] += part.element[e];
     }
@@ -372,7 +380,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
                                          const BackwardChunk<gpu::Arithmetic<S>> chunk, S* grad_value) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);  // p as [i][j], dc as [i][v]
-  T* const dc = shared + BLOCK_Q * LEADING;
+  T* const dc = shared + BLOCK_Q * BLOCK_K;
   const int64_t column_tiles = gpu::ceil_div(p.Dv, 64), key_tiles = chunk.keys / BLOCK_K;
   const int64_t v0 = blockIdx.x % column_tiles * 64, j0 = blockIdx.x / column_tiles % key_tiles * BLOCK_K;
   const int64_t head = blockIdx.x / (column_tiles * key_tiles);
@@ -383,10 +391,10 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, queries_end = lower(p.Tq, i0 + BLOCK_Q);
     if (j0 >= p.keys_end(at.b, i0)) continue;
     __syncthreads();
-    stage_rows(weights, at, tile * BLOCK_Q, (tile + 1) * BLOCK_Q, j0, chunk.keys, shared);
-    stage_rows(grad_context, at, i0, queries_end, v0, p.Dv, dc);
+    stage_rows<BLOCK_K>(weights, at, tile * BLOCK_Q, (tile + 1) * BLOCK_Q, j0, chunk.keys, shared);
+    stage_rows<BLOCK_K>(grad_context, at, i0, queries_end, v0, p.Dv, dc);
     __syncthreads();
-    multiply_tile(shared, dc, static_cast<int>(queries_end - i0), acc);
+    multiply_tile<BLOCK_K>(shared, dc, static_cast<int>(queries_end - i0), acc);
   }
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i) {
@@ -518,7 +526,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
       if (grads.grad_context.data != nullptr && p.Dv > 0)
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_values<S>,
                          chunk.heads * (chunk.keys / BLOCK_K) * gpu::ceil_div(p.Dv, 64), ATTENTION_BLOCK,
-                         2 * BLOCK_Q * LEADING * sizeof(T), stream, p, grads.grad_context, chunk,
+                         2 * BLOCK_Q * BLOCK_K * sizeof(T), stream, p, grads.grad_context, chunk,
                          grads.grad_value);
     }
   if (p.D > 0) launch_weight(chunk.weight_parts, plan.tiles, plan.channels);

@@ -8,8 +8,8 @@
 // registers.
 //
 // p . x runs on tensor cores in half precision, and for float32 where PyTorch's setting allows TF32; else on fused
-// multiply-adds. Backward's products stay in float32, a small part of its work: TF32 reaches gradients through the
-// context alone.
+// multiply-adds, so in bfloat16 on GPUs whose tensor cores do not have it. Backward's products stay in float32, a
+// small part of its work: TF32 reaches gradients through the context alone.
 #pragma once
 
 #include "cuda_problem.cuh"
@@ -38,21 +38,24 @@ struct AttentionOutputs {
 };
 
 // The product of p and x, 64 queries x 64 columns, as a block computes it: 32 sums a thread. Element is the type
-// of p and x in shared memory, LEADING_P and LEADING_X the lengths of their rows.
+// of p and x in shared memory, LEADING_P and LEADING_X the lengths of their rows, KEYS how many of x lie there at
+// once.
 //
 // On fused multiply-adds, in the arithmetic type: p lies as [key][query], and a thread has the rows and columns of
 // its scores.
-template <typename S, bool tf32>
+template <typename S, bool tensor_cores>
 struct ContextProduct {
   using Element = gpu::Arithmetic<S>;
-  static constexpr int LEADING_P = LEADING, LEADING_X = LEADING;
+  static constexpr int LEADING_P = LEADING, LEADING_X = LEADING,
+                       KEYS = sizeof(Element) == 8 ? BLOCK_K / 2 : BLOCK_K;
 
   static FUSEDATTN_DEVICE void store_p(const Element (&p)[TILE_Q][TILE_K], Element* to) {
     store_transposed(p, to + tile_column() * LEADING_P + tile_row(), LEADING_P);
   }
-  static FUSEDATTN_DEVICE void multiply(const Element* p, const Element* x, int depth,
+  // With the keys of p from `key` on, `depth` of them.
+  static FUSEDATTN_DEVICE void multiply(const Element* p, int key, const Element* x, int depth,
                                         Element (&acc)[TILE_Q][TILE_K]) {
-    multiply_tile(p, x, depth, acc);
+    multiply_tile(p + key * LEADING_P, x, depth, acc);
   }
   static FUSEDATTN_DEVICE int row(int n, int) { return tile_row() + n; }
   static FUSEDATTN_DEVICE int column(int, int e) { return tile_column() + e; }
@@ -63,7 +66,7 @@ struct ContextProduct {
 template <typename E, int leading_p, int leading_x>
 struct TensorCoreProduct {
   using Element = E;
-  static constexpr int LEADING_P = leading_p, LEADING_X = leading_x;
+  static constexpr int LEADING_P = leading_p, LEADING_X = leading_x, KEYS = BLOCK_K;
 
   static FUSEDATTN_DEVICE void store_p(const float (&p)[TILE_Q][TILE_K], Element* to) {
 #pragma unroll
@@ -93,7 +96,7 @@ struct HalfProduct : TensorCoreProduct<S, 72, 72> {
     memcpy(&bits, both, sizeof(bits));
     return bits;
   }
-  static FUSEDATTN_DEVICE void multiply(const S* p, const S* x, int depth, float (&acc)[TILE_Q][TILE_K]) {
+  static FUSEDATTN_DEVICE void multiply(const S* p, int, const S* x, int depth, float (&acc)[TILE_Q][TILE_K]) {
     constexpr int P = Base::LEADING_P, X = Base::LEADING_X;
     const int pairs = threadIdx.x % 4 * 2;
     p += Base::first_row() * P + pairs;
@@ -112,15 +115,15 @@ struct HalfProduct : TensorCoreProduct<S, 72, 72> {
   }
 };
 template <>
-struct ContextProduct<__half, false> : HalfProduct<__half> {};
+struct ContextProduct<__half, true> : HalfProduct<__half> {};
 template <>
-struct ContextProduct<__nv_bfloat16, false> : HalfProduct<__nv_bfloat16> {};
+struct ContextProduct<__nv_bfloat16, true> : HalfProduct<__nv_bfloat16> {};
 
 // Of float32 where PyTorch's setting allows TF32: p and x keep 10 bits of their mantissas, sums are float32. The
 // 32 lanes of a fragment meet every bank once: rows of p start 4 banks apart, rows of x 8.
 template <>
 struct ContextProduct<float, true> : TensorCoreProduct<gpu::Tf32, 68, 72> {
-  static FUSEDATTN_DEVICE void multiply(const gpu::Tf32* p, const gpu::Tf32* x, int depth,
+  static FUSEDATTN_DEVICE void multiply(const gpu::Tf32* p, int, const gpu::Tf32* x, int depth,
                                         float (&acc)[TILE_Q][TILE_K]) {
     constexpr int P = LEADING_P, X = LEADING_X;
     const int first = threadIdx.x % 4;
@@ -139,13 +142,13 @@ struct ContextProduct<float, true> : TensorCoreProduct<gpu::Tf32, 68, 72> {
 };
 
 // Shared memory of the kernel; x takes the place of the staged channels.
-template <typename S, bool tf32>
+template <typename S, bool tensor_cores>
 struct ForwardMemory {
   using T = gpu::Arithmetic<S>;
-  using Product = ContextProduct<S, tf32>;
+  using Product = ContextProduct<S, tensor_cores>;
   using Element = typename Product::Element;
   static constexpr int64_t P = BLOCK_Q * Product::LEADING_P * sizeof(Element) / sizeof(T);
-  static constexpr int64_t X = BLOCK_K * Product::LEADING_X * sizeof(Element) / sizeof(T);
+  static constexpr int64_t X = Product::KEYS * Product::LEADING_X * sizeof(Element) / sizeof(T);
   static constexpr int64_t STAGE = ScoreMemory<T>::SIZE > X ? ScoreMemory<T>::SIZE : X;
   static constexpr int64_t SIZE = STAGE + P + 4 * BLOCK_Q;
   ScoreMemory<T> score;
@@ -171,8 +174,8 @@ FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
 
 // One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
 // sums must be multiplied with.
-template <typename S, bool tf32, typename T>
-FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S, tf32>& memory) {
+template <typename S, bool tensor_cores, typename T>
+FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S, tensor_cores>& memory) {
   T before[TILE_Q];
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i) before[i] = memory.row_max[tile_row() + i];
@@ -202,27 +205,30 @@ FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemo
       memory.row_normaliser[row] = normaliser(top, sum);
     }
   }
-  ContextProduct<S, tf32>::store_p(score, memory.p);
+  ContextProduct<S, tensor_cores>::store_p(score, memory.p);
 }
 
 // sums = sums row_scale + p x, for the tile's keys and all columns; in the end times the normaliser to the
 // context. Begins with a barrier.
-template <typename S, bool tf32>
+template <typename S, bool tensor_cores>
 FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const AttentionOutputs<S>& out, const Head& at,
                                    int64_t i0, int64_t j0, int64_t keys_end,
-                                   const ForwardMemory<S, tf32>& memory) {
+                                   const ForwardMemory<S, tensor_cores>& memory) {
   using T = gpu::Arithmetic<S>;
-  using Product = ContextProduct<S, tf32>;
+  using Product = ContextProduct<S, tensor_cores>;
   const bool first = j0 == 0, last = j0 + BLOCK_K >= keys_end;
-  const int depth = static_cast<int>(lower(BLOCK_K, keys_end - j0)),
-            rows = static_cast<int>(lower(BLOCK_Q, p.Tq - i0));
+  const int rows = static_cast<int>(lower(BLOCK_Q, p.Tq - i0));
   int64_t v0 = 0;
   do {  // once even without columns, for the barrier
-    __syncthreads();
-    stage_rows<Product::LEADING_X>(p.value, at, j0, keys_end, v0, p.Dv, memory.x);
-    __syncthreads();
     T acc[TILE_Q][TILE_K] = {};
-    Product::multiply(memory.p, memory.x, depth, acc);
+#pragma unroll
+    for (int key = 0; key < BLOCK_K; key += Product::KEYS) {
+      __syncthreads();
+      stage_rows<Product::LEADING_X, Product::KEYS>(p.value, at, j0 + key, keys_end, v0, p.Dv, memory.x);
+      __syncthreads();
+      const int depth = static_cast<int>(lower(Product::KEYS, keys_end - j0 - key));
+      Product::multiply(memory.p, key, memory.x, depth, acc);
+    }
     const int64_t corner = (at.n * p.Tq + i0) * p.Dv + v0;
 #pragma unroll
     for (int n = 0; n < TILE_Q; ++n)
@@ -241,13 +247,13 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
   } while (v0 < p.Dv);
 }
 
-template <typename S, bool tf32>
+template <typename S, bool tensor_cores>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
     additive_attention_fwd_kernel(const AttentionProblem<S> p, const AttentionOutputs<S> out,
                                   int64_t query_tiles) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
-  const ForwardMemory<S, tf32> memory(shared);
+  const ForwardMemory<S, tensor_cores> memory(shared);
   const Head at(p, blockIdx.x / query_tiles);
   const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
   const WeightScale<T> weight(p, at, memory.score.reduce);
@@ -321,6 +327,13 @@ int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
   return sizeof(S) < sizeof(gpu::Arithmetic<S>) ? p.heads() * p.Tq * p.Dv : 0;
 }
 
+// Whether p . x runs on tensor cores. tf32: whether float32 may be rounded for them.
+template <typename S>
+bool context_on_tensor_cores(bool tf32) {
+  if (std::is_same_v<S, double> || (std::is_same_v<S, float> && !tf32)) return false;
+  return std::is_same_v<S, __half> || gpu::architecture() >= gpu::SM_80;
+}
+
 // context (B, H, Tq, Dv), lse (B, H, Tq), scores (B, H, Tq, Tk) or null, weights like scores or null (they need
 // scores). tf32: whether the product p . x of float32 may round its factors to TF32; few queries never do, which
 // would gain nothing where memory is the bound.
@@ -338,14 +351,15 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu
     T* sums = workspace;
     if constexpr (sizeof(S) == sizeof(T)) sums = context;
     const AttentionOutputs<S> out{context, lse, scores, sums};
-    tf32 = tf32 && std::is_same_v<S, float>;
-    if constexpr (std::is_same_v<S, float>)
-      if (tf32)
+    const bool tensor_cores = context_on_tensor_cores<S>(tf32);
+    if constexpr (!std::is_same_v<S, double>)
+      if (tensor_cores)
         FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, true>), blocks, ATTENTION_BLOCK,
                          (ForwardMemory<S, true>::SIZE * sizeof(T)), stream, p, out, tiles);
-    if (!tf32)
-      FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, false>), blocks, ATTENTION_BLOCK,
-                       (ForwardMemory<S, false>::SIZE * sizeof(T)), stream, p, out, tiles);
+    if constexpr (!std::is_same_v<S, __half>)
+      if (!tensor_cores)
+        FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, false>), blocks, ATTENTION_BLOCK,
+                         (ForwardMemory<S, false>::SIZE * sizeof(T)), stream, p, out, tiles);
   }
   if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);
 }

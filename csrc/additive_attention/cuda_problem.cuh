@@ -26,10 +26,12 @@
 
 namespace fusedattn {
 
-constexpr int BLOCK_Q = 64, BLOCK_K = 64, BLOCK_D = 32;
-constexpr int ATTENTION_BLOCK = 128;         // threads
-constexpr int TILE_Q = 8, TILE_K = 4;        // of a thread
-constexpr int ROW_LANES = BLOCK_K / TILE_K;  // threads that share TILE_Q rows; half a warp
+constexpr int BLOCK_Q = 64, BLOCK_K = 64;
+template <typename T>
+constexpr int BLOCK_D = sizeof(T) == 8 ? 16 : 32;  // in double 64 KiB of shared memory hold no more
+constexpr int ATTENTION_BLOCK = 128;               // threads
+constexpr int TILE_Q = 8, TILE_K = 4;              // of a thread
+constexpr int ROW_LANES = BLOCK_K / TILE_K;        // threads that share TILE_Q rows; half a warp
 constexpr int LEADING = 68;
 constexpr int PACK = 4;  // elements that staging moves at once
 
@@ -170,12 +172,13 @@ FUSEDATTN_DEVICE void stage_transposed(const RowsOf<S>& x, const Head& at, int64
   const int lane = threadIdx.x % gpu::WARP, row = static_cast<int>(threadIdx.x) / gpu::WARP * 16 + lane / 2;
   const bool exists = first + row < last;
   const S* source = x.row(at.b, at.h, exists ? first + row : first);
-  gpu::Pack<S, PACK> packs[BLOCK_D / (2 * PACK)];
+  constexpr int PACKS = BLOCK_D<gpu::Arithmetic<S>> / (2 * PACK);
+  gpu::Pack<S, PACK> packs[PACKS];
 #pragma unroll
-  for (int n = 0; n < BLOCK_D / (2 * PACK); ++n)
+  for (int n = 0; n < PACKS; ++n)
     packs[n] = load_channels(source, x.packed, d0 + (2 * n + lane % 2) * PACK, exists ? width : 0);
 #pragma unroll
-  for (int n = 0; n < BLOCK_D / (2 * PACK); ++n)
+  for (int n = 0; n < PACKS; ++n)
 #pragma unroll
     for (int e = 0; e < PACK; ++e)
       to[((2 * n + lane % 2) * PACK + e) * LEADING + row] = f(gpu::to_arithmetic(packs[n].element[e]));
@@ -189,14 +192,14 @@ FUSEDATTN_DEVICE To convert(S x) {
     return gpu::to_storage<To>(gpu::to_arithmetic(x));
 }
 
-// to[row][v] (rows of `leading`) = x[first + row][v0 + v] for 64 rows and 64 columns, zeros from `last` and
+// to[row][v] (rows of `leading`) = x[first + row][v0 + v] for `rows` rows and 64 columns, zeros from `last` and
 // `width` on.
-template <int leading = LEADING, typename S, typename To>
+template <int leading, int rows = 64, typename S, typename To>
 FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t first, int64_t last, int64_t v0,
                                  int64_t width, To* to) {
   const int v = static_cast<int>(threadIdx.x) % 16 * PACK;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < rows / 8; ++n) {
     const int row = static_cast<int>(threadIdx.x) / 16 + 8 * n;
     const bool exists = first + row < last;
     const S* source = x.row(at.b, at.h, exists ? first + row : first);
@@ -222,16 +225,16 @@ FUSEDATTN_DEVICE void store_transposed(const T (&x)[TILE_Q][TILE_K], T* to, int6
     }
 }
 
-// acc[i][j] += sum over `depth` rows of a[.][i] b[.][j] (both in shared memory, rows of LEADING).
-template <typename T>
+// acc[i][j] += sum over `depth` rows of a[.][i] b[.][j] (both in shared memory, rows of `leading`).
+template <int leading = LEADING, typename T>
 FUSEDATTN_DEVICE void multiply_tile(const T* a, const T* b, int depth, T (&acc)[TILE_Q][TILE_K]) {
   a += tile_row();
   b += tile_column();
 #pragma unroll 4
   for (int k = 0; k < depth; ++k) {
-    const auto left = gpu::load_pack<TILE_Q / 2>(a + k * LEADING);
-    const auto right = gpu::load_pack<TILE_Q / 2>(a + k * LEADING + TILE_Q / 2);
-    const auto column = gpu::load_pack<TILE_K>(b + k * LEADING);
+    const auto left = gpu::load_pack<TILE_Q / 2>(a + k * leading);
+    const auto right = gpu::load_pack<TILE_Q / 2>(a + k * leading + TILE_Q / 2);
+    const auto column = gpu::load_pack<TILE_K>(b + k * leading);
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
@@ -280,10 +283,10 @@ struct WeightScale {
 // Shared memory of score_tile: channels of queries and keys, their weights, and an element per warp twice.
 template <typename T>
 struct ScoreMemory {
-  static constexpr int64_t SIZE = 2 * BLOCK_D * LEADING + BLOCK_D + 2 * ATTENTION_BLOCK / gpu::WARP;
+  static constexpr int64_t SIZE = 2 * BLOCK_D<T> * LEADING + BLOCK_D<T> + 2 * ATTENTION_BLOCK / gpu::WARP;
   T *q, *k, *w, *reduce;
   FUSEDATTN_DEVICE explicit ScoreMemory(T* memory)
-      : q(memory), k(q + BLOCK_D * LEADING), w(k + BLOCK_D * LEADING), reduce(w + BLOCK_D) {}
+      : q(memory), k(q + BLOCK_D<T> * LEADING), w(k + BLOCK_D<T> * LEADING), reduce(w + BLOCK_D<T>) {}
 };
 
 // acc += sum over the staged channels of w r, by pairs of channels.
@@ -291,7 +294,7 @@ template <typename T>
 FUSEDATTN_DEVICE void score_channels(const ScoreMemory<T>& memory, T (&acc)[TILE_Q][TILE_K]) {
   const T *q = memory.q + tile_row(), *k = memory.k + tile_column();
 #pragma unroll 2
-  for (int d = 0; d < BLOCK_D; d += 2) {
+  for (int d = 0; d < BLOCK_D<T>; d += 2) {
     T q1[TILE_Q], q2[TILE_Q];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -317,7 +320,7 @@ FUSEDATTN_DEVICE void score_channels(const ScoreMemory<T>& memory, T (&acc)[TILE
 template <typename T>
 FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, bool finite, T (&acc)[TILE_Q][TILE_K]) {
 #pragma unroll 1
-  for (int d = 0; d < BLOCK_D; ++d) {
+  for (int d = 0; d < BLOCK_D<T>; ++d) {
     const T *q = memory.q + d * LEADING + tile_row(), *k = memory.k + d * LEADING + tile_column();
     const T w = memory.w[d];
 #pragma unroll
@@ -396,7 +399,7 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
   int64_t d0 = 0;
   do {  // once even without channels, for the barrier
     __syncthreads();
-    if (threadIdx.x < BLOCK_D) {
+    if (threadIdx.x < BLOCK_D<T>) {
       const int64_t d = d0 + threadIdx.x;
       memory.w[threadIdx.x] = d < p.D ? gpu::to_arithmetic(w[d]) / weight.top : T(0);
     }
@@ -432,7 +435,7 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
       __syncthreads();
       score_channels_of_sums(memory, weight.finite, score);
     }
-    d0 += BLOCK_D;
+    d0 += BLOCK_D<T>;
   } while (d0 < p.D);
   finish_scores(p, at, weight, i0, j0, keys_end, score);
 }

@@ -46,7 +46,7 @@ struct SplitPlan {
     channels = gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS;
     queries = p.Tq == 1 ? 1 : gpu::ceil_div(p.Tq, SPLIT_STEP) * SPLIT_STEP;
     shared = sizeof(T) * ((queries + 1) * channels + p.Tq * (SPLIT_KEYS + 3) + ATTENTION_BLOCK / gpu::WARP);
-    if (p.Tq > SPLIT_QUERIES || p.Tq == 0 || p.heads() == 0 || shared > gpu::SHARED_MOST) return;
+    if (p.Tq > SPLIT_QUERIES || p.Tq == 0 || p.heads() == 0 || shared > gpu::shared_most()) return;
     keys = keys_of_split(p.heads(), p.Tk);
     splits = keys == 0 ? 1 : gpu::ceil_div(p.Tk, keys);
   }

@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 #include <math.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -38,7 +39,7 @@
 // goes in parentheses: FUSEDATTN_LAUNCH((film_fwd_kernel<S, RELU>), ...). Throws std::runtime_error, naming the
 // kernel.
 #define FUSEDATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::fusedattn::gpu::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+  ::fusedattn::gpu::launch<(kernel)>(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 namespace fusedattn {
 namespace gpu {
@@ -46,9 +47,21 @@ namespace gpu {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 
-// Shared memory that every block may have without asking, and what the smallest supported GPUs (sm_86, sm_120)
-// give when asked.
-constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 99 << 10;
+// What the kernels were compiled for that run on the current device: 75 for compute capability 7.5. Launchers
+// choose by it where a kernel needs more than that has.
+#if defined(__CUDACC__)
+int architecture();  // cuda_device.cu
+#else
+inline int architecture() { return cuda_emulator::architecture(); }
+#endif
+
+// Tensor cores multiply half precision everywhere, bfloat16 and TF32 from here on.
+constexpr int SM_80 = 80;
+
+// Shared memory that every block may have without asking, and with: what sm_75 gives, or the smallest of the later
+// GPUs (sm_86, sm_120).
+constexpr size_t SHARED_DEFAULT = 48 << 10;
+inline size_t shared_most() { return (architecture() < SM_80 ? 64 : 99) << 10; }
 
 FUSEDATTN_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -62,26 +75,46 @@ inline unsigned checked_blocks(const char* name, int64_t blocks) {
 
 #if defined(__CUDACC__)
 
+constexpr int MAX_DEVICES = 128;  // torch counts them in 8 bits
+
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgotten, or the next launch would report it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-template <typename... P, typename... A>
-void launch(const char* name, void (*kernel)(P...), int64_t blocks, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, A&&... arguments) {
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+// A kernel asks for the most, once on each device: were it what a call needs, the call of another thread could
+// lower it before this one's launch.
+template <auto kernel>
+void allow_shared_most(const char* name) {
+  static std::atomic<bool> allowed[MAX_DEVICES];
+  std::atomic<bool>& here = allowed[current_device()];
+  if (here.load(std::memory_order_relaxed)) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_most())),
+        name);
+  here.store(true, std::memory_order_relaxed);
+}
+
+template <auto kernel, typename... P, typename... A>
+void launch(const char* name, void (*)(P...), int64_t blocks, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            A&&... arguments) {
   const dim3 grid(checked_blocks(name, blocks));
-  if (shared_bytes > SHARED_DEFAULT)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          name);
+  if (shared_bytes > SHARED_DEFAULT) allow_shared_most<kernel>(name);
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(arguments)...);
   check(cudaGetLastError(), name);
 }
 
 #else
 
-template <typename... P, typename... A>
-void launch(const char* name, void (*kernel)(P...), int64_t blocks, dim3 block, size_t shared_bytes, cudaStream_t,
+template <auto kernel, typename... P, typename... A>
+void launch(const char* name, void (*)(P...), int64_t blocks, dim3 block, size_t shared_bytes, cudaStream_t,
             A&&... arguments) {
   const dim3 grid(checked_blocks(name, blocks));
   cuda_emulator::launch(name, grid, block, shared_bytes, [&] { kernel(static_cast<P>(arguments)...); });
@@ -244,7 +277,23 @@ FUSEDATTN_DEVICE T warp_max(T x) {
 template <typename S>
 FUSEDATTN_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // half precision, K = 8 at a time; others are not launched
+
+template <>
+FUSEDATTN_DEVICE void mma_16x8x16<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+}
+template <>
+FUSEDATTN_DEVICE void mma_16x8x16<__nv_bfloat16>(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {
+  __trap();
+}
+FUSEDATTN_DEVICE void mma_16x8x8_tf32(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) { __trap(); }
+
+#elif defined(__CUDACC__)
 
 template <>
 FUSEDATTN_DEVICE void mma_16x8x16<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -283,7 +332,7 @@ FUSEDATTN_DEVICE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], con
 // Rounds to the 10 mantissa bits of TF32, to nearest, ties away from zero.
 FUSEDATTN_HOST_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
 #else
   std::memcpy(&bits, &x, sizeof(bits));

@@ -42,13 +42,14 @@ using Array = std::optional<py::array>;
 #define MODULE_NAME(name) name
 #endif
 
-#define BINDINGS(name, module)                                           \
-  static void bind(py::module_& module);                                 \
-  PYBIND11_MODULE(MODULE_NAME(name), module) {                           \
-    module.def("set_order", &cuda_emulator::set_order, py::arg("seed")); \
-    module.def("switch_count", &cuda_emulator::switch_count);            \
-    bind(module);                                                        \
-  }                                                                      \
+#define BINDINGS(name, module)                                                                 \
+  static void bind(py::module_& module);                                                       \
+  PYBIND11_MODULE(MODULE_NAME(name), module) {                                                 \
+    module.def("set_order", &cuda_emulator::set_order, py::arg("seed"));                       \
+    module.def("set_architecture", &cuda_emulator::set_architecture, py::arg("architecture")); \
+    module.def("switch_count", &cuda_emulator::switch_count);                                  \
+    bind(module);                                                                              \
+  }                                                                                            \
   static void bind(py::module_& module)
 
 // body(S{}) for the storage type that torch calls `dtype`.

@@ -60,7 +60,6 @@ namespace {
 
 constexpr size_t PAGE = 4096, STACK = 128 << 10;
 constexpr unsigned MAX_THREADS = 1024, MAX_MASKS = 8;  // masks: different ones that a warp uses in its life
-constexpr size_t MAX_SHARED = 99 << 10;                // the least of all supported GPUs: sm_86, sm_120
 
 // What the sanitizer has to know of a stack of execution.
 struct Context {
@@ -133,6 +132,7 @@ Context scheduler;
 Launch* active = nullptr;
 Thread* running = nullptr;
 uint32_t order_seed = 0;
+int gpu_architecture = 80;
 uint64_t switches = 0;
 
 void switch_context(Context& from, Context& to, bool leaving_for_good = false) {
@@ -314,11 +314,10 @@ void check_configuration(const char* kernel, dim3 grid, dim3 block, size_t share
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > MAX_THREADS || block.z > 64)
     invalid("no GPU has a block of " + size(block) + " threads");
-  if (shared_bytes > MAX_SHARED)
-    invalid("shared memory: expected at most " + std::to_string(MAX_SHARED) +
-            " bytes, which every supported GPU "
-            "has, got " +
-            std::to_string(shared_bytes));
+  const size_t most = (gpu_architecture < 80 ? 64 : 99) << 10;  // sm_75; the least from 8.0 on, sm_86 and sm_120
+  if (shared_bytes > most)
+    invalid("shared memory: expected at most " + std::to_string(most) + " bytes, which every sm_" +
+            std::to_string(gpu_architecture) + " has, got " + std::to_string(shared_bytes));
   if (active != nullptr) invalid("launched from a kernel");
 }
 
@@ -377,6 +376,9 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, cons
 
 void set_order(uint32_t seed) { order_seed = seed; }
 
+void set_architecture(int architecture) { gpu_architecture = architecture; }
+int architecture() { return gpu_architecture; }
+
 uint64_t switch_count() { return switches; }
 
 void* dynamic_shared() { return active->shared; }
@@ -416,6 +418,7 @@ void require_lane(const char* where, uint32_t mask, int source) {
 }
 
 void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Multiplicand type) {
+  if (gpu_architecture < 80 && type != Multiplicand::HALF) fail("mma: tensor cores before 8.0 have half alone,");
   struct Registers {
     uint32_t a[4], b[2];
   };

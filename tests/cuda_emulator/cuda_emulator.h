@@ -7,7 +7,8 @@
 // and threads:
 //   - a barrier or collective that some of the threads it waits for never reach, or that they reach at another
 //   line,
-//   - a lane that reads a lane outside the mask, an impossible grid, block or amount of shared memory.
+//   - a lane that reads a lane outside the mask, an impossible grid, block or amount of shared memory,
+//   - what the architecture to stand in for does not have.
 // Fresh shared memory holds NaN. Built with AddressSanitizer, overruns of global and shared memory are reported;
 // built with ThreadSanitizer, data races, within a block (a missing barrier) and between blocks. As in CUDA's
 // memory model
@@ -33,6 +34,11 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, cons
 // Order of threads and blocks of the launches that follow; 0 is ascending.
 void set_order(uint32_t seed);
 
+// The GPU to stand in for: 75 for compute capability 7.5. Default: 80. It decides how much shared memory a block
+// may have and what tensor cores multiply.
+void set_architecture(int architecture);
+int architecture();
+
 // Switches between fibers since the process began.
 uint64_t switch_count();
 
@@ -54,7 +60,7 @@ void require_lane(const char* where, uint32_t mask, int source);
 enum class Multiplicand { HALF, BFLOAT16, TF32 };
 
 // The mma instructions that csrc/common/cuda.cuh describes. Products are exact, sums are rounded to float one by
-// one.
+// one. Throws where the architecture does not have the type.
 void matrix_multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Multiplicand type);
 
 inline float flush_subnormal(float x) { return x > -1.17549435e-38f && x < 1.17549435e-38f ? x * 0.0f : x; }

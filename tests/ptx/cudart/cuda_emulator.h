@@ -3,5 +3,6 @@
 
 namespace cuda_emulator {
 inline void set_order(int) {}
+inline void set_architecture(int) {}
 inline long switch_count() { return 0; }
 }  // namespace cuda_emulator
