@@ -9,7 +9,7 @@ Without a C++ compiler the installation is pure Python: Triton kernels on GPUs, 
 Environment:
     FUSEDATTN_SKIP_BUILD=1 asks for that, 0 makes a missing compiler an error.
     FUSEDATTN_CUDA=1 builds _C_cuda, 0 does not. Default: where this torch has CUDA and nvcc is found.
-    TORCH_CUDA_ARCH_LIST: for which GPUs. Default: "8.0;9.0;10.0;12.0+PTX".
+    TORCH_CUDA_ARCH_LIST: for which GPUs. Default: "7.5;8.0;9.0;10.0+PTX;12.0", all from 7.5 on.
     CUDA_HOME: of the toolkit, if nvcc is neither on PATH nor in /usr/local/cuda.
     FUSEDATTN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
     MAX_JOBS limits parallel compilation.
@@ -50,7 +50,8 @@ KERNEL_FLAGS = [
 ]
 LINK_FLAGS = []
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "--threads=2", "-Xcompiler=-fvisibility=hidden", *STABLE_ABI]
-CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+# Machine code runs on its own and the later minor versions (8.6, 8.9), PTX on all later GPUs (11.0).
+CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0"
 # The only symbol that _C_cuda takes from libtorch_cuda.so: linked to a stand-in of that name, it needs no such
 # library to be built.
 CUDA_STUB = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n"

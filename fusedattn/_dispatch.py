@@ -8,11 +8,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._mode_utils import no_dispatch
 
 from fusedattn import _library
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LEAST_CUDA_CAPABILITY = 8  # bfloat16 and TF32 on tensor cores
+LEAST_TRITON_CAPABILITY = (8, 0)  # that it supports; it compiles for 7.5, too, but promises nothing
 
 
 class UnsupportedError(ValueError):
@@ -104,8 +105,8 @@ def cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(f"inputs are on {device}, not on a CUDA device")
     elif not torch.cuda.is_available():
         reasons.append("torch finds no CUDA device")
-    else:
-        reasons += _capability_reasons(device)
+    elif not reasons and (error := cuda_error(device)):
+        reasons.append(f"the CUDA kernels do not run on {describe_gpu(device)}: {error}")
     return reasons + _dtype_reasons(dtype)
 
 
@@ -123,7 +124,10 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append("torch finds no GPU")
     else:
         if torch.version.hip is None:
-            reasons += _capability_reasons(device)
+            gpu = torch.cuda.get_device_properties(device)
+            if (gpu.major, gpu.minor) < LEAST_TRITON_CAPABILITY:
+                least = ".".join(map(str, LEAST_TRITON_CAPABILITY))
+                reasons.append(f"Triton needs compute capability {least}, this is {describe_gpu(device)}")
         if not reasons and (error := _library.triton_driver_error()) is not None:
             reasons.append(f"Triton does not start: {error}")
     return reasons + _dtype_reasons(dtype)
@@ -135,11 +139,21 @@ def _extension_reasons() -> list[str]:
     return [f"the compiled extension did not load: {_library.EXTENSION_ERROR}"]
 
 
-def _capability_reasons(device: torch.device) -> list[str]:
+def describe_gpu(device: torch.device) -> str:
+    """``Tesla T4 (compute capability 7.5)``"""
     gpu = torch.cuda.get_device_properties(device)
-    if gpu.major >= LEAST_CUDA_CAPABILITY:
-        return []
-    return [f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, below {LEAST_CUDA_CAPABILITY}.0"]
+    return f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})"
+
+
+def cuda_error(device: torch.device) -> str:
+    """What CUDA says where its driver, or this build, has no code of our kernels for a device; else empty."""
+    return _cuda_error(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_error(index: int) -> str:
+    with no_dispatch():  # else who traces this call would find the question in his graph
+        return torch.ops.fusedattn.cuda_error(index)
 
 
 def _dtype_reasons(dtype: torch.dtype) -> list[str]:
@@ -157,7 +171,7 @@ def tf32_allowed() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import dynamo here. torch.compile guards on the
 # settings by itself.
-tf32_allowed._dynamo_marked_constant = True
+tf32_allowed._dynamo_marked_constant = cuda_error._dynamo_marked_constant = True
 
 
 def overridable(function: Callable) -> Callable:

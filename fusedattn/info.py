@@ -10,7 +10,7 @@ import torch
 
 import fusedattn
 from fusedattn import _library
-from fusedattn._dispatch import BACKENDS
+from fusedattn._dispatch import BACKENDS, describe_gpu
 
 # Lowest first; each runs wherever a later one does.
 LEVELS = ("default", "avx2", "avx512")
@@ -56,7 +56,9 @@ def _availability(reasons: list[str], where: str) -> str:
 
 
 def _gpu() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+    if not torch.cuda.is_available():
+        return "a GPU"
+    return torch.cuda.get_device_name() if torch.version.hip else describe_gpu(torch.device("cuda"))
 
 
 def _triton() -> str:

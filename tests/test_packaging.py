@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedattn
-from fusedattn import _library, info
-from fusedattn._dispatch import UnsupportedError, cuda_reasons, triton_reasons
+from fusedattn import _dispatch, _library, info
+from fusedattn._dispatch import UnsupportedError, choose, cuda_reasons, triton_reasons
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,21 +80,52 @@ def test_info_and_the_refusal_say_why_cuda_cannot_run():
         fusedattn.additive_attention(*torch.ones(3, 1, 2, 4), torch.ones(4), backend="cuda")
 
 
-def test_cuda_reasons_name_every_obstacle(monkeypatch):
-    """As on a machine with a torch for CUDA: what is on the CPU, of another dtype, or on an old GPU is refused."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that torch for CUDA would find; ``error`` is what CUDA says of our kernels there."""
+    gpu = types.SimpleNamespace(name="Tesla T4", major=7, minor=5, error="")
     monkeypatch.setattr(_library, "CUDA_ERROR", None)
+    monkeypatch.setattr(_library, "TRITON_ERROR", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu = types.SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(_dispatch, "_cuda_error", lambda index: gpu.error)
+    return gpu
+
+
+def test_cuda_reasons_name_every_obstacle(monkeypatch, gpu):
+    """What is on the CPU, of another dtype, or on a GPU that no kernel was compiled for is refused."""
     cuda = torch.device("cuda", 0)
-    assert cuda_reasons(cuda, torch.float32) == ["Tesla T4 has compute capability 7.5, below 8.0"]
-    gpu.major, gpu.minor = 9, 0
-    assert cuda_reasons(cuda, torch.float32) == []
+    assert cuda_reasons(cuda, torch.float32) == cuda_reasons(torch.device("cuda"), torch.float32) == []
+    gpu.name, gpu.major, gpu.minor, gpu.error = "Tesla V100", 7, 0, "no kernel image is available"
+    described = "the CUDA kernels do not run on Tesla V100 (compute capability 7.0): no kernel image is available"
+    assert cuda_reasons(cuda, torch.float32) == [described]
+    gpu.error = ""
     assert cuda_reasons(torch.device("cpu"), torch.float32) == ["inputs are on cpu, not on a CUDA device"]
     (reason,) = cuda_reasons(cuda, torch.int8)
     assert "torch.int8" in reason
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_reasons(cuda, torch.float32) == ["torch finds no CUDA device"]
+
+
+def test_triton_needs_what_it_supports(monkeypatch, gpu):
+    monkeypatch.setattr(torch.version, "hip", None)
+    cuda = torch.device("cuda", 0)
+    needed = "Triton needs compute capability 8.0, this is Tesla T4 (compute capability 7.5)"
+    assert triton_reasons(cuda, torch.float32) == [needed]
+    gpu.major = 8
+    assert triton_reasons(cuda, torch.float32) == []
+
+
+def test_auto_goes_on_to_triton_where_cuda_has_no_kernels(gpu):
+    gpu.name, gpu.major, gpu.error = "NVIDIA H100", 9, "the driver is one of CUDA 12.8"
+
+    def chosen():
+        return choose("film", "auto", torch.device("cuda", 0), torch.float32, lambda: pytest.fail("an error"))
+
+    assert chosen() == "triton"
+    gpu.error = ""
+    assert chosen() == "cuda"
 
 
 @pytest.mark.parametrize("level", info.LEVELS)
@@ -211,3 +243,32 @@ def test_triton_schemas_are_those_of_the_library(op):
     for name in (f"{op}_fwd", f"{op}_bwd"):
         expected, found = (getattr(torch.ops.fusedattn, n).default._schema for n in (name, f"{name}_triton"))
         assert str(found) == str(expected).replace(f"{name}(", f"{name}_triton(")
+
+
+@pytest.mark.parametrize("error", ["", "no kernel image is available"])
+def test_asking_cuda_compiles_without_a_graph_break(monkeypatch, error):
+    monkeypatch.setattr(_dispatch, "_cuda_error", lambda index: error if index == 3 else pytest.fail("asked for"))
+
+    def f(x):
+        return x if _dispatch.cuda_error(torch.device("cuda", 3)) else x + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), torch.zeros(2) if error else torch.ones(2))
+
+
+@pytest.mark.skipif(_library.CUDA_ERROR is None, reason="the operator has its kernel")
+def test_asking_cuda_leaves_nothing_in_a_graph():
+    library = torch.library.Library("fusedattn", "IMPL")  # what it registers lives as long as it
+    library.impl("cuda_error", lambda device: f"asked for {device}", "CompositeExplicitAutograd")
+    _dispatch._cuda_error.cache_clear()
+    found = []
+
+    def f(x):
+        found.append(_dispatch.cuda_error(torch.device("cuda", 3)))
+        return x + 1
+
+    nodes = make_fx(f, tracing_mode="fake")(torch.ones(2)).graph.nodes
+    _dispatch._cuda_error.cache_clear()
+    assert found == ["asked for 3"]
+    assert [node.target for node in nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]
