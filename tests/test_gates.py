@@ -164,8 +164,9 @@ SWITCH = """
 """
 
 
-def test_a_switch_goes_on_at_its_targets():
-    function = sass.parse(SWITCH)["switch"]
+@pytest.mark.parametrize("operand", ["~URZ, ", ""], ids=["sm_80", "sm_75"])
+def test_a_switch_goes_on_at_its_targets(operand):
+    function = sass.parse(SWITCH.replace("~URZ, ", operand))["switch"]
     assert function.loops == [(0, 3)]
     assert function.memory_loop().global_widths == [16]
     assert sass.parse(SWITCH.replace(".L_x_2,.L_x_3", ".L_x_9"))["switch"].loops == []
@@ -204,7 +205,9 @@ def test_names_are_short():
 @pytest.mark.parametrize(
     "arch, threads, registers, shared, blocks",
     [
-        (80, 256, 32, 0, 8),  # threads
+        (75, 256, 32, 0, 4),  # threads
+        (75, 128, 32, 64 << 10, 1),  # nothing is kept by the system
+        (80, 256, 32, 0, 8),
         (80, 1024, 64, 0, 1),  # registers
         (80, 128, 162, 0, 3),  # registers in units of 256 a warp, a quarter of them to each scheduler
         (80, 128, 32, 48 << 10, 3),  # 49 KiB each, with what the system keeps, of 164
@@ -225,19 +228,20 @@ CALCULATOR = """
 #include <cstdio>
 #include <cuda_occupancy.h>
 int main() {
-  int arch, threads, registers, shared, all_shared, max_threads;
+  int arch, threads, registers, shared, all_shared, max_threads, reserved;
   while (scanf("%d %d %d %d %d %d", &arch, &max_threads, &all_shared, &threads, &registers, &shared) == 6) {
+    reserved = arch < 80 ? 0 : 1024;
     cudaOccDeviceProp device;
     device.computeMajor = arch / 10, device.computeMinor = arch % 10;
     device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = max_threads;
     device.regsPerBlock = device.regsPerMultiprocessor = 65536;
     device.warpSize = 32, device.numSms = 1;
     device.sharedMemPerBlock = 48 << 10, device.sharedMemPerMultiprocessor = all_shared;
-    device.sharedMemPerBlockOptin = all_shared - 1024, device.reservedSharedMemPerBlock = 1024;
+    device.sharedMemPerBlockOptin = all_shared - reserved, device.reservedSharedMemPerBlock = reserved;
     cudaOccFuncAttributes kernel;
     kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = 0;
     kernel.partitionedGCConfig = PARTITIONED_GC_OFF, kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-    kernel.maxDynamicSharedSizeBytes = all_shared - 1024;
+    kernel.maxDynamicSharedSizeBytes = all_shared - reserved;
     cudaOccDeviceState state;
     cudaOccResult result;
     if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared)) return 1;

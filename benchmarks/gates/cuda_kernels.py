@@ -14,14 +14,14 @@ from . import sass, tools
 from .kernel import Kernel
 from .occupancy import SHARED_RESERVED, occupancy
 
-ARCHITECTURES = (80, 90, 100, 120)
+ARCHITECTURES = (75, 80, 90, 100, 120)
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
 LAUNCHES = Path(__file__).with_name("launches.cpp")
 DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "half"}
 
 
 def sources() -> list[Path]:
-    return sorted((tools.ROOT / "csrc").glob("*/cuda_*.cu"))
+    return sorted(path for path in (tools.ROOT / "csrc").glob("*/cuda_*.cu") if path.parent.name != "common")
 
 
 def compile_source(source: Path, arch: int) -> bytes:
@@ -62,28 +62,36 @@ def short_name(demangled: str) -> str:
 
 
 @cache
-def dynamic_shared() -> dict[str, int]:
-    """Most dynamic shared memory that a launch of each kernel asks for, as the launchers themselves say."""
+def dynamic_shared() -> dict[int, dict[str, int]]:
+    """Most dynamic shared memory that launches of each kernel ask for, as the launchers say, by architecture."""
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/launches"
         includes = [f"-I{tools.ROOT / 'csrc'}", f"-I{tools.ROOT / 'tests' / 'cuda_emulator'}"]
         tools.run(tools.nvcc(), "-std=c++17", *includes, "-o", program, str(LAUNCHES))
-        lines = tools.run(program).splitlines()
-    found: dict[str, int] = {}
-    for line in lines:
-        shared, kernel = re.match(r"(\d+) .* kernel = ([^;]*);", line).groups()
-        name = short_name(kernel)
-        found[name] = max(found.get(name, 0), int(shared))
+        lines = {arch: tools.run(program, str(arch)).splitlines() for arch in ARCHITECTURES}
+    found: dict[int, dict[str, int]] = {arch: {} for arch in ARCHITECTURES}
+    for arch in ARCHITECTURES:
+        for line in lines[arch]:
+            shared, kernel = re.match(r"(\d+) .* kernel = ([^;]*);", line).groups()
+            name = short_name(kernel)
+            found[arch][name] = max(found[arch].get(name, 0), int(shared))
     return found
 
 
-def kernels_of(op: str, cubin: bytes, arch: int, dynamic: dict[str, int]) -> list[Kernel]:
-    """The kernels of a cubin. One that `dynamic` does not name has neither shared memory nor occupancy."""
+def kernels_of(op: str, cubin: bytes, arch: int, launched: dict[int, dict[str, int]]) -> list[Kernel]:
+    """The kernels of a cubin, without those that are launched on other architectures alone.
+
+    Args:
+        launched: of each architecture; a kernel that none names has neither shared memory nor occupancy.
+    """
+    dynamic, elsewhere = launched.get(arch, {}), {name for names in launched.values() for name in names}
     code, usage, threads = tools.disassemble(cubin)
     functions = sass.parse(code)
     names = list(threads)  # kernels alone have a thread count; device functions have none
     found = []
     for mangled, name in zip(names, demangle(names), strict=True):
+        if name in elsewhere and name not in dynamic:
+            continue
         function, used = functions[mangled], usage[mangled]
         # From sm_90 on the system's share is counted in, unless the file holds no shared memory at all.
         static = max(0, used["SHARED"] - SHARED_RESERVED) if arch >= 90 else used["SHARED"]
@@ -112,9 +120,9 @@ def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
     work = [(source, arch) for source in sources() for arch in wanted]
     with ThreadPoolExecutor(jobs) as pool:
         cubins = list(pool.map(lambda item: compile_source(*item), work))
-        dynamic = dynamic_shared()
+        launched = dynamic_shared()
         lists = list(
-            pool.map(lambda item, cubin: kernels_of(item[0].parent.name, cubin, item[1], dynamic), work, cubins)
+            pool.map(lambda item, cubin: kernels_of(item[0].parent.name, cubin, item[1], launched), work, cubins)
         )
     return [kernel for kernels in lists for kernel in kernels]
 

@@ -1,8 +1,13 @@
-// What the launchers ask for: prints kernel and dynamic shared memory of every launch that typical problems lead
-// to. Nothing is launched, so this runs anywhere. A new launcher belongs into all() below.
+// What the launchers ask for on the architecture named by the argument (75): prints kernel and dynamic shared
+// memory of every launch that typical problems lead to. Nothing is launched, so this runs anywhere. A new launcher
+// belongs into all() below.
 #include <cstdio>
+#include <cstdlib>
 
 #include "common/cuda.cuh"
+
+static int asked_architecture = 0;
+int cuda_emulator::architecture() { return asked_architecture; }
 
 #undef FUSEDATTN_LAUNCH
 #define FUSEDATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) record<(kernel)>(shared_bytes)
@@ -72,7 +77,8 @@ void all() {
 
 }  // namespace
 
-int main() {
+int main(int, char** arguments) {
+  asked_architecture = std::atoi(arguments[1]);
   all<float>();
   all<double>();
   all<__half>();

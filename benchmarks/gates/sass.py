@@ -68,7 +68,7 @@ class Instruction:
     @property
     def ends_here(self) -> bool:
         """Whether the next instruction never follows."""
-        if self.predicated:
+        if self.predicated or self.opcode == "BRA.DIV":  # taken where lanes have parted
             return False
         if self.base == "BRA":  # whose condition may be an operand: BRA P0, `(.L_x_1)
             return self.operands.lstrip().startswith("`")
