@@ -1,5 +1,6 @@
 # Every target sets up what it needs; the stamps make the second time quick.
-#   make test                       tests, at every CPU level that this machine has
+#   make test                       tests, at every CPU level that this machine has: five minutes on two cores
+#   make test-all                   all combinations of options that make test covers in pairs; for the night
 #   make bench                      results checked, then measured, a case or two of each kind, in five minutes at most
 #   make gates                      what every GPU kernel compiles to, checked; needs no GPU; GATES=--quick: less of it
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
@@ -22,18 +23,24 @@ SOURCES := setup.py pyproject.toml $(shell find csrc $(CXX_FILES))
 TORCH_STAMP := $(VENV)/.torch-$(subst /,-,$(subst =,-,$(subst $() ,-,$(TORCH))))
 BUILT := $(VENV)/.built
 
-.PHONY: test bench gates demo gpu lint sanitize wheel clean
+.PHONY: test test-all bench gates demo gpu lint sanitize wheel clean
 .DELETE_ON_ERROR:
 
-test: $(BUILT)
-	$(BIN)/python -m pytest tests
+# A worker per core, whose two threads must not spin while they wait.
+test test-all: export OMP_WAIT_POLICY := passive
+test test-all: PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+test-all: export FUSEDATTN_TESTS := all
+test test-all: $(BUILT)
+	@echo "== compiling CUDA kernels for the emulator and as PTX"
+	$(BIN)/python tests/build_kernels.py
+	$(PYTEST) tests -m "not sanitizers"
 	@echo "== Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/test_triton_*.py)
+	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_triton_*.py)
 	@echo "== tests of GPUs on a stand-in, which refuses to mix their tensors with the CPU's"
-	FUSEDATTN_TEST_DEVICE=standin $(BIN)/python -m pytest @tests/on_gpus.txt
+	FUSEDATTN_TEST_DEVICE=standin $(PYTEST) @tests/on_gpus.txt
 	@for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \
 	  echo "== kernel tests at CPU level $$level"; \
-	  FUSEDATTN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest tests -m levels; \
+	  FUSEDATTN_CPU_CAPABILITY=$$level $(PYTEST) -m levels $(shell grep -l pytest.mark.levels tests/test_*.py); \
 	done
 
 bench: $(BUILT)

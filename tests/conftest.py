@@ -16,6 +16,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "levels: kernel tests, repeated at every CPU level (make test)")
     config.addinivalue_line("markers", "sanitized: emulated kernels, repeated under AddressSanitizer")
     config.addinivalue_line("markers", "races: emulated kernels on small shapes, repeated under ThreadSanitizer")
+    config.addinivalue_line("markers", "sanitizers: the two markers before this one, repeated (make sanitize)")
     # Two threads run every path that splits work, and cost little on the small tensors of tests.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(2)

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, at every CPU level.
-# `make sanitize` runs it with the project's environment on PATH.
+# The kernel tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, at every CPU level, and
+# emulated CUDA kernels under sanitizers. `make sanitize` runs it with the project's environment on PATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 built=$PWD/build/sanitize
+
+export OMP_WAIT_POLICY=passive  # a worker per core, whose two threads must not spin while they wait
+workers="--numprocesses auto --maxprocesses 8"
+
+echo "== CUDA kernels in the emulator, under AddressSanitizer and ThreadSanitizer"
+pytest -q $workers -m sanitizers tests/test_cuda_emulator.py
 
 echo "== building with sanitizers into build/sanitize"
 FUSEDATTN_SANITIZE=1 FUSEDATTN_CUDA=0 python setup.py -q build --build-base "$built" --build-lib "$built/lib" --build-temp "$built/temp"

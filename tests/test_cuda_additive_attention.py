@@ -11,6 +11,7 @@ import pytest
 import test_additive_attention as cases
 import torch
 from cuda_emulator.arrays import array, name, poisoned
+from pairwise import in_dtypes, pairwise
 from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape, shape_id
 from tolerance import TF32_EPS
 from torch.autograd import Function
@@ -116,50 +117,53 @@ def check(module, inputs, keep_scores=True, chunk=CHUNK, **options):
     return cases.check(inputs, kernel, **options)
 
 
-SHAPES = [
-    shape(1, 1, 1, 1),
+# One query, few of them, tiles; keys in one part and in several; one tile of channels and of values, and more.
+EVERY_KERNEL = [
     shape(2, 1, 129, 129, 63),
+    shape(1, 16, 200, 130, 140),
+    shape(2, 5, 17, 33, 8, H=3),
+    shape(1, 66, 67, 33, 70),
+]
+SHAPES = [
+    *EVERY_KERNEL,
+    shape(1, 1, 1, 1),
     shape(2, 3, 17, 16, 33),
     shape(1, 63, 64, 33, 65),
     shape(1, 64, 65, 32, 64),
     shape(2, 129, 63, 7, 31),
     shape(1, 130, 129, 34, 70),
     shape(2, 17, 33, 1, 1),
-    shape(2, 5, 17, 33, 8, H=3),
     shape(1, 1, 1000, 33, 5),  # few queries: keys split over blocks
     shape(1, 8, 70, 12, 4),
     shape(1, 11, 67, 132, 7),
-    shape(1, 16, 200, 130, 140),
 ]
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SHAPES, ids=shape_id)
+@in_dtypes(SHAPES, EVERY_KERNEL, DTYPES)
 def test_matches_the_reference(module, sizes, dtype):
     check(module, make_inputs(sizes, dtype))
 
 
-@pytest.mark.parametrize("keep_scores", [True, False])
-@pytest.mark.parametrize("Tq", [1, 2])
+@pytest.mark.parametrize(("Tq", "keep_scores"), [(1, True), (2, False)])
 def test_several_tiles_in_a_split(module, Tq, keep_scores):
-    inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))
+    inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))  # as many heads as leave 2 of 528 blocks to each
     inputs[1][0, 0, 140] *= 30
     check(module, inputs, keep_scores, chunk=1 << 20, key_lengths=torch.tensor([145]))
 
 
-@pytest.mark.parametrize("keep_scores", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1, 64 * 128 * 2, 64 * 128 * 4], ids=lambda n: f"chunk{n}")
+@pairwise(chunk=[1, 64 * 128 * 2, 64 * 128 * 4], dtype=[torch.float32, torch.bfloat16], keep_scores=[True, False])
 def test_queries_in_several_chunks(module, chunk, dtype, keep_scores):
     inputs = make_inputs(shape(2, 150, 70, 20, 9, H=2), dtype)
     check(module, inputs, keep_scores, chunk, is_causal=True, key_lengths=torch.tensor([70, 31]))
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("lengths", [False, True], ids=["no_lengths", "lengths"])
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("sizes", [shape(2, 70, 83, 6, 7), shape(2, 7, 35, 20, 9, H=3)], ids=shape_id)
+@pairwise(
+    sizes=[shape(2, 70, 83, 6, 7), shape(2, 7, 35, 20, 9, H=3)],
+    kind=MASKS,
+    lengths=[False, True],
+    is_causal=[False, True],
+)
 def test_masks_and_their_combinations(module, sizes, kind, lengths, is_causal):
     inputs = make_inputs(sizes)
     B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
@@ -178,9 +182,7 @@ def test_lengths_out_of_range_are_clamped(module):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("softcap", [None, 0.3, 5.0])
-@pytest.mark.parametrize("scale", [1.0, -1.5])
+@pairwise(scale=[1.0, -1.5], softcap=[None, 0.3, 5.0], dtype=DTYPES)
 def test_scale_and_softcap(module, scale, softcap, dtype):
     inputs = make_inputs(shape(2, 9, 35, 24, 9), dtype)
     check(module, inputs, keep_scores=False, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
@@ -236,10 +238,13 @@ def test_zero_sizes(module, empty):
     check(module, make_inputs(shape(2, 3, 5, 4, 6, H=2) | {empty: 0}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("Tq", "keep_scores"), [(5, True), (5, False), (17, False)])
-@pytest.mark.parametrize("magnitude", MAGNITUDES)
-def test_magnitudes(module, magnitude, Tq, keep_scores, dtype):
+@pairwise(
+    magnitude=MAGNITUDES,
+    queries=[(5, True), (5, False), (17, False)],
+    dtype=[torch.float32, torch.float64],
+)
+def test_magnitudes(module, magnitude, queries, dtype):
+    Tq, keep_scores = queries
     query, key, value, weight = make_inputs(shape(1, Tq, 21, 37, 3), dtype)
     q, k = MAGNITUDES[magnitude]
     query = q + 0.25 * query if abs(q) < 1e6 else q * query.sign()
@@ -264,9 +269,9 @@ def test_magnitudes_of_the_weight(module, size):
     check(module, [query, key, value, weight * size])
 
 
-@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("of", INPUTS)
-@pytest.mark.parametrize("sizes", [shape(2, 3, 9, 5, 4), shape(2, 20, 75, 40, 18)], ids=shape_id)
+@pairwise(
+    sizes=[shape(2, 3, 9, 5, 4), shape(2, 20, 75, 40, 18)], of=INPUTS, special=[math.nan, math.inf, -math.inf]
+)
 def test_nan_and_infinity_behave_as_in_the_reference(module, sizes, of, special):
     inputs = make_inputs(sizes)
     inputs[INPUTS.index(of)].view(-1)[1] = special

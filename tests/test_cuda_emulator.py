@@ -1,17 +1,19 @@
 """The emulator that runs CUDA kernels on the CPU (tests/cuda_emulator): what it computes, and what it reports.
 
-A clean run proves nothing unless a wrong kernel fails it: bugs are planted in copies of the real kernels, and the
-same tests must report each of them.
+A clean run proves nothing unless a wrong kernel fails it: bugs are planted in a copy of the real kernels
+(cuda_emulator/planted.py), and the same tests must report each of them.
 """
 
 import os
-import shutil
 
 import numpy as np
 import pytest
+import test_cuda_additive_attention
+import test_cuda_film
 import torch
-from cuda_emulator import build
+from cuda_emulator import build, planted
 from cuda_emulator.arrays import array, name, poisoned
+from test_additive_attention import make_inputs, shape
 
 KERNEL_TESTS = sorted(
     str(p) for p in (build.ROOT / "tests").glob("test_cuda_*.py") if p.name != "test_cuda_emulator.py"
@@ -95,6 +97,53 @@ def test_7_5_has_less_memory_and_half_precision_on_tensor_cores_alone(module_75)
     assert (c == 16).all()
 
 
+@pytest.fixture(scope="module")
+def film_with_bugs(emulated):
+    return build.load("film", planted.sources())
+
+
+@pytest.fixture(scope="module")
+def attention_with_bugs(emulated):
+    return build.load("additive_attention", planted.sources())
+
+
+def check_film(module):
+    for sizes in test_cuda_film.SMALL:
+        test_cuda_film.check(module, sizes, activation="silu")
+
+
+def check_attention(module):
+    for sizes in (shape(2, 7, 35, 20, 9), shape(1, 66, 67, 33, 65)):
+        test_cuda_additive_attention.check(module, make_inputs(sizes), is_causal=True)
+
+
+# Whom a bug is shown to, and what must be reported without a sanitizer.
+REPORTED = {
+    "missing-barrier": (check_film, "grad_gamma: NaN at other positions than the reference"),
+    "missing-barrier-between-tiles": (check_attention, "context: error"),
+    "barrier-after-an-early-return": (check_film, "a barrier that not all threads reach"),
+    "elements-left-unwritten": (check_film, "y: NaN at other positions than the reference"),
+    "wrong-mask": (check_attention, "context: error"),
+}
+
+
+@pytest.mark.parametrize("bug", REPORTED)
+def test_planted_bugs_are_reported(film_with_bugs, attention_with_bugs, bug):
+    check, report = REPORTED[bug]
+    module = film_with_bugs if check is check_film else attention_with_bugs
+    check(module)
+    module.show_bug(planted.number(bug))
+    try:
+        with pytest.raises((AssertionError, RuntimeError)) as caught:
+            check(module)
+    finally:
+        module.show_bug(0)
+    assert report in str(caught.value)
+
+
+# Under sanitizers
+
+
 def run_tests(variant, *selection, **options):
     """pytest in a process of its own; a report of a sanitizer ends it."""
     arguments = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *selection]
@@ -102,6 +151,7 @@ def run_tests(variant, *selection, **options):
     return result.returncode, result.stdout + result.stderr
 
 
+@pytest.mark.sanitizers
 @pytest.mark.parametrize(("variant", "marker"), [("address", "sanitized"), ("thread", "races")])
 def test_kernels_under_a_sanitizer(emulated, variant, marker):
     status, report = run_tests(variant, "-m", marker, *KERNEL_TESTS)
@@ -109,66 +159,24 @@ def test_kernels_under_a_sanitizer(emulated, variant, marker):
     assert "skipped" not in report, report
 
 
-# Where, what is replaced by what; the variant and the tests to run, and what must be reported.
 FILM = ["tests/test_cuda_film.py", "-m", "races"]
-ATTENTION = ["tests/test_cuda_additive_attention.py", "-k", "test_masks_and_their_combinations"]
-ATTENTION_RACES = ["tests/test_cuda_additive_attention.py", "-m", "races", "-k", "tiles-float32"]
-PLANTED = {
-    "overrun-of-an-array": (
-        "film/cuda_problem.cuh",
-        "packs = (task.length - head) / W,",
-        "packs = (task.length - head) / W + 1,",
-        ("address", FILM, "AddressSanitizer: heap-buffer-overflow"),
-    ),
-    "overrun-of-shared-memory": (
-        "film/cuda_bwd.cuh",
-        "FILM_BLOCK / gpu::WARP * sizeof(T), stream",
-        "FILM_BLOCK / gpu::WARP * sizeof(T) - 1, stream",
-        ("address", FILM, "AddressSanitizer: heap-buffer-overflow"),
-    ),
-    "missing-barrier": (
-        "film/cuda_bwd.cuh",
-        "shared[threadIdx.x / gpu::WARP] = x;\n  __syncthreads();",
-        "shared[threadIdx.x / gpu::WARP] = x;",
-        ("thread", FILM, "ThreadSanitizer: data race"),
-    ),
-    "missing-barrier-between-tiles": (
-        "additive_attention/cuda_fwd.cuh",
-        "p.Dv, memory.x);\n    __syncthreads();",
-        "p.Dv, memory.x);",
-        ("thread", ATTENTION_RACES, "ThreadSanitizer: data race"),
-    ),
-    "barrier-after-an-early-return": (
-        "film/cuda_bwd.cuh",
-        "  T sum_dz_x = T(0), sum_dz = T(0);\n",
-        "  T sum_dz_x = T(0), sum_dz = T(0);\n  if (task.thread > 200) return;\n",
-        ("plain", FILM, "a barrier that not all threads reach"),
-    ),
-    "elements-left-unwritten": (
-        "film/cuda_problem.cuh",
-        "scalars = task.length - packs * W;",
-        "scalars = head;",
-        ("plain", FILM, "y: NaN at other positions than the reference"),
-    ),
-    "wrong-mask": (
-        "additive_attention/cuda_problem.cuh",
-        "(p.is_causal && j > i)",
-        "(p.is_causal && j >= i)",
-        ("plain", ATTENTION, "other positions than the reference"),
-    ),
-}
+ATTENTION = ["tests/test_cuda_additive_attention.py", "-m", "races", "-k", "tiles-float32"]
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_reported(emulated, bug):
-    file, right, wrong, (variant, tests, expected) = PLANTED[bug]
-    folder = build.ROOT / "build" / "cuda_emulator" / "planted" / bug
-    shutil.copytree(build.ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-    target = folder / "csrc" / file
-    text = target.read_text()
-    assert text.count(right) == 1, f"{file} has no single {right!r}"
-    target.write_text(text.replace(right, wrong))
-    status, report = run_tests(variant, *tests, variables={build.CSRC_VARIABLE: str(folder / "csrc")})
+@pytest.mark.sanitizers
+@pytest.mark.parametrize(
+    ("bug", "variant", "tests", "expected"),
+    [
+        ("overrun-of-an-array", "address", FILM, "AddressSanitizer: heap-buffer-overflow"),
+        ("overrun-of-shared-memory", "address", FILM, "AddressSanitizer: heap-buffer-overflow"),
+        ("missing-barrier", "thread", FILM, "ThreadSanitizer: data race"),
+        ("missing-barrier-between-tiles", "thread", ATTENTION, "ThreadSanitizer: data race"),
+    ],
+)
+def test_sanitizers_report_planted_bugs(emulated, bug, variant, tests, expected):
+    shown = {build.CSRC_VARIABLE: str(planted.sources()), build.BUG_VARIABLE: str(planted.number(bug))}
+    status, report = run_tests(variant, *tests, variables=shown)
     assert status != 0, "the planted bug was not reported"
     assert expected in report, report
-    assert os.path.basename(file) in report or variant == "plain", report  # where it is
+    file, *_ = planted.BUGS[bug]
+    assert os.path.basename(file) in report, report  # where it is

@@ -10,24 +10,24 @@ import pytest
 import test_film
 import torch
 from cuda_emulator.arrays import array, name, poisoned
+from pairwise import in_dtypes
 from torch.autograd import Function
 
 from fusedattn.ops.film import ACTIVATIONS
 
-# Runs (N > 1): head, packs and tail; groups of 1 to 256 threads; several pieces. Rows: by packs and by single
-# channels; several tasks in a block; several pieces.
+# Runs (N > 1) with head, packs and tail; rows by packs and by single channels, in several pieces.
+EVERY_KERNEL = [(1, 2, 5, 129), (2, 9, 1064, 1), (1, 300, 24, 1), (3, 5, 7, 1)]
 SHAPES = [
+    *EVERY_KERNEL,
     (1, 1, 1, 2),
     (2, 1, 3, 63),
-    (1, 2, 5, 129),
     (2, 1, 2, 1030),
-    (1, 1, 1, 17001),
+    (1, 1, 1, 17001),  # several pieces
     (1, 1, 1, 1),
-    (3, 5, 7, 1),
     (2, 40, 16, 1),
-    (2, 9, 1064, 1),
-    (1, 300, 24, 1),
 ]
+# Few threads, and yet more than one warp.
+SMALL = [(2, 1, 2, 1030), (1, 1, 3, 130), (3, 5, 7, 1), (2, 40, 8, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,9 @@ def shape_id(shape):
 
 
 @pytest.mark.sanitized
-@pytest.mark.parametrize("dtype", test_film.DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_matches_the_reference(module, shape, dtype):
-    check(module, shape, dtype, activation="silu")
+@in_dtypes(SHAPES, EVERY_KERNEL, test_film.DTYPES)
+def test_matches_the_reference(module, sizes, dtype):
+    check(module, sizes, dtype, activation="silu")
 
 
 @pytest.mark.parametrize("dtype", test_film.DTYPES)
@@ -126,7 +125,7 @@ def test_arrays_at_different_distances_from_a_boundary(module, shape):
 
 @pytest.mark.sanitized
 @pytest.mark.races
-@pytest.mark.parametrize("shape", [(2, 1, 2, 1030), (1, 1, 3, 130), (3, 5, 7, 1), (2, 40, 8, 1)], ids=shape_id)
+@pytest.mark.parametrize("shape", SMALL, ids=shape_id)
 def test_no_thread_relies_on_luck(module, shape, thread_order):
     """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""
     module.set_order(thread_order)

@@ -35,9 +35,11 @@ namespace py = pybind11;
 using Array = std::optional<py::array>;
 
 // Name of the Python module. pybind11 finds modules again by it, so what nvcc makes of the same file
-// (tests/ptx/nvcc.py) needs another one.
+// (tests/ptx/nvcc.py), and what has planted bugs (planted.py), needs another one.
 #if defined(__CUDACC__)
 #define MODULE_NAME(name) name##_ptx
+#elif defined(KERNELS_PLANTED)
+#define MODULE_NAME(name) name##_planted
 #else
 #define MODULE_NAME(name) name
 #endif
@@ -48,20 +50,25 @@ using Array = std::optional<py::array>;
     module.def("set_order", &cuda_emulator::set_order, py::arg("seed"));                       \
     module.def("set_architecture", &cuda_emulator::set_architecture, py::arg("architecture")); \
     module.def("switch_count", &cuda_emulator::switch_count);                                  \
+    module.def("show_bug", &cuda_emulator::show_bug, py::arg("number"));                       \
     bind(module);                                                                              \
   }                                                                                            \
   static void bind(py::module_& module)
 
-// body(S{}) for the storage type that torch calls `dtype`.
+// body(S{}) for the storage type that torch calls `dtype`. Leaving some out makes it compile sooner.
 template <typename Body>
 void with_storage(const std::string& dtype, const Body& body) {
   if (dtype == "float32") return body(float{});
-#if !defined(CUDA_EMULATOR_FLOAT32_ALONE)
+#if !defined(KERNELS_WITHOUT_FLOAT64)
   if (dtype == "float64") return body(double{});
+#endif
+#if !defined(KERNELS_WITHOUT_HALF)
   if (dtype == "float16") return body(__half{});
+#endif
+#if !defined(KERNELS_WITHOUT_BFLOAT16)
   if (dtype == "bfloat16") return body(__nv_bfloat16{});
 #endif
-  throw std::invalid_argument("dtype: expected float32, float64, float16 or bfloat16, got " + dtype);
+  throw std::invalid_argument("dtype: expected one that was compiled, got " + dtype);
 }
 
 template <typename S>

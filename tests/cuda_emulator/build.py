@@ -4,9 +4,11 @@
 
 Variants: ``plain``; ``address``, with AddressSanitizer and UndefinedBehaviorSanitizer; ``thread``, with
 ThreadSanitizer. A sanitizer must be loaded before everything else, so it needs a Python process of its own: given
-arguments, the script starts one. Modules are kept in ``build/cuda_emulator``, and ninja compiles what has changed.
+arguments, the script starts one. Modules are kept in ``build/cuda_emulator``, each in a folder of its own, so that
+several can compile at once, and ninja compiles what has changed.
 """
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -27,8 +29,8 @@ SANITIZERS = {
 LIBRARIES = {"plain": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 # Which variant this process was started for; only that one can be imported.
 VARIABLE = "FUSEDATTN_EMULATOR_VARIANT"
-# A copy of csrc to compile instead, for float32 alone: test_cuda_emulator.py plants bugs in one.
-CSRC_VARIABLE = "FUSEDATTN_EMULATOR_CSRC"
+# A copy of csrc with bugs in it (planted.py) to compile instead; the number of the one that shows is in the other.
+CSRC_VARIABLE, BUG_VARIABLE = "FUSEDATTN_EMULATOR_CSRC", "FUSEDATTN_EMULATOR_BUG"
 
 
 def toolkit_headers() -> Path | None:
@@ -59,29 +61,23 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def build(name: str, variant: str = "plain", source: Path | None = None) -> Path:
-    """The compiled module ``name`` of a variant, made anew where it is older than what it is made of.
+def build(name: str, variant: str = "plain", csrc: Path | None = None) -> Path:
+    """The compiled module of ``bind_<name>.cpp``, made anew where it is older than what it is made of.
 
-    Args:
-        name: of the module, which ``BINDINGS`` of the source repeats.
-        variant: a key of ``SANITIZERS``.
-        source: its file; default: ``bind_<name>.cpp`` here.
+    csrc: a copy with planted bugs, compiled without optimisation, for float32 alone.
     """
     import pybind11
 
-    copy = os.environ.get(CSRC_VARIABLE)
-    csrc = Path(copy or ROOT / "csrc")
-    folder = (csrc.parent if copy else ROOT / "build" / "cuda_emulator") / variant
+    folder = (csrc.parent if csrc else ROOT / "build" / "cuda_emulator") / variant / name
     folder.mkdir(parents=True, exist_ok=True)
-    source = source or HERE / f"bind_{name}.cpp"
-    includes = [csrc, HERE, toolkit_headers(), pybind11.get_include(), sysconfig.get_path("include")]
-    optimise = "-O0" if copy else "-O2" if variant == "plain" else "-O1"
-    flags = ["-std=c++17", optimise, "-g1", "-fPIC", "-fvisibility=hidden"]
+    includes = [csrc or ROOT / "csrc", HERE, toolkit_headers(), pybind11.get_include()]
+    includes += [sysconfig.get_path("include")]
+    flags = ["-std=c++17", "-O0" if csrc else "-O2" if variant == "plain" else "-O1", "-g1", "-fPIC"]
     # As nvcc: a multiplication and the addition of its result round once.
-    flags += ["-mfma", "-ffp-contract=fast", "-fno-omit-frame-pointer"]
+    flags += ["-mfma", "-ffp-contract=fast", "-fno-omit-frame-pointer", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-Werror", *(f"-I{path}" for path in includes)]
-    if copy:
-        flags.append("-DCUDA_EMULATOR_FLOAT32_ALONE")
+    if csrc:
+        flags += ["-DKERNELS_PLANTED", *(f"-DKERNELS_WITHOUT_{t}" for t in ("FLOAT64", "HALF", "BFLOAT16"))]
     define = {"plain": "", "address": "-DCUDA_EMULATOR_ASAN", "thread": "-DCUDA_EMULATOR_TSAN"}[variant]
     text = f"""
 flags = {" ".join(flags)}
@@ -94,29 +90,40 @@ rule link
   command = g++ -shared $sanitizer $in -o $out
 build scheduler.o: compile {HERE / "cuda_emulator.cpp"}
   more = {define}
-build {name}.o: compile {source}
+build kernels.o: compile {HERE / f"bind_{name}.cpp"}
   more = $sanitizer
 # The scheduler first: the linker then keeps its copies of inline functions, which are not instrumented.
-build {name}.so: link scheduler.o {name}.o
+build {name}.so: link scheduler.o kernels.o
 """
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        file = folder / f"{name}.ninja"
+    with locked(folder):
+        file = folder / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        command = [shutil.which("ninja", path=_path()), "-C", str(folder), "-f", file.name]
+        command = [shutil.which("ninja", path=_path()), "-C", str(folder)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for the emulator:\n{result.stdout}{result.stderr}")
+        raise RuntimeError(f"bind_{name}.cpp does not compile for the emulator:\n{result.stdout}{result.stderr}")
     return folder / f"{name}.so"
 
 
-def load(name: str, source: Path | None = None):
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Other processes, of a test run on several cores, wait until what this one builds there is complete."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def load(name: str, csrc: Path | None = None):
     """The module ``name`` in the variant that this process was started for, built if need be."""
-    file = build(name, os.environ.get(VARIABLE, "plain"), source)
-    spec = importlib.util.spec_from_file_location(name, file)
+    if csrc is None and CSRC_VARIABLE in os.environ:
+        csrc = Path(os.environ[CSRC_VARIABLE])
+    file = build(name, os.environ.get(VARIABLE, "plain"), csrc)
+    spec = importlib.util.spec_from_file_location(f"{name}_planted" if csrc else name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if BUG_VARIABLE in os.environ:
+        module.show_bug(int(os.environ[BUG_VARIABLE]))
     return module
 
 

@@ -134,6 +134,7 @@ Thread* running = nullptr;
 uint32_t order_seed = 0;
 int gpu_architecture = 80;
 uint64_t switches = 0;
+int shown_bug = 0;
 
 void switch_context(Context& from, Context& to, bool leaving_for_good = false) {
   ++switches;
@@ -380,6 +381,9 @@ void set_architecture(int architecture) { gpu_architecture = architecture; }
 int architecture() { return gpu_architecture; }
 
 uint64_t switch_count() { return switches; }
+
+void show_bug(int number) { shown_bug = number; }
+bool bug_shows(int number) { return shown_bug == number; }
 
 void* dynamic_shared() { return active->shared; }
 

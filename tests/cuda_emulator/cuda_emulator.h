@@ -42,6 +42,10 @@ int architecture();
 // Switches between fibers since the process began.
 uint64_t switch_count();
 
+// Which of the bugs that planted.py put into a copy of the kernels shows; 0: none.
+void show_bug(int number);
+bool bug_shows(int number);
+
 void* dynamic_shared();
 
 // Barrier of the block; the number of its threads whose predicate holds.
