@@ -86,6 +86,7 @@ def gpu(monkeypatch):
     gpu = types.SimpleNamespace(name="Tesla T4", major=7, minor=5, error="")
     monkeypatch.setattr(_library, "CUDA_ERROR", None)
     monkeypatch.setattr(_library, "TRITON_ERROR", None)
+    monkeypatch.setattr(_library, "triton_driver_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
