@@ -263,6 +263,18 @@ def test_out_of_memory_says_how_much_was_asked_for():
             call()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="before 2.13 torch does not say what went wrong within it")
+def test_errors_of_torch_itself_keep_their_message():
+    x = torch.ones(1, 1, 1).expand(1, 1 << 40, 1)
+    for call in (
+        lambda: film(x, channel_dim=2),
+        lambda: film(x[0].expand(1 << 40, 2), activation="silu"),
+        lambda: torch.ops.fusedattn.film_bwd(x, x, None, None, channel_dim=2, gamma_offset=0.0, activation=0),
+    ):
+        with pytest.raises(RuntimeError, match=r"tried to allocate \d{13} bytes"):
+            call()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_of_fork_computes_while_the_parent_does():
     done = threading.Event()

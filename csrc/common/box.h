@@ -4,13 +4,24 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+#include <stdexcept>
 #include <tuple>
 #include <type_traits>
 
 #include "common/bundle.h"
 
+// What torch says of its last error in this thread. Since torch 2.13; absent before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fusedattn {
 namespace box {
+
+// The error itself where a call of torch failed, of which its headers say no more than the name of the call.
+inline void throw_what_torch_says(const std::runtime_error& error) {
+  if (torch_exception_get_what_without_backtrace != nullptr && std::strstr(error.what(), " API call failed at "))
+    throw std::runtime_error(torch_exception_get_what_without_backtrace());
+}
 
 template <typename Parameter>
 using Value = torch::stable::detail::unbox_type_t<Parameter>;
@@ -71,7 +82,12 @@ struct Boxed<function> {
                     " arguments and ", results, " results, its kernel ", parameters, " and ", RESULTS<Result>);
     StableIValue* next = stack;
     const std::tuple<Value<Parameters>...> values{take<Value<Parameters>>(next)...};  // in order: in braces
-    put(stack, std::apply(function, values));
+    try {
+      put(stack, std::apply(function, values));
+    } catch (const std::runtime_error& error) {
+      throw_what_torch_says(error);
+      throw;
+    }
   }
 };
 
