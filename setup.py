@@ -42,6 +42,7 @@ CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", f"-I{CSRC}", "-W
 # Multiply-adds may fuse; nothing else about floating point is relaxed.
 # GCC 12 takes the undefined source operand inside its own AVX-512 intrinsics for ours.
 KERNEL_FLAGS = [
+    "-Wno-unknown-warning-option",  # of Clang, about the next
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
     "-ffp-contract=fast",

@@ -143,21 +143,25 @@ FUSEDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> 
 FUSEDATTN_INLINE Vec<float> abs(Vec<float> a) { return (Vec<float>)((IntVec<float>)a & 0x7FFFFFFF); }
 FUSEDATTN_INLINE Vec<double> abs(Vec<double> a) { return (Vec<double>)((IntVec<double>)a & 0x7FFFFFFFFFFFFFFF); }
 
-// Whether a comparison holds in any lane.
-#if defined(__AVX512F__)
-FUSEDATTN_INLINE bool any(IntVec<float> v) { return _mm512_movepi32_mask((__m512i)v) != 0; }
-FUSEDATTN_INLINE bool any(IntVec<double> v) { return _mm512_movepi64_mask((__m512i)v) != 0; }
-#elif defined(__AVX2__)
-FUSEDATTN_INLINE bool any(IntVec<float> v) { return _mm256_movemask_ps((__m256)v) != 0; }
-FUSEDATTN_INLINE bool any(IntVec<double> v) { return _mm256_movemask_pd((__m256d)v) != 0; }
-#else
+// Whether a comparison holds in any lane. Compilers differ in the type of integer that comparing doubles gives.
 template <typename V>
 FUSEDATTN_INLINE bool any(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm512_movepi32_mask((__m512i)v) != 0;
+  else
+    return _mm512_movepi64_mask((__m512i)v) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm256_movemask_ps((__m256)v) != 0;
+  else
+    return _mm256_movemask_pd((__m256d)v) != 0;
+#else
   bool found = false;
   for (unsigned l = 0; l < sizeof(v) / sizeof(v[0]); ++l) found |= v[l] != 0;
   return found;
-}
 #endif
+}
 
 template <typename T>
 FUSEDATTN_INLINE T horizontal_sum(Vec<T> v) {
