@@ -4,7 +4,8 @@
 #   make bench                      results checked, then measured, a case or two of each kind, in five minutes at most
 #   make gates                      what every GPU kernel compiles to, checked; needs no GPU; GATES=--quick: less of it
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
-#   make gpu                        on a machine with an NVIDIA GPU: builds, tests and measures, in ten minutes
+#   make gpu                        on a machine with an NVIDIA GPU: tests and measures, in ten minutes; GPU=--help
+#   make gpu-libraries              builds what make gpu needs there into build/gpu, to be carried; needs nvcc
 #   make lint | sanitize | wheel | clean
 # Overridable: PYTHON (>= 3.10), VENV, TORCH (a pip requirement, >= 2.11).
 
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 GATES ?=
+GPU ?=
 
 BIN := $(VENV)/bin
 CXX_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -23,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc $(CXX_FILES))
 TORCH_STAMP := $(VENV)/.torch-$(subst /,-,$(subst =,-,$(subst $() ,-,$(TORCH))))
 BUILT := $(VENV)/.built
 
-.PHONY: test test-all bench gates demo gpu lint sanitize wheel clean
+.PHONY: test test-all bench gates demo gpu gpu-libraries lint sanitize wheel clean
 .DELETE_ON_ERROR:
 
 # A worker per core, whose two threads must not spin while they wait.
@@ -54,7 +56,10 @@ demo: $(BUILT)
 
 # With the machine's own torch and no network: nothing is installed.
 gpu:
-	PYTHON="$(PYTHON)" benchmarks/gpu.sh
+	$(PYTHON) -m benchmarks.gpu $(GPU)
+
+gpu-libraries: $(BUILT)
+	$(BIN)/python -m benchmarks.gpu.libraries prepare
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

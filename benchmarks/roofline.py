@@ -62,7 +62,7 @@ PRODUCT = Cost(slots=1, mufu=0, fp32=1)
 LIBDEVICE_TANH = Cost(slots=19.4, mufu=2, fp32=11)  # of a disassembled loop of w tanh(q + k)
 
 LARGE = AttentionCase(64, 512, 512, 256)  # fills a GPU, as four batches do not
-FILM = FilmCase("NCHW", "memory", 64, 256, 112)  # as benchmarks/gpu.py measures it: no cache holds it
+FILM = FilmCase("NCHW", "memory", 64, 256, 112)  # as benchmarks/gpu/ measures it: no cache holds it
 CASES = (LARGE, *ATTENTION, FILM)
 
 
@@ -236,7 +236,7 @@ def device_of(result: dict) -> Device | None:
     return next((device for device in DEVICES if device.name in gpu), None)
 
 
-CONTENDERS = {"CUDA C++": "cuda", "Triton": "triton"}  # as benchmarks/gpu.py names them
+CONTENDERS = {"CUDA C++": "cuda", "Triton": "triton"}  # as benchmarks/gpu/ names them
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """On a GPU: the device computes what the emulator does, results repeat, calls can be captured in a CUDA graph.
 
-The tests of the ops run there too: FUSEDATTN_TEST_DEVICE=cuda pytest tests/test_film.py (benchmarks/gpu.sh).
+The tests of the ops run there too: FUSEDATTN_TEST_DEVICE=cuda pytest tests/test_film.py (benchmarks/gpu/).
 """
 
 import functools
