@@ -37,7 +37,7 @@ test test-all: $(BUILT)
 	$(BIN)/python tests/build_kernels.py
 	$(PYTEST) tests -m "not sanitizers"
 	@echo "== Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_triton_*.py)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(shell grep -l mark.interpreted tests/test_*.py)
 	@echo "== tests of GPUs on a stand-in, which refuses to mix their tensors with the CPU's"
 	FUSEDATTN_TEST_DEVICE=standin $(PYTEST) @tests/on_gpus.txt
 	@for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator import build
-from device import BACKEND, DEVICE, force_backend, replace_in_package
+from device import BACKEND, DEVICE, INTERPRETED, force_backend, replace_in_package
 
 import fusedattn
 from fusedattn import _dispatch, _library
@@ -14,6 +14,7 @@ from fusedattn import _dispatch, _library
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "levels: kernel tests, repeated at every CPU level (make test)")
+    config.addinivalue_line("markers", "interpreted: kernel tests, repeated in Triton's interpreter (make test)")
     config.addinivalue_line("markers", "sanitized: emulated kernels, repeated under AddressSanitizer")
     config.addinivalue_line("markers", "races: emulated kernels on small shapes, repeated under ThreadSanitizer")
     config.addinivalue_line("markers", "sanitizers: the two markers before this one, repeated (make sanitize)")
@@ -28,6 +29,8 @@ if DEVICE == "standin":
     replace_in_package(_dispatch.cuda_reasons, standin.cuda_reasons)
     standin.shorten_gradcheck()
     pytest_collection_modifyitems = standin.choose_tests
+if INTERPRETED:
+    import triton_interpreter  # noqa: F401
 if BACKEND != "auto":
     force_backend()
 
@@ -43,11 +46,18 @@ def pytest_report_header():
 
 
 def pytest_make_parametrize_id(val, argname):
-    """A dtype reads ``float16``, a bool ``is_causal`` or ``no_is_causal``."""
+    """``float16``, ``is_causal`` or ``no_is_causal``, ``B2-Tq3-Tk5-D8-Dv8``, ``2x3x5``, ``2x3x5-1``."""
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
     if isinstance(val, bool):
         return argname if val else f"no_{argname}"
+    if isinstance(val, dict) and "Tq" in val:
+        return "-".join(f"{name}{size}" for name, size in val.items() if size is not None)
+    if isinstance(val, tuple) and val:
+        if all(type(n) is int for n in val):
+            return "x".join(map(str, val))
+        if isinstance(val[0], tuple):
+            return "-".join(pytest_make_parametrize_id(x, argname) or str(x) for x in val)
     return None
 
 

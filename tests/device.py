@@ -3,6 +3,8 @@
 FUSEDATTN_TEST_DEVICE=cuda      tensors that tests make without naming a device are made there. ``standin`` is a
                                 device for machines without a GPU, which refuses what a GPU would (standin.py)
 FUSEDATTN_TEST_BACKEND=triton   what backend="auto" takes, and whose raw operators are tested
+TRITON_INTERPRET=1              the same on the CPU, in Triton's interpreter (triton_interpreter.py): slow, and
+                                meant for tests marked ``interpreted``
 """
 
 import os
@@ -10,11 +12,13 @@ import sys
 
 import pytest
 import torch
+from pairwise import EVERYTHING
 
 from fusedattn import _dispatch
 
 DEVICE = os.environ.get("FUSEDATTN_TEST_DEVICE", "cpu")
-BACKEND = os.environ.get("FUSEDATTN_TEST_BACKEND", "auto")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = os.environ.get("FUSEDATTN_TEST_BACKEND", "triton" if INTERPRETED else "auto")
 
 cpu_alone = pytest.mark.skipif(DEVICE != "cpu", reason="concerns the CPU alone")
 
@@ -24,8 +28,8 @@ def not_on_the_standin(reason: str):
 
 
 def examples(n: int) -> int:
-    """How many hypothesis draws: the stand-in needs few to see where tensors are made."""
-    return min(n, 10) if DEVICE == "standin" else n
+    """How many hypothesis draws: the stand-in sees from few where tensors are made, a night has time for more."""
+    return min(n, 10) if DEVICE == "standin" else 10 * n if EVERYTHING else n
 
 
 def raw_op(name: str):

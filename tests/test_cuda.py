@@ -42,7 +42,7 @@ def on_the_emulator(kernel):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", test_cuda_film.SHAPES, ids=test_cuda_film.shape_id)
+@pytest.mark.parametrize("shape", test_cuda_film.SHAPES)
 def test_film_is_as_accurate_as_in_the_emulator(emulated, shape, dtype):
     kernel = functools.partial(test_cuda_film.emulated_film, emulated("film"))
     inputs = test_film.make_inputs(shape, 2, dtype)
@@ -50,7 +50,7 @@ def test_film_is_as_accurate_as_in_the_emulator(emulated, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", test_cuda_additive_attention.SHAPES, ids=test_additive_attention.shape_id)
+@pytest.mark.parametrize("sizes", test_cuda_additive_attention.SHAPES)
 def test_additive_attention_is_as_accurate_as_in_the_emulator(emulated, sizes, dtype):
     kernel = functools.partial(test_cuda_additive_attention.emulated_attention, emulated("additive_attention"))
     inputs = test_additive_attention.make_inputs(sizes, dtype)

@@ -81,10 +81,6 @@ def check(module, shape, dtype=torch.float32, absent=(), shared=(), offset=0, **
     return test_film.check(inputs, kernel, channel_dim=2, **options)
 
 
-def shape_id(shape):
-    return ("runs-" if shape[-1] > 1 else "rows-") + "x".join(map(str, shape))
-
-
 @pytest.mark.sanitized
 @in_dtypes(SHAPES, EVERY_KERNEL, test_film.DTYPES)
 def test_matches_the_reference(module, sizes, dtype):
@@ -115,7 +111,7 @@ def test_unaligned_memory(module, offset, dtype):
         check(module, shape, dtype, offset=offset, activation="relu")
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3, 66), (2, 9, 40, 1)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 66), (2, 9, 40, 1)])
 def test_arrays_at_different_distances_from_a_boundary(module, shape):
     x = displaced(torch.randn(shape), 1)
     y = poisoned(shape, x.dtype)
@@ -125,7 +121,7 @@ def test_arrays_at_different_distances_from_a_boundary(module, shape):
 
 @pytest.mark.sanitized
 @pytest.mark.races
-@pytest.mark.parametrize("shape", SMALL, ids=shape_id)
+@pytest.mark.parametrize("shape", SMALL)
 def test_no_thread_relies_on_luck(module, shape, thread_order):
     """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""
     module.set_order(thread_order)
@@ -133,7 +129,7 @@ def test_no_thread_relies_on_luck(module, shape, thread_order):
     module.set_order(0)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2, 17001), (2, 300, 24, 1), (7, 3, 7, 1)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(1, 1, 2, 17001), (2, 300, 24, 1), (7, 3, 7, 1)])
 def test_the_order_of_threads_changes_no_bit(module, shape):
     results = []
     for seed in (0, 1, 2):

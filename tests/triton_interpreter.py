@@ -1,9 +1,7 @@
 """Teaches Triton's interpreter what it lacks, so that kernels run on a machine without a GPU.
 
-Import it first in a test file that runs kernels. It skips the file unless ``TRITON_INTERPRET=1`` is set: that must
-happen before Triton is imported, so these tests run in a process of their own (``make test`` starts one)::
-
-    import triton_interpreter  # noqa: F401, before anything that imports triton
+conftest.py imports it where ``TRITON_INTERPRET=1`` is set. Triton reads that on import, so such tests run in a
+process of their own (``make test`` starts one).
 
 What it adds (Triton 3.6 to 3.9 lack all of it):
 
@@ -15,19 +13,14 @@ What it adds (Triton 3.6 to 3.9 lack all of it):
 It tests the logic of a kernel, not its machine code: approximate instructions are exact here.
 """
 
-import os
-
-import pytest
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("the interpreter needs TRITON_INTERPRET=1 and its own process", allow_module_level=True)
-
 import math
 
 import numpy as np
 import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
+
+from fusedattn.triton import film
 
 INSTRUCTIONS = {
     "rcp.approx.ftz.f32": lambda x: np.float32(1) / x,
@@ -109,3 +102,6 @@ _Builder.cast_impl = _cast_impl
 for _name, _function in list(vars(libdevice).items()):
     if callable(_function):
         setattr(libdevice, _name, _libdevice(_name))
+
+# A program takes milliseconds: pieces as on a GPU, but fewer of them.
+film.PROGRAMS = 6
