@@ -357,9 +357,10 @@ def test_autocast_keeps_the_precision_of_features(function, half):
         assert function(x.to(half) / 1e5, gamma, gamma).dtype == half
         doubles = x.double(), gamma.double()
         assert function(*doubles).dtype == torch.float64
-    module = FiLM(4, 3, activation="silu")
+    torch.manual_seed(0)
+    module = FiLM(4, 3)
     torch.nn.init.normal_(module.conditioner.weight)
-    condition = torch.randn(2, 4)
+    x, condition = torch.randn(2, 3, 5), torch.randn(2, 4)
     with torch.autocast(DEVICE, half):
         modulated = module(x, condition)
     assert modulated.dtype == torch.float32

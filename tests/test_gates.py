@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu, roofline
+from benchmarks import roofline
 from benchmarks.cases import AttentionCase
 from benchmarks.gates import __main__ as gates_main
 from benchmarks.gates import amdgcn, cuda_kernels, sass, table, thresholds, tools, triton_kernels
 from benchmarks.gates.kernel import Kernel
 from benchmarks.gates.occupancy import MAX_SHARED, MAX_WARPS, occupancy
+from benchmarks.gpu import device, timings
 
 needs_nvcc = pytest.mark.skipif(cuda_kernels.missing() is not None, reason=str(cuda_kernels.missing()))
 
@@ -665,19 +666,19 @@ def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gpu_measures_each_backend_by_the_name_that_the_model_looks_for(monkeypatch):
-    monkeypatch.setattr(
-        gpu, "BACKENDS", {"cuda": lambda device, dtype: [], "triton": lambda device, dtype: ["no"]}
-    )
-    found = gpu.contenders_of(roofline.FILM, compile=False)
-    assert list(found) == ["eager", "clone", "cuda"]
+    monkeypatch.setattr(device, "usable", lambda: ["cuda"])
+    found = timings.functions_of(roofline.FILM, compiling=False)
+    assert list(found) == ["cuda", "eager", "clone"]
     assert found["cuda"].keywords == {"channel_dim": 1, "backend": "cuda"}
     assert set(roofline.CONTENDERS.values()) == {"cuda", "triton"}
 
 
 def test_a_line_of_the_gpus_table():
     shared = {"case": "attention (1, 1, 8, 8)", "dtype": "bfloat16", "mode": "forward", "unit": "G tanh/s"}
-    times = {"eager @": 9.0, "eager sum": 8.0, "compile @": None, "cuda": 2.0}
-    rows = [shared | {"contender": name, "milliseconds": ms, "rate": 5.0} for name, ms in times.items()]
-    assert gpu.line(rows[3], rows, 10.0).split()[-7:] == ["G", "tanh/s", "4.0", "-", "50%", "of", "bound"]
-    lacking = rows[2] | {"why": "out of memory"}
-    assert gpu.line(lacking, rows, 10.0).endswith("compile @ out of memory")
+    row = shared | {"contender": "cuda", "milliseconds": 2.0, "call_microseconds": 30.0, "rate": 5.0}
+    agreeing = row | {"disagrees": None}
+    assert timings.line(agreeing, 10.0).split()[-7:] == ["cuda", "2.0000", "30.0", "5.0", "G", "tanh/s", "50%"]
+    assert timings.line(agreeing, None).endswith("-")
+    assert timings.line(row | {"disagrees": "grad_key: 3"}, 10.0).endswith("50%  DISAGREES: grad_key: 3")
+    lacking = row | {"milliseconds": None, "why": "out of memory"}
+    assert timings.line(lacking, 10.0).endswith("cuda       out of memory")
