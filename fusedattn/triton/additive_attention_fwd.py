@@ -77,9 +77,8 @@ def _plain_sums(
     """sum_d w_d tanh(q_d + k_d), [BLOCK_Q, BLOCK_K], from the inputs themselves, whatever their range."""
     s = tl.zeros((BLOCK_Q, BLOCK_K), w.dtype.element_ty)
     for d in tl.range(0, D):
-        d64 = tl.cast(d, tl.int64)
-        x = load_wide(q + d64 * stride_qd, in_q)
-        y = load_wide(k + d64 * stride_kd, in_k)
+        x = load_wide(q + d * stride_qd, in_q)
+        y = load_wide(k + d * stride_kd, in_k)
         r = reciprocal_of_sum(x[:, None] + y[None, :], NVIDIA)
         s = tl.fma(tl.fma(r, -2.0, 1.0), tl.load(w + d), s)
     return s
@@ -187,13 +186,12 @@ def additive_attention_fwd_kernel_few(
     for start in tl.range(0, D, 2 * BLOCK_D):
         d1 = start + tl.arange(0, BLOCK_D)
         d2 = d1 + BLOCK_D
-        d1_64, d2_64 = d1.to(tl.int64), d2.to(tl.int64)
-        q1 = load_wide(query + d1_64 * stride_qd, d1 < D)
-        q2 = load_wide(query + d2_64 * stride_qd, d2 < D)
+        q1 = load_wide(query + d1 * stride_qd, d1 < D)
+        q2 = load_wide(query + d2 * stride_qd, d2 < D)
         w1 = tl.load(weight + d1, mask=d1 < D, other=0.0)
         w2 = tl.load(weight + d2, mask=d2 < D, other=0.0)
-        k1 = tl.load(keys + d1_64[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
-        k2 = tl.load(keys + d2_64[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
+        k1 = tl.load(keys + d1[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
+        k2 = tl.load(keys + d2[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
         t1 = 1.0 + tl.exp2(at_most(q1[None, :] + k1.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
         t2 = 1.0 + tl.exp2(at_most(q2[None, :] + k2.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
         r = -2.0 * fast_reciprocal(t1 * t2, NVIDIA)
@@ -264,8 +262,6 @@ def additive_attention_fwd_kernel_context(
     ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     q_tiles = tl.cdiv(Tq, BLOCK_Q)
     q_tile = tl.program_id(0) % q_tiles
-    if IS_CAUSAL:
-        q_tile = q_tiles - 1 - q_tile  # those with most keys start first
     bh, b, h = batch_and_head(tl.program_id(0) // q_tiles, H)
     split = tl.program_id(1).to(tl.int64)
     i = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -133,9 +133,7 @@ def _packed_weight(weight, channels):
     """(H or 1, channels) in the dtype of the arithmetic, padded with 0."""
     if weight.shape[0] > 1 and weight.stride(0) == 0:
         weight = weight[:1]
-    weight = weight.to(arithmetic(weight.dtype))
-    if weight.shape[1] < channels:
-        weight = torch.nn.functional.pad(weight, (0, channels - weight.shape[1]))
+    weight = torch.nn.functional.pad(weight.to(arithmetic(weight.dtype)), (0, channels - weight.shape[1]))
     return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
 
 
