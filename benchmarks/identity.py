@@ -22,11 +22,13 @@ def _grad_scores(p: Tensor, context: Tensor, value: Tensor, grad: Tensor) -> Ten
 
 
 def _grads_of_query_and_weight(g: Tensor, eq: Tensor, ek: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """4 w sum g (r - r^2) over keys and sum g (1 - 2r) over queries and keys, from the same two sums over keys."""
+    """4 w sum g (r - r^2) over keys and sum g (1 - 2r) over queries and keys, from two sums over keys.
+
+    The difference is taken term by term: that of the sums loses digits where r is near 1.
+    """
     r = 1 / (1 + eq[:, :, None] * ek[:, None])
     gr = g[..., None] * r
-    first, second = gr.sum(2), (gr * r).sum(2)
-    return 4 * weight * (first - second), g.sum() - 2 * first.sum((0, 1))
+    return 4 * weight * (gr * (1 - r)).sum(2), g.sum() - 2 * gr.sum((0, 1, 2))
 
 
 def _grad_key(g: Tensor, eq: Tensor, ek: Tensor, weight: Tensor) -> Tensor:
