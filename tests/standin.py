@@ -70,7 +70,9 @@ def choose_tests(config, items):
     seen, chosen = set(), []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        values = {id(x) for x in parameters.values() if isinstance(x, str) or callable(x)}
+        values = {
+            x if isinstance(x, str) else id(x) for x in parameters.values() if isinstance(x, str) or callable(x)
+        }
         new = {(item.function, x) for x in (None, *values)} - seen
         if new:
             chosen.append(item)

@@ -139,6 +139,25 @@ def test_carried_libraries_must_be_of_these_sources(tmp_path):
     assert "made from other sources" in libraries.why_not(carried, root)
 
 
+def test_sources_that_change_while_libraries_are_built_are_not_theirs(tmp_path, monkeypatch):
+    sources = ["before"]
+
+    def build(*arguments):
+        assert not (tmp_path / libraries.DIGEST).exists()  # a build that fails leaves none
+        (tmp_path / "fusedattn").mkdir()
+        for name in libraries.NAMES:
+            (tmp_path / "fusedattn" / name).write_text("")
+        sources[:] = ["after"]
+
+    monkeypatch.setattr(libraries, "ROOT", tmp_path)
+    monkeypatch.setattr(libraries, "CARRIED", tmp_path)
+    monkeypatch.setattr(libraries, "digest", lambda *_: sources[0])
+    monkeypatch.setattr(libraries, "build", build)
+    (tmp_path / libraries.DIGEST).write_text("after")
+    libraries.prepare()
+    assert "made from other sources" in libraries.why_not(tmp_path)
+
+
 def test_a_run_without_cuda_kernels_ends_at_the_check(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +69,19 @@ def test_kernels_run_as_the_backend_of_gpus():
     assert {"fusedattn::additive_attention_fwd", "fusedattn::film_fwd"} <= names
     with pytest.raises(UnsupportedError, match="standin"):
         film(inputs[0], backend="cpu")
+
+
+def test_one_test_is_chosen_for_each_value_of_a_parameter(monkeypatch):
+    """By value: two strings that are equal may be two objects."""
+    import standin  # it registers the device
+
+    monkeypatch.delenv("FUSEDATTN_TESTS", raising=False)
+    names = [*"ab", "".join(["key_", "exp"]), "".join(["key_", "exp"])]
+    items = [
+        SimpleNamespace(function=len, callspec=SimpleNamespace(params={"name": name, "size": n}))
+        for n, name in enumerate(names)
+    ]
+    hook = SimpleNamespace(pytest_deselected=lambda items: None)
+    expected = items[:3]
+    standin.choose_tests(SimpleNamespace(hook=hook), items)
+    assert items == expected

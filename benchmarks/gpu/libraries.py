@@ -40,11 +40,13 @@ def build(architectures: str, *arguments: str) -> None:
 
 
 def prepare() -> None:
+    (CARRIED / DIGEST).unlink(missing_ok=True)
+    sources = digest()  # as they are now: what changes meanwhile may or may not be compiled in
     build(ARCHITECTURES, "--build-lib", str(CARRIED), "--build-temp", str(CARRIED.with_name("gpu_temp")))
     size = sum((CARRIED / "fusedattn" / name).stat().st_size for name in NAMES)
     if size > MOST_BYTES:
         raise SystemExit(f"{CARRIED}: {size >> 20} MiB, expected at most {MOST_BYTES >> 20}")
-    (CARRIED / DIGEST).write_text(digest())
+    (CARRIED / DIGEST).write_text(sources)
     print(f"{CARRIED.relative_to(ROOT)}: {size / (1 << 20):.1f} MiB for {ARCHITECTURES}")
 
 
