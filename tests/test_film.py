@@ -227,6 +227,8 @@ def test_gradients_of_huge_values(activation):
     check({"x": x, "gamma": torch.ones(1, 1), "beta": None, "residual": None}, activation=activation)
 
 
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_slopes_of_any_number_are_those_of_the_reference(activation, dtype):

@@ -66,6 +66,12 @@ def test_film_dtypes(dtype, activation):
             check_film(shape, channel_dim, dtype, activation=activation)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_film_slopes_of_any_number(activation):
+    with on_ptx(90):
+        test_film.check_slopes_of_any_number(on_triton(film), activation)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_film_kernel(arch):
     with on_ptx(arch) as launches:

@@ -103,7 +103,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 def _grad_z(dy, z, ACTIVATION: tl.constexpr):
     """dy activation'(z)"""
     if ACTIVATION == RELU:
-        dy = tl.where(z > 0.0, dy, 0.0)
+        dy = tl.where(z <= 0.0, 0.0, dy)  # NaN has slope 1, as in PyTorch
     elif ACTIVATION == LEAKY_RELU:
         dy = tl.where(z > 0.0, dy, dy * LEAKY_SLOPE)
     elif ACTIVATION == SILU:
@@ -113,8 +113,9 @@ def _grad_z(dy, z, ACTIVATION: tl.constexpr):
         dy = dy * (_normal_cdf(z) + z * tl.exp(-0.5 * z * z) * INV_SQRT_2PI)
     elif ACTIVATION == GELU_TANH:
         s = _logistic(_gelu_tanh_argument(z))
-        slope = (1.0 + z * z * (3.0 * GELU_TANH_CUBIC)) * (2.0 * GELU_TANH_SCALE)
-        dy = dy * (s + z * s * (1.0 - s) * slope)
+        decay = s * (1.0 - s)
+        growth = (1.0 + z * z * (3.0 * GELU_TANH_CUBIC)) * (2.0 * GELU_TANH_SCALE)  # overflows before z does
+        dy = dy * (s + z * tl.where(decay == 0.0, 0.0, decay * growth))
     elif ACTIVATION == TANH:
         t = libdevice.tanh(z)
         dy = dy * (1.0 - t * t)
