@@ -154,6 +154,12 @@ class _Operators:
         ops = torch.ops.fusedattn
         self.fwd = getattr(ops, f"{op.name}_fwd{suffix}").default
         self.bwd = getattr(ops, f"{op.name}_bwd{suffix}").default
+        # Where the parts of forward's arguments end, and which of its outputs are which: counted once.
+        self._read = len(op.inputs) + len(op.others)  # by backward
+        self._tensors = self._read + len(op.added)
+        self._numbers = self._tensors + len(op.options._fields)
+        self._visible = len(op.outputs) - len(op.hidden)
+        self._kept = [op.outputs.index(name) for name in op.kept]
         self.Forward, self.TransformedForward = _functions(
             self.fwd, self._save_forward, self._first_derivative, self._vmap_forward
         )
@@ -176,9 +182,9 @@ class _Operators:
         compiling = torch.compiler.is_compiling()
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*(map(_traced, arguments) if compiling else arguments))
-        if compiling or torch.jit.is_tracing():
+        if compiling or torch._C._is_tracing():
             return operator(*arguments)
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)
         with _below_autograd():  # a Function costs more than a small problem
             return operator(*arguments)
@@ -186,26 +192,25 @@ class _Operators:
     # First derivative: by <op>_bwd
 
     def _save_forward(self, ctx, arguments, outputs):
-        op, outputs = self.op, _tuple(outputs)
-        tensors, ctx.options, _ = op.fwd_parts(arguments)
-        named = dict(zip(op.outputs, outputs, strict=True))
-        ctx.save_for_backward(*tensors[: len(tensors) - len(op.added)], *(named[name] for name in op.kept))
-        ctx.added = tuple(t is not None for t in tensors[len(tensors) - len(op.added) :])
-        ctx.asked_for = tuple(name not in op.hidden and _asked_for(t) for name, t in named.items())
-        if without := [t for t, asked in zip(outputs, ctx.asked_for, strict=True) if not asked]:
-            ctx.mark_non_differentiable(*without)
+        outputs = _tuple(outputs)
+        read, tensors = self._read, self._tensors
+        ctx.save_for_backward(*arguments[:read], *[outputs[k] for k in self._kept])
+        ctx.options = arguments[tensors : self._numbers]
+        ctx.added = [t is not None for t in arguments[read:tensors]]
+        ctx.asked_for = [_asked_for(t) for t in outputs[: self._visible]]
+        if len(outputs) > self._visible or not all(ctx.asked_for):
+            asked_for = ctx.asked_for + [False] * (len(outputs) - self._visible)
+            ctx.mark_non_differentiable(*(t for t, asked in zip(outputs, asked_for, strict=True) if not asked))
         ctx.set_materialize_grads(False)
 
     def _first_derivative(self, ctx, *grads):
         op = self.op
         # torch.compile gives zeros for placeholders.
-        grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=True)]
-        grads = grads[: len(op.outputs) - len(op.hidden)]
-        if all(grad is None for grad in grads):
+        grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=False)]
+        if not any([grad is not None for grad in grads]):
             return (None,) * len(ctx.needs_input_grad)
-        n = len(op.inputs) + len(op.others)
         saved = ctx.saved_tensors  # once: checkpointing unpacks at every look
-        tensors, kept = saved[:n], saved[n:]
+        tensors, kept = saved[: self._read], saved[self._read :]
         if forward_ad._current_level >= 0:
             gradients, present, primals = self._through_reference(grads, tensors, ctx.options)
             found = [None] * len(op.inputs)
@@ -253,7 +258,7 @@ class _Operators:
         Returns (function, which inputs are present, its arguments): it takes the inputs and the grads that are not
         None, and returns the gradients of these inputs.
         """
-        op = self.op
+        op, options = self.op, self.op.options(*options)
         inputs, others = tensors[: len(op.inputs)], tensors[len(op.inputs) :]
         present = [k for k, t in enumerate(inputs) if t is not None]
         given = [k for k, grad in enumerate(grads) if grad is not None]

@@ -36,7 +36,7 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, de
     """
     if requested == "auto":
         # ONNX has no kernels of ours; what it is made of is the reference's ATen operators.
-        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_compiling() and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             return "reference"
         for name, reasons in BACKENDS.items():
             if not reasons(device, dtype):
@@ -93,7 +93,9 @@ def cpu_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = _extension_reasons()
     if device.type != "cpu":
         reasons.append(f"inputs are on {device}, not on the CPU")
-    return reasons + _dtype_reasons(dtype)
+    if dtype not in DTYPES:
+        reasons += _dtype_reasons(dtype)
+    return reasons
 
 
 def cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -166,7 +168,8 @@ BACKENDS = {"cpu": cpu_reasons, "cuda": cuda_reasons, "triton": triton_reasons}
 
 def tf32_allowed() -> bool:
     """Whether PyTorch's settings allow TF32 in float32 matrix products, whichever of its interfaces made them."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # torch.backends.cuda.matmul.fp32_precision, which takes five times as long.
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
 # What torch.compiler.assume_constant_result does, which would import dynamo here. torch.compile guards on the
@@ -182,9 +185,8 @@ def overridable(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        tensors = (*args, *kwargs.values())
-        if has_torch_function(tensors):
-            return handle_torch_function(call, tensors, *args, **kwargs)
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -200,6 +202,8 @@ def not_scriptable(module: torch.nn.Module) -> NoReturn:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device (some, like meta, have none)."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # the quickest to ask
+        return False
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
 

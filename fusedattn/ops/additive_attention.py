@@ -200,7 +200,27 @@ def _fail(argument: str, expected: str, received) -> NoReturn:
     raise ValueError(f"additive_attention: {argument}: expected {expected}, got {received}")
 
 
-def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap) -> tuple:
+def _fits(query, key, value, weight) -> bool:
+    """Whether these are inputs without heads that agree in everything: most calls need no further look."""
+    if query.is_nested or key.is_nested or value.is_nested or weight.is_nested:  # some have no shape
+        return False
+    q, k = query.shape, key.shape
+    return (
+        len(q) == 3
+        and len(k) == 3
+        and q[0] == k[0]
+        and q[2] == k[2]
+        and value.shape[:2] == k[:2]
+        and value.dim() == 3
+        and weight.shape == q[2:]
+        and query.dtype is key.dtype is value.dtype is weight.dtype
+        and query.dtype.is_floating_point
+        and query.device == key.device == value.device == weight.device
+        and query.layout is key.layout is value.layout is weight.layout is torch.strided
+    )
+
+
+def _check_inputs(query, key, value, weight) -> tuple:
     """Raises for what cannot be computed; returns (B,) or (B, H), to which query, key and value broadcast."""
     device, dtype = query.device, query.dtype
     for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
@@ -218,7 +238,7 @@ def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap) 
     for t in (key, value):
         if t.dim() == rank:
             lead = tuple(n if m == 1 else m for m, n in zip(lead, t.shape[:-2], strict=True))
-    (Tq, D), H = query.shape[-2:], lead[1] if rank == 4 else 1
+    (_, D), H = query.shape[-2:], lead[1] if rank == 4 else 1
     if not _broadcasts(query, lead):
         _fail("query", f"shape {_shape(*lead, 'Tq', 'D')}", tuple(query.shape))
     if key.dim() != rank or not _broadcasts(key, lead) or key.shape[-1] != D:
@@ -232,6 +252,10 @@ def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap) 
         or (weight.dim() == 2 and weight.shape[0] not in (1, H))
     ):
         _fail("weight", f"shape {_shape(D)} or {_shape(H, D)}", tuple(weight.shape))
+    return lead
+
+
+def _check_numbers(scale, softcap):
     for argument, number in (("scale", scale), ("softcap", softcap)):
         if isinstance(number, Tensor):
             _fail(argument, "a number", "a Tensor")
@@ -239,18 +263,16 @@ def _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap) 
         _fail("scale", "a number", scale)
     if softcap is not None and not softcap > 0:
         _fail("softcap", "a positive number or None", softcap)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            _fail("mask", "a bool Tensor (True = may attend)", getattr(mask, "dtype", type(mask).__name__))
-        if mask.device != device:
-            _fail("mask", f"a Tensor on {device} like query", f"one on {mask.device}")
-        full = (*lead, Tq, Tk)
-        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
-        if mask.dim() > rank or any(m != 1 and m != n for m, n in sizes):
-            _fail("mask", f"a shape broadcastable to {_shape(*full)}", tuple(mask.shape))
-    if key_lengths is not None:
-        _check_lengths(key_lengths, lead[0], Tk, device)
-    return lead
+
+
+def _check_mask(mask, full, device):
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        _fail("mask", "a bool Tensor (True = may attend)", getattr(mask, "dtype", type(mask).__name__))
+    if mask.device != device:
+        _fail("mask", f"a Tensor on {device} like query", f"one on {mask.device}")
+    sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+    if mask.dim() > len(full) or any(m != 1 and m != n for m, n in sizes):
+        _fail("mask", f"a shape broadcastable to {_shape(*full)}", tuple(mask.shape))
 
 
 def _broadcasts(t: Tensor, lead: tuple) -> bool:
@@ -421,8 +443,14 @@ def attend(
                 key_exp=key_exp if inputs[1].dtype == key.dtype else None,
                 key_bound=key_bound,
             )
-    lead = _check_inputs(query, key, value, weight, mask, key_lengths, scale, softcap)
-    query, key, value = (_expanded(t, lead) for t in (query, key, value))
+    if not _fits(query, key, value, weight):
+        lead = _check_inputs(query, key, value, weight)
+        query, key, value = (_expanded(t, lead) for t in (query, key, value))
+        if query.dim() == 4:
+            weight = weight.expand(query.shape[1], -1)
+        elif weight.dim() == 2:
+            weight = weight[0]
+    _check_numbers(scale, softcap)
     dtype = query.dtype
     backend = choose(
         "additive_attention",
@@ -431,14 +459,13 @@ def attend(
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
     )
-    if mask is not None and backend != "reference":
-        mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    if mask is not None:
+        full = (*query.shape[:-1], key.shape[-2])
+        _check_mask(mask, full, device)
+        mask = mask if backend == "reference" else mask.expand(full)
     if key_lengths is not None:
+        _check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
         key_lengths = key_lengths.to(torch.int64)
-    if query.dim() == 4:
-        weight = weight.expand(query.shape[1], -1)
-    elif query.dim() == 3 and weight.dim() == 2:
-        weight = weight[0]
     tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound)
     options = Options(is_causal, scale, 0.0 if softcap is None or softcap == math.inf else softcap)
     flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())

@@ -14,6 +14,8 @@ Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (
 ``tests/test_triton_film.py``. Benchmark: ``benchmarks/``.
 """
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,44 +163,56 @@ FILM = _autograd.Op(
 # Public function
 
 
+def _fail(argument: str, expected: str, received) -> NoReturn:
+    raise ValueError(f"film: {argument}: expected {expected}, got {received}")
+
+
+def _check_dense(name: str, t: Tensor | None) -> None:
+    if not isinstance(t, Tensor):
+        wanted = "a Tensor" if name == "x" else "a Tensor or None"
+        raise TypeError(f"film: {name}: expected {wanted}, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        _fail(name, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
+
+
+def _check_like(name: str, t: Tensor, x: Tensor) -> None:
+    _check_dense(name, t)
+    if t.dtype is not x.dtype or t.device != x.device:
+        _fail(name, f"dtype {x.dtype} on {x.device} like x", f"{t.dtype} on {t.device}")
+
+
+def _check_parameter(name: str, t: Tensor, x: Tensor, channel_dim: int) -> None:
+    _check_like(name, t, x)
+    # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
+    B, C, rank = x.shape[0], x.shape[channel_dim], t.dim()
+    if not 1 <= rank <= 2 or t.shape[-1] != C or (rank == 2 and t.shape[0] != B):
+        _fail(name, f"shape {(C,)} or {(B, C)}", tuple(t.shape))
+
+
 def _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
-    for name, t in (("x", x), ("gamma", gamma), ("beta", beta), ("residual", residual)):
-        if not isinstance(t, Tensor) and (t is not None or name == "x"):
-            wanted = "a Tensor" if name == "x" else "a Tensor or None"
-            raise TypeError(f"film: {name}: expected {wanted}, got {type(t).__name__}")
-        if t is not None and (t.layout != torch.strided or t.is_nested):
-            got = f"a nested one of layout {t.layout}" if t.is_nested else t.layout
-            raise ValueError(f"film: {name}: expected a dense Tensor, got {got}")
+    _check_dense("x", x)
     if not x.dtype.is_floating_point:
-        raise ValueError(f"film: x: expected a floating-point dtype, got {x.dtype}")
+        _fail("x", "a floating-point dtype", x.dtype)
     rank = x.dim()
     if rank < 2:
-        raise ValueError(f"film: x: expected shape (B, ..., C, ...) of rank 2 or more, got {tuple(x.shape)}")
+        _fail("x", "shape (B, ..., C, ...) of rank 2 or more", tuple(x.shape))
     if not isinstance(channel_dim, int):
         raise TypeError(f"film: channel_dim: expected an int, got {type(channel_dim).__name__}")
     if not -rank < channel_dim < rank or channel_dim == 0:
-        raise ValueError(
-            f"film: channel_dim: expected a dimension of x other than the batch's (0), got {channel_dim} for "
-            f"shape {tuple(x.shape)}"
-        )
+        dimension = "a dimension of x other than the batch's (0)"
+        _fail("channel_dim", dimension, f"{channel_dim} for shape {tuple(x.shape)}")
     if isinstance(gamma_offset, Tensor):
-        raise ValueError("film: gamma_offset: expected a number, got a Tensor")
-    B, C = x.shape[0], x.shape[channel_dim]
-    for name, t in (("gamma", gamma), ("beta", beta), ("residual", residual)):
-        if t is None:
-            continue
-        if t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(
-                f"film: {name}: expected dtype {x.dtype} on {x.device} like x, got {t.dtype} on {t.device}"
-            )
-        # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
-        shapes = [tuple(x.shape)] if name == "residual" else [(C,), (B, C)]
-        if not any(len(shape) == t.dim() and t.shape == shape for shape in shapes):
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"film: {name}: expected shape {wanted}, got {tuple(t.shape)}")
+        _fail("gamma_offset", "a number", "a Tensor")
+    if gamma is not None:
+        _check_parameter("gamma", gamma, x, channel_dim)
+    if beta is not None:
+        _check_parameter("beta", beta, x, channel_dim)
+    if residual is not None:
+        _check_like("residual", residual, x)
+        if residual.shape != x.shape:
+            _fail("residual", f"shape {tuple(x.shape)}", tuple(residual.shape))
     if activation not in ACTIVATIONS:
-        names = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"film: activation: expected one of {names}, got {activation!r}")
+        _fail("activation", f"one of {', '.join(map(repr, ACTIVATIONS))}", repr(activation))
 
 
 @overridable
