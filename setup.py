@@ -4,10 +4,11 @@ Both against LibTorch's stable ABI: one wheel (cp310-abi3) serves every Python >
 cpu_kernel*.cpp are compiled once per instruction set, chosen at run time (csrc/common/cpu_level.cpp). CUDA kernels
 need nvcc, but neither a GPU nor a torch with CUDA: any torch builds the same wheel.
 
-Without a C++ compiler the installation is pure Python: Triton kernels on GPUs, plain PyTorch on the CPU.
+Without a C++ compiler, and on Windows, whose compiler takes other flags, the installation is pure Python: Triton
+kernels on GPUs, plain PyTorch on the CPU.
 
 Environment:
-    FUSEDATTN_SKIP_BUILD=1 asks for that, 0 makes a missing compiler an error.
+    FUSEDATTN_SKIP_BUILD=1 asks for that, 0 makes it an error where there is no compiler, or Windows.
     FUSEDATTN_CUDA=1 builds _C_cuda, 0 does not. Default: where this torch has CUDA and nvcc is found.
     TORCH_CUDA_ARCH_LIST: for which GPUs. Default: "7.5;8.0;9.0;10.0+PTX;12.0", all from 7.5 on.
     CUDA_HOME: of the toolkit, if nvcc is neither on PATH nor in /usr/local/cuda.
@@ -17,8 +18,10 @@ Environment:
 
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,12 +67,20 @@ if os.environ.get("FUSEDATTN_SANITIZE") == "1":
 
 
 def pure_python() -> bool:
-    """Whether to build no extension: as asked for, or because there is no C++ compiler."""
+    """Whether to build no extension: as asked for, or because there is no C++ compiler that could."""
     skip = os.environ.get("FUSEDATTN_SKIP_BUILD")
     if skip not in (None, "0", "1"):
         raise ValueError(f"FUSEDATTN_SKIP_BUILD: expected 0 or 1, got {skip!r}")
-    if skip is not None:
-        return skip == "1"
+    if skip == "1":
+        return True
+    if sys.platform == "win32":
+        reason = "the kernels are built by GCC and Clang, not by Windows' compiler"
+        if skip == "0":
+            raise OSError(f"FUSEDATTN_SKIP_BUILD=0: {reason}")
+        print(f"fusedattn: {reason}: they are left out", file=sys.stderr)
+        return True
+    if skip == "0":
+        return False
     compiler = get_cxx_compiler()
     if shutil.which(shlex.split(compiler)[0]):
         return False
@@ -102,7 +113,9 @@ class Build(BuildExtension):
             if extension.name == "fusedattn._C":
                 extension.extra_objects = self.compile_levels()
             else:
-                extension.library_dirs = [self.make_stub(), *extension.library_dirs]
+                folder = self.make_stub()
+                extension.library_dirs = [folder, *extension.library_dirs]
+                extension.extra_link_args = [*extension.extra_link_args, *self.make_old_symbols(folder)]
                 self.remove_outdated(extension.sources)
         super().build_extensions()
 
@@ -114,6 +127,33 @@ class Build(BuildExtension):
         compiler = self.compiler.compiler_so[0]
         self.spawn([compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", str(source), "-o", str(library)])
         return str(folder)
+
+    def make_old_symbols(self, folder):
+        """What libcudart_static.a takes of the C library, at the versions of before glibc 2.34.
+
+        Which moved threads, dlopen and the like into libc.so.6 under a new version: linked there, _C_cuda would
+        not load with an older glibc. libc.so.6 has the old versions, too, but the linker takes them only from a
+        library that has no others.
+        """
+        compiler = self.compiler.compiler_so[0]
+        libc = subprocess.check_output([compiler, "-print-file-name=libc.so.6"], text=True).strip()
+        if not Path(libc).is_absolute():  # not glibc
+            return []
+        table = subprocess.check_output(["objdump", "-T", libc], text=True)
+        moved = set(re.findall(r" GLIBC_2\.34 +(\w+)$", table, re.MULTILINE))
+        nodes = {}  # of each version those functions of which it was the latest before
+        lines = re.findall(r"\s\((GLIBC_([\d.]+))\) +(\w+)$", table, re.MULTILINE)  # parentheses: not the default
+        lines.sort(key=lambda line: [int(n) for n in line[1].split(".")])
+        for name, version in {name: version for version, _, name in lines if name in moved}.items():
+            nodes.setdefault(version, []).append(name)
+        if not nodes:
+            return []
+        source, script, library = (Path(folder) / f"old_symbols{end}" for end in (".c", ".map", ".so"))
+        source.write_text("".join(f"void {name}(void) {{}}\n" for names in nodes.values() for name in names))
+        script.write_text("".join(f"{version} {{ {'; '.join(names)}; }};\n" for version, names in nodes.items()))
+        flags = ["-shared", "-fPIC", "-w", "-fno-builtin", "-nostdlib", f"-Wl,--version-script={script}"]
+        self.spawn([compiler, *flags, "-Wl,-soname,libc.so.6", str(source), "-o", str(library)])
+        return [str(library)]
 
     def remove_outdated(self, sources):
         """Under a torch without CUDA, ninja does not see on which headers .cu files depend."""

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from needed_symbols import of_library, too_new
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedattn
@@ -210,6 +213,49 @@ except fusedattn.UnsupportedError as error:
 def test_a_broken_choice_of_build_is_an_error(tmp_path):
     result = run_python(str(ROOT / "setup.py"), "--version", FUSEDATTN_SKIP_BUILD="yes")
     assert "FUSEDATTN_SKIP_BUILD: expected 0 or 1, got 'yes'" in result.stderr
+
+
+@pytest.fixture
+def setup_arguments(monkeypatch):
+    """What setup.py passes to setuptools."""
+
+    def run():
+        passed = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **arguments: passed.update(arguments))
+        runpy.run_path(str(ROOT / "setup.py"))
+        return passed
+
+    return run
+
+
+def test_on_windows_the_installation_is_pure_python(monkeypatch, setup_arguments, capsys):
+    monkeypatch.delenv("FUSEDATTN_SKIP_BUILD", raising=False)
+    assert [e.name for e in setup_arguments()["ext_modules"]][:1] == ["fusedattn._C"]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert setup_arguments() == {}
+    assert "not by Windows' compiler: they are left out" in capsys.readouterr().err
+    monkeypatch.setenv("FUSEDATTN_SKIP_BUILD", "0")
+    with pytest.raises(OSError, match="built by GCC and Clang, not by Windows' compiler"):
+        setup_arguments()
+
+
+def test_symbols_of_late_libraries_are_found():
+    table = """
+0000000000000000      DF *UND*\t0000000000000000 (GLIBC_2.3.2) __register_atfork
+0000000000000000      DO *UND*\t0000000000000000 (GLIBC_2.32) __libc_single_threaded
+0000000000000000  w   D  *UND*\t0000000000000000  Base        __cxa_finalize
+0000000000000000      DF *UND*\t0000000000000000  GLIBCXX_3.4.29 _ZSt28__throw_bad_array_new_lengthv
+0000000000090200 g    DF .text\t0000000000000034  GLIBC_2.34  sem_init
+0000000000000000      DF *UND*\t0000000000000000 (CXXABI_1.3.11) _ZdlPvmSt11align_val_t
+"""
+    late = ["_ZSt28__throw_bad_array_new_lengthv (GLIBCXX_3.4.29)", "__libc_single_threaded (GLIBC_2.32)"]
+    assert too_new(table) == late
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump was not found")
+@pytest.mark.skipif(_library.EXTENSION_ERROR is not None, reason="there is no extension")
+def test_the_extension_needs_no_late_glibc():
+    assert [symbol for symbol in of_library(_library._C.__file__) if "GLIBC_" in symbol] == []
 
 
 def test_triton_says_why_it_cannot_run(monkeypatch):

@@ -49,15 +49,16 @@ using Clock = std::chrono::steady_clock;
 
 constexpr size_t MIB = size_t{1} << 20;
 constexpr size_t CACHE_LINE = 64;
-constexpr size_t HUGE_PAGE = 2 * MIB;
 constexpr size_t LEAST_KEPT = MIB;  // smaller blocks the C library keeps by itself
-constexpr size_t LEAST_MAPPED = 2 * HUGE_PAGE;
 constexpr size_t ALWAYS_KEPT = 256 * MIB;
 constexpr size_t UNOFFERED = 32 * MIB;
 constexpr size_t MOST_BLOCKS = 1024;
 constexpr Clock::duration IDLE = std::chrono::seconds(5);
 
 #if defined(__linux__)
+
+constexpr size_t HUGE_PAGE = 2 * MIB;
+constexpr size_t LEAST_MAPPED = 2 * HUGE_PAGE;
 
 size_t mapped_bytes(size_t bytes) { return (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
 

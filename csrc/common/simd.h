@@ -303,19 +303,22 @@ FUSEDATTN_INLINE Vec<double> tanh(Vec<double> x) {
 template <typename T, int h>
 FUSEDATTN_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
   constexpr int W = LANES<T>;
+#if defined(__clang__)
+  // Unrolled they become shuffles; as loops over lanes they would cost clang half of its time for the scores.
+  Vec<T> low{}, high{};
+#pragma unroll
+  for (int l = 0; l < W; ++l) {
+    const int from = l / h * 2 * h + l % h;  // lane l of the result; from W up they are b's
+    low[l] = from < W ? a[from % W] : b[from % W];
+    high[l] = from + h < W ? a[(from + h) % W] : b[(from + h) % W];
+  }
+  return low + high;
+#else
   IntVec<T> low{}, high{};
   for (int l = 0; l < W; ++l) {
     low[l] = l / h * 2 * h + l % h;  // lane l of the result; indices from W up are b's
     high[l] = low[l] + h;
   }
-#if defined(__clang__)
-  Vec<T> lo{}, hi{};
-  for (int l = 0; l < W; ++l) {
-    lo[l] = low[l] < W ? a[low[l] % W] : b[low[l] % W];
-    hi[l] = high[l] < W ? a[high[l] % W] : b[high[l] % W];
-  }
-  return lo + hi;
-#else
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 #endif
 }
