@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from fusedattn import _library
+from fusedattn import _flops, _library
 
 # The families of backends: a dispatch key holds one kernel, so Triton's operators have names of their own.
 _SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
@@ -81,6 +81,7 @@ class Op:
         reference: (\\*tensors, options) -> outputs, in plain PyTorch, differentiable to any order.
         fwd_fake, bwd_fake: results of the raw operators by shape and dtype, from the same arguments.
         fold: see :class:`Fold`.
+        flops: (\\*shapes of the inputs) -> operations in forward's products of matrices; backward has twice those.
     """
 
     name: str
@@ -95,12 +96,17 @@ class Op:
     added: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    flops: Callable[..., int] | None = None
     _operators: dict[str, "_Operators"] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         errors = {"": _library.EXTENSION_ERROR, "_triton": _library.TRITON_ERROR}
         made = {suffix: _Operators(self, suffix) for suffix, error in errors.items() if error is None}
         self._operators.update((name, made[suffix]) for name, suffix in _SUFFIXES.items() if suffix in made)
+        if self.flops is not None:
+            for operators in made.values():
+                _flops.count(operators.fwd.overloadpacket, self._fwd_flops)
+                _flops.count(operators.bwd.overloadpacket, self._bwd_flops)
 
     def __call__(self, backend: str, tensors: tuple, options: tuple, flags: tuple = ()):
         """Runs forward on a backend, with every derivative that may be asked for; the reference takes no flags."""
@@ -121,6 +127,12 @@ class Op:
             *absent,
         )
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def _fwd_flops(self, *arguments, **_) -> int:
+        return self.flops(*arguments[: len(self.inputs)])
+
+    def _bwd_flops(self, *arguments, **_) -> int:
+        return 2 * self.flops(*self.bwd_parts(arguments)[1][: len(self.inputs)])
 
     # The arguments of the raw operators, cut into their parts
 

@@ -59,7 +59,9 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.conditioner.weight)
         nn.init.zeros_(self.conditioner.bias)
         with torch.no_grad():
-            self.conditioner.bias[: self.num_channels] = 1 - self.gamma_offset
+            bias = self.conditioner.bias  # perhaps a DTensor, which takes no slices
+            of_gamma = torch.ones_like(bias, dtype=torch.int64).cumsum(0) <= self.num_channels
+            bias.copy_(of_gamma * (1 - self.gamma_offset))
 
     def extra_repr(self) -> str:
         return (

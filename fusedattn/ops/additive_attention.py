@@ -134,6 +134,12 @@ def _bwd_fake(grad_context, grad_lse, grad_weights, query, key, value, weight, *
     return tuple(t.new_empty(t.shape) for t in (query, key, value, weight))
 
 
+def _flops(query, key, value, weight) -> int:
+    """Of the products ``tanh(query + key) @ weight`` and ``weights @ value``, from shapes."""
+    *lead, Tq, D = query
+    return 2 * math.prod(lead) * Tq * key[-2] * (D + value[-1])
+
+
 class _Fold(_autograd.Fold):
     """Into the heads: N of (B, H, ...) become (B, N H, ...), or N of (B, ...) become (B, N, ...).
 
@@ -190,6 +196,7 @@ ATTENTION = _autograd.Op(
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
     fold=_Fold,
+    flops=_flops,
 )
 
 
@@ -370,7 +377,8 @@ def additive_attention(
     Returns:
         context (B, [H,] Tq, Dv), or a tuple (context[, weights][, lse]): weights (B, [H,] Tq, Tk) in the dtype
         of the inputs, lse (B, [H,] Tq) in float32 for half-precision inputs, else in their dtype. A query with
-        no visible key gets context 0, weights 0, lse -inf and zero gradients.
+        no visible key gets context 0, weights 0, lse -inf and zero gradients. Backward reads context and lse: as
+        after ``torch.softmax``, writing into them in place before it is an error.
 
     Where PyTorch's settings allow TF32 for float32 matrix products (``torch.set_float32_matmul_precision``), GPUs
     may use it for the product of weights and value.
