@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from device import DEVICE, cpu_alone, raw_op
+from device import BACKEND, DEVICE, cpu_alone, raw_op
 from test_additive_attention import INPUTS, make_inputs, shape
 
 from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
@@ -112,23 +112,61 @@ def test_the_reference_is_a_backend():
     )
 
 
+def raw_arguments():
+    query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
+    arguments = {"query": query, "key": key, "value": value, "weight": weight}
+    arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
+    return arguments | {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
+
+
+def without_its_end(t):
+    return t[:, :1] if t.dim() > 1 else t[:0]
+
+
+of_cpu_kernels = pytest.mark.skipif(
+    DEVICE != "cpu" or BACKEND == "triton", reason="GPUs use no exponentials at hand"
+)
+
+
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "wrong",
-    # GPUs use no exponentials at hand.
     [
         "key",
         "value",
         "weight",
         "mask",
         "key_lengths",
-        *(pytest.param(n, marks=cpu_alone) for n in ("key_exp", "key_bound")),
+        *(pytest.param(n, marks=of_cpu_kernels) for n in ("key_exp", "key_bound")),
     ],
 )
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
-    query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
-    arguments = {"query": query, "key": key, "value": value, "weight": weight}
-    arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
-    arguments |= {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
-    arguments[wrong] = arguments[wrong][:, :1] if arguments[wrong].dim() > 1 else arguments[wrong][:0]
+    arguments = raw_arguments()
+    options = (False, 1.0, 0.0)
+    forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
+    context, lse, weights, scores = forward(*arguments.values(), *options, True, True)
+    arguments[wrong] = without_its_end(arguments[wrong])
     with pytest.raises(RuntimeError, match=wrong):
-        raw_op("additive_attention_fwd")(*arguments.values(), False, 1.0, 0.0, True, True)
+        forward(*arguments.values(), *options, True, True)
+    with pytest.raises(RuntimeError, match=wrong):
+        backward(context, lse, weights, *arguments.values(), *options, context, lse, scores)
+
+
+reads_context = pytest.mark.skipif(DEVICE != "cuda" and BACKEND != "triton", reason="the CPU does not read it")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    "wrong",
+    ["grad_context", "grad_lse", "grad_weights", pytest.param("context", marks=reads_context), "lse", "scores"],
+)
+def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
+    arguments, options = raw_arguments(), (False, 1.0, 0.0)
+    context, lse, weights, scores = raw_op("additive_attention_fwd")(*arguments.values(), *options, True, True)
+    grads = {"grad_context": context, "grad_lse": lse, "grad_weights": weights}
+    kept = {"context": context, "lse": lse, "scores": scores}
+    for given in (grads, kept):
+        if wrong in given:
+            given[wrong] = without_its_end(given[wrong])
+    with pytest.raises(RuntimeError, match=wrong):
+        raw_op("additive_attention_bwd")(*grads.values(), *arguments.values(), *options, *kept.values())

@@ -292,6 +292,21 @@ def test_raw_ops_pass_opcheck(channels_last):
         torch.library.opcheck(raw_op("film_bwd").default, backward, test_utils=utils)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("wrong", NAMES[1:])
+def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
+    inputs = make_inputs((2, 3, 5), 1)
+    x, options = inputs["x"], (1, 0.0, 0)
+    inputs[wrong] = inputs[wrong][:1]
+    with pytest.raises(RuntimeError, match=wrong):
+        raw_op("film_fwd")(*inputs.values(), *options)
+    gradient = inputs.pop("residual")
+    with pytest.raises(RuntimeError, match=wrong if wrong in inputs else "grad_output"):
+        raw_op("film_bwd")(gradient, *inputs.values(), *options)
+    with pytest.raises(RuntimeError, match="grad_output"):
+        raw_op("film_bwd")(x.double(), x, None, None, *options)
+
+
 @not_on_the_standin("Inductor makes no code for it")
 def test_compile_without_graph_breaks():
     def function(x, gamma, beta):

@@ -74,7 +74,10 @@ struct Layout {
 
   // t with the strides of x.
   Tensor like(const Tensor& t) const {
-    if (same_strides(t, x) && t.numel() == x.numel()) return t;
+    bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
+    for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+    STD_TORCH_CHECK(same, "film: residual and grad_output: expected the shape and dtype of x");
+    if (same_strides(t, x)) return t;
     Tensor copy = torch::stable::empty_like(x);
     torch::stable::copy_(copy, t);
     return copy;

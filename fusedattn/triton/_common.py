@@ -74,6 +74,15 @@ def on_device_of(t: torch.Tensor):
     return torch.cuda.device_of(t)
 
 
+def require(op: str, argument: str, t: torch.Tensor, shape: tuple, dtype: torch.dtype, device: torch.device):
+    """Raises where a tensor that a raw operator got is not what its kernels read."""
+    if t.shape != shape or t.dtype != dtype or t.device != device:
+        raise RuntimeError(
+            f"{op}: {argument}: expected shape {shape}, {dtype}, on {device}, "
+            f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
+        )
+
+
 # Registration
 
 # Kept for the life of the process: what a Library registers goes with it.

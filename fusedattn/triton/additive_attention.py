@@ -50,7 +50,7 @@ from fusedattn.triton.additive_attention_bwd import (
     value_gradient,
 )
 from fusedattn.triton.additive_attention_fwd import attend, write_scores
-from fusedattn.triton.additive_attention_problem import Problem, arithmetic
+from fusedattn.triton.additive_attention_problem import Problem, arithmetic, check
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
@@ -76,6 +76,7 @@ def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
     options = Options(*numbers[: len(Options._fields)])
     return_weights, keep_scores, allow_tf32 = Flags(*numbers[len(Options._fields) :])
+    check(query, key, value, weight, mask, key_lengths)
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
@@ -109,20 +110,32 @@ def additive_attention_bwd(
     """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
     *options, context, lse, scores = rest
     inputs = (query, key, value, weight)
+    Tq, Tk, Dv, wide = query.shape[-2], key.shape[-2], value.shape[-1], arithmetic(query.dtype)
+    check(
+        *inputs,
+        mask,
+        key_lengths,
+        grad_context=(grad_context, (Tq, Dv), query.dtype),
+        grad_lse=(grad_lse, (Tq,), wide),
+        grad_weights=(grad_weights, (Tq, Tk), query.dtype),
+        context=(context, (Tq, Dv), query.dtype),
+        lse=(lse, (Tq,), wide),
+        scores=(scores if scores.numel() else None, (Tq, Tk), wide),
+    )
     if not (lse.numel() and key.shape[-2]):
         return tuple(t.new_zeros(t.shape) for t in inputs)
     with on_device_of(query):
         problem = Problem(*inputs, mask, key_lengths, Options(*options))
-        B, H, Tq, Tk, Dv = problem.B, problem.H, problem.Tq, problem.Tk, problem.Dv
+        B, H = problem.B, problem.H
         queries, keys = packed_rows(problem)
         kept = scores.numel() > 0
-        lse, context = lse.view(B, H, Tq), context.view(B, H, Tq, Dv)
+        lse, context, scores = lse.reshape(B, H, Tq), context.contiguous().view(B, H, Tq, Dv), scores.contiguous()
         if grad_context is not None:
             grad_context = grad_context.contiguous().view(B, H, Tq, Dv)
         if grad_weights is not None:
             grad_weights = grad_weights.contiguous()
         if grad_lse is not None:
-            grad_lse = grad_lse.reshape(B, H, Tq).to(lse.dtype)
+            grad_lse = grad_lse.reshape(B, H, Tq)
         grad_query = torch.empty(B, H, Tq, problem.D, dtype=query.dtype, device=query.device)
         totals = None
         for first, end in problem.chunks(kept or grad_weights is not None):

@@ -8,7 +8,9 @@ import triton.language as tl
 
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton import _tiles
-from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide
+from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, require
+
+_require = functools.partial(require, "additive_attention")
 
 # Largest |q| + |k| for which the product of two denominators, each at most 1 + exp(2 (|q| + |k|)), and its
 # reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
@@ -146,18 +148,45 @@ def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
     }
 
 
+def check(query, key, value, weight, mask, key_lengths, **others) -> None:
+    """Raises for what kernels would read beyond; others are named (tensor or None, their last sizes, dtype)."""
+    rank = query.dim()
+    if rank not in (3, 4) or key.dim() != rank or value.dim() != rank:
+        got = ", ".join(str(t.dim()) for t in (query, key, value))
+        raise RuntimeError(f"additive_attention: query, key and value: expected 3 or 4 dimensions each, got {got}")
+    *lead, Tq, D = query.shape
+    B, H, Tk, Dv = lead[0], lead[-1] if rank == 4 else 1, key.shape[-2], value.shape[-1]
+    if (B or 1) * (H or 1) * (Tq or 1) * (Tk or 1) * (
+        max(D, Dv) or 1
+    ) >= 1 << 56:  # expanded, it may have any size
+        raise RuntimeError(
+            "additive_attention: query, key and value: expected sizes with B H Tq Tk max(D, Dv) below 2^56, "
+            f"got B = {B}, H = {H}, Tq = {Tq}, Tk = {Tk}, D = {D}, Dv = {Dv}"
+        )
+    dtype, device = query.dtype, query.device
+    _require("key", key, (*lead, Tk, D), dtype, device)
+    _require("value", value, (*lead, Tk, Dv), dtype, device)
+    _require("weight", weight, (D,) if rank == 3 else (H, D), dtype, device)
+    if mask is not None:
+        _require("mask", mask, (*lead, Tq, Tk), torch.bool, device)
+    if key_lengths is not None:
+        _require("key_lengths", key_lengths, (B,), torch.int64, device)
+    for name, (t, sizes, its_dtype) in others.items():
+        if t is not None:
+            _require(name, t, (*lead, *sizes), its_dtype, device)
+
+
 class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
     def __init__(self, query, key, value, weight, mask, key_lengths, options: Options):
         if query.dim() == 3:
-            if mask is not None:
-                mask = mask.expand(*query.shape[:-1], key.shape[-2]).unsqueeze(1)
+            mask = None if mask is None else mask.unsqueeze(1)
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
             weight = weight.expand(1, -1)
         (self.B, self.H, self.Tq, self.D), (self.Tk, self.Dv) = query.shape, value.shape[-2:]
         self.query, self.key, self.value = query, key, value
-        self.mask = None if mask is None else mask.expand(self.B, self.H, self.Tq, self.Tk).view(torch.uint8)
+        self.mask = None if mask is None else mask.view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
         self.options = _kernel_options(options, query.dtype)
         self.empty = functools.partial(torch.empty, dtype=arithmetic(query.dtype), device=query.device)

@@ -42,6 +42,7 @@ from fusedattn.triton._common import (
     on_device_of,
     recorded,
     register,
+    require,
 )
 
 # As in csrc/film/options.h, whose activations are numbered so. In products the tensor comes first: the interpreter
@@ -378,9 +379,22 @@ def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
     return {"gamma_offset": argument(options.gamma_offset, dtype), "ACTIVATION": options.activation}
 
 
+def _check(x, gamma, beta, options: Options, **like_x: Tensor | None) -> None:
+    if not 0 < options.channel_dim < x.dim():
+        raise RuntimeError(f"film: channel_dim: expected 1 to {x.dim() - 1}, got {options.channel_dim}")
+    B, C = x.shape[0], x.shape[options.channel_dim]
+    for name, t in (("gamma", gamma), ("beta", beta)):
+        if t is not None:
+            require("film", name, t, (C,) if t.dim() == 1 else (B, C), x.dtype, x.device)
+    for name, t in like_x.items():
+        if t is not None:
+            require("film", name, t, x.shape, x.dtype, x.device)
+
+
 def forward(x, gamma, beta, residual, *options):
     """film_fwd, see csrc/library.cpp."""
     options = Options(*options)
+    _check(x, gamma, beta, options, residual=residual)
     view = _View(x, options.channel_dim, (gamma, beta))
     y = torch.empty_like(view.x)
     if x.numel() == 0:
@@ -418,6 +432,7 @@ def _cut(tiles: int, blocks: int) -> tuple[int, int]:
 def backward(grad_output, x, gamma, beta, *options):
     """film_bwd, see csrc/library.cpp."""
     options = Options(*options)
+    _check(x, gamma, beta, options, grad_output=grad_output)
     view = _View(x, options.channel_dim, (gamma, beta))
     dx = torch.empty_like(view.x)
     grads = [
