@@ -1,4 +1,4 @@
-"""What ``FlopCounterMode`` of ``torch.utils.flop_counter`` counts: as of PyTorch's own, products of matrices alone."""
+"""What ``FlopCounterMode`` (``torch.utils.flop_counter``) counts: products of matrices alone, as of PyTorch's own."""
 
 import importlib.util
 import sys
