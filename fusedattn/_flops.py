@@ -1,4 +1,4 @@
-"""What ``FlopCounterMode`` (``torch.utils.flop_counter``) counts: products of matrices alone, as of PyTorch's own."""
+"""What ``FlopCounterMode`` of ``torch.utils`` counts: products of matrices alone, as of PyTorch's own."""
 
 import importlib.util
 import sys
