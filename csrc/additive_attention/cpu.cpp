@@ -98,6 +98,8 @@ struct Inputs {
   Tensor query, key, value;
   OptionalTensor mask, key_lengths, key_exp;
   Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
+  Buffer<bool> seen;
+  Buffer<int64_t> seen_end;
   AttentionProblem<T> p;
   int64_t chunk_rows, chunk_heads;
   bool flat;  // no dimension of heads
@@ -132,13 +134,14 @@ struct Inputs {
       p.key_bound = *key_bound->template const_data_ptr<T>();
       if (p.key_bound <= KEY_EXP_BOUND) p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
     }
-    p.mask = nullptr;
+    p.mask = nullptr, p.seen = nullptr;
     if (mask) {
       check_shape(*mask, "mask", shape({p.Tq, p.Tk}));
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
       p.mask = mask->template const_data_ptr<bool>();
       for (int64_t n = 0; n < 4; ++n)
         p.mask_stride[n] = !flat ? mask->stride(n) : n == 0 ? mask->stride(0) : n == 1 ? 0 : mask->stride(n - 1);
+      find_seen_keys();
     }
     p.key_lengths = nullptr;
     if (key_lengths) {
@@ -181,6 +184,39 @@ struct Inputs {
     }
     p.weight = weight.get(), p.weight_scaled = weight_scaled.get();
     p.weight_max = weight_max.get(), p.weight_sum = weight_sum.get();
+  }
+
+  // What the kernels ask of a mask before they look at keys and values: a byte of it costs D or Dv operations less
+  // than a pair.
+  void find_seen_keys() {
+    const int64_t heads = p.mask_stride[1] == 0 ? 1 : p.H, masks = (p.mask_stride[0] == 0 ? 1 : p.B) * heads;
+    p.seen_stride[0] = p.mask_stride[0] == 0 ? 0 : heads, p.seen_stride[1] = p.mask_stride[1] == 0 ? 0 : 1;
+    seen = Buffer<bool>(masks * p.Tk), seen_end = Buffer<int64_t>(masks);
+    p.seen = seen.get(), p.seen_end = seen_end.get();
+    parallel_for(masks, grain_for(p.Tq * p.Tk / 16), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        bool* of_keys = seen.get() + n * p.Tk;
+        see(p.mask + n / heads * p.mask_stride[0] + n % heads * p.mask_stride[1], of_keys);
+        int64_t end = p.Tk;
+        while (end > 0 && !of_keys[end - 1]) --end;
+        seen_end.get()[n] = end;
+      }
+    });
+  }
+
+  // Of one mask.
+  void see(const bool* rows, bool* of_keys) const {
+    std::fill_n(of_keys, p.Tk, false);
+    const int64_t step = p.mask_stride[3];
+    for (int64_t i = p.mask_stride[2] == 0 ? std::max<int64_t>(p.Tq - 1, 0) : 0; i < p.Tq; ++i) {
+      const bool* row = rows + i * p.mask_stride[2];
+      const int64_t keys = p.options.is_causal ? std::min(p.Tk, i + 1) : p.Tk;
+      if (step == 1)  // vectorised
+        for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j];
+      else
+        for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j * step];
+      if (i % 16 == 15 && std::find(of_keys, of_keys + p.Tk, false) == of_keys + p.Tk) return;
+    }
   }
 
   // An expanded tensor may have any size: what is computed from these must stay below 2^63.
@@ -272,13 +308,14 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
       const int64_t task = n / splits, head = task / blocks, r = task % blocks * QUERY_BLOCK;
       const int64_t b = (chunk.first_head + head) / p.H, h = (chunk.first_head + head) % p.H;
       const int64_t rows = std::min(QUERY_BLOCK, chunk.queries - r);
-      int64_t visible = p.visible_keys(b);
+      int64_t visible = p.visible_keys(b, h);
       if (p.options.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
       const int64_t first_key = std::min(visible, n % splits * part_keys);
       const int64_t keys = std::min(visible - first_key, part_keys);
       T* out = splits > 1 ? parts.get() + n * QUERY_BLOCK * p.Dv : context + (head * chunk.queries + r) * p.Dv;
+      const bool* seen = p.seen == nullptr ? nullptr : p.seen_keys(b, h) + first_key;
       products<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk,
-                           1, p.value.row(b, h, first_key), p.value.stride_t, out, p.Dv, Output::WRITTEN);
+                           1, p.value.row(b, h, first_key), p.value.stride_t, seen, out, p.Dv, Output::WRITTEN);
     }
   });
   if (splits == 1) return;
@@ -337,7 +374,10 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
   const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
   T* grad_key = grads.key.template mutable_data_ptr<T>();
   const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
-  const auto visible = [&](int64_t head) { return p.visible_keys((chunk.first_head + head) / p.H); };
+  const auto visible = [&](int64_t head) {
+    const int64_t n = chunk.first_head + head;
+    return p.visible_keys(n / p.H, n % p.H);
+  };
   for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0; ++head) {
     T* rows = grad_key + (chunk.first_head + head) * p.Tk * p.D;
     std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, T(0));  // padding is not looked at below
@@ -434,7 +474,7 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
         const int64_t n = chunk.first_head + head;
         products<T>().matmul(std::min(KEY_BLOCK, p.Tk - first_key), p.Dv, chunk.queries,
                              probabilities.get() + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
-                             dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t,
+                             dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t, nullptr,
                              grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv,
                              chunk.first_query > 0 ? Output::ADDED : p.value_output);
       });

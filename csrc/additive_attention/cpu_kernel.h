@@ -36,6 +36,11 @@ struct AttentionProblem {
   const bool* mask;  // (B, H, Tq, Tk), or null
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,), or null
+  // Of each mask that differs: whether some query sees a key, and how many keys reach to the last such. What the
+  // others hold is not looked at: it may be NaN. Null without a mask.
+  const bool* seen;
+  const int64_t* seen_end;
+  int64_t seen_stride[2];  // from one mask to the next, by batch and head
   AttentionOptions options;
   const T* weight;         // (H, D_padded)
   const T* weight_scaled;  // (H, D_padded): weight / weight_max, so that no product overflows
@@ -47,10 +52,18 @@ struct AttentionProblem {
   Output key_output = Output::WRITTEN;
   Output value_output = Output::WRITTEN;
 
-  // Keys at or after this one are invisible to every query of the batch element.
-  __attribute__((always_inline)) int64_t visible_keys(int64_t b) const {
-    if (key_lengths == nullptr) return Tk;
-    return key_lengths[b] < 0 ? 0 : key_lengths[b] > Tk ? Tk : key_lengths[b];
+  // Keys at or after this one are invisible to every query of the head.
+  __attribute__((always_inline)) int64_t visible_keys(int64_t b, int64_t h) const {
+    int64_t keys = options.is_causal && Tq < Tk ? Tq : Tk;
+    if (key_lengths != nullptr && key_lengths[b] < keys) keys = key_lengths[b] < 0 ? 0 : key_lengths[b];
+    if (seen == nullptr) return keys;
+    const int64_t end = seen_end[b * seen_stride[0] + h * seen_stride[1]];
+    return end < keys ? end : keys;
+  }
+
+  // Of these, whether some query sees each; null if one does of every key.
+  __attribute__((always_inline)) const bool* seen_keys(int64_t b, int64_t h) const {
+    return seen == nullptr ? nullptr : seen + (b * seen_stride[0] + h * seen_stride[1]) * Tk;
   }
 };
 
@@ -96,9 +109,10 @@ struct AttentionBwdKernels {
 // cpu_kernel_product.cpp
 template <typename T>
 struct AttentionProducts {
-  // out (M, N) from A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column].
+  // out (M, N) from A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column]. Rows of B that are
+  // not `seen` count as zero, whatever they hold; null: all are.
   void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                 int64_t b_row, T* out, int64_t out_row, Output output);
+                 int64_t b_row, const bool* seen, T* out, int64_t out_row, Output output);
 
   // products (chunk rows, Tk) = grad_context . value of one head and one block of keys.
   void (*grad_weights)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
@@ -113,7 +127,8 @@ static inline int64_t score_scratch(const AttentionProblem<T>& p, int64_t lanes)
 }
 template <typename T>
 static inline int64_t backward_scratch(const AttentionProblem<T>& p, const Chunk& chunk, int64_t lanes) {
-  const int64_t strip = (2 * chunk.queries + p.Tk) * lanes, rows = chunk.queries * (2 * p.D_padded + lanes);
+  const int64_t strip = (2 * chunk.queries + p.Tk) * lanes,
+                rows = chunk.queries * (2 * p.D_padded + lanes) + p.D_padded;
   return strip > rows ? strip : rows;
 }
 

@@ -98,9 +98,10 @@ FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, i
 
 // KEYS whole rows of keys from j against every query of the chunk: reads keys and writes their gradients once, in
 // the order of memory, which is what few queries are bound by. `limit`: of |k|, for the product of exponentials.
+// `zeros` stands for keys that no query sees.
 template <int KEYS, typename T>
 void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const Place& at, int64_t j, T limit,
-                       const T* q, const T* g, T* dq, T* grad_key, T* dw, T* raw_query) {
+                       const T* q, const T* g, T* dq, T* grad_key, T* dw, T* raw_query, const T* zeros) {
   constexpr int W = LANES<T>;
   const Output output = chunk.first_query > 0 ? Output::ADDED : p.key_output;
   const bool exponentials = p.key_exp != nullptr && p.key_bound <= limit;
@@ -108,12 +109,15 @@ void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const P
   const int64_t key_row = exponentials ? p.D : p.key.stride_t;
   const T* w = p.weight + at.h * p.D_padded;
   T* dk = grad_key + (at.n * p.Tk + j) * p.D;
+  const bool* seen = p.seen_keys(at.b, at.h);
+  const T* row[KEYS];
+  for (int c = 0; c < KEYS; ++c) row[c] = seen == nullptr || seen[j + c] ? key + c * key_row : zeros;
   for (int64_t d = 0; d < p.D; d += W) {
     const int64_t n = lower(W, p.D - d);
     Vec<T> k[KEYS], sum[KEYS] = {}, bound{}, dwd{};
     for (int c = 0; c < KEYS; ++c) {
-      const T* x = key + c * key_row + d;
-      prefetch(x, KEYS * key_row * static_cast<int64_t>(sizeof(T)));
+      const T* x = row[c] + d;
+      prefetch(key + c * key_row + d, KEYS * key_row * static_cast<int64_t>(sizeof(T)));
       k[c] = n == W ? load(x) : load_partial(x, n);
       bound = max(abs(k[c]), bound);
     }
@@ -139,7 +143,8 @@ void backward_rows(const AttentionProblem<T>& p, const Chunk& chunk, int64_t hea
   const Place at = place_of(p, chunk, head);
   const int64_t Tq = chunk.queries;
   // (vector of channels, query): what a column of pairs needs is in one piece, and in many sets of the cache.
-  T *q = scratch, *dq = q + Tq * p.D_padded, *raw_query = dq + Tq * p.D_padded;
+  T *q = scratch, *dq = q + Tq * p.D_padded, *raw_query = dq + Tq * p.D_padded, *zeros = raw_query + Tq * W;
+  for (int64_t d = 0; d < p.D_padded; d += W) store(zeros + d, Vec<T>{});
   T query_bound = 0;
   for (int64_t i = 0; i < Tq; ++i) {
     const int64_t row = head * Tq + i;
@@ -153,11 +158,11 @@ void backward_rows(const AttentionProblem<T>& p, const Chunk& chunk, int64_t hea
   g += head * Tq * p.Tk;
   int64_t j = first_key;
   for (; j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
-    backward_key_rows<BACKWARD_KEYS>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query);
+    backward_key_rows<BACKWARD_KEYS>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query, zeros);
   for (; j + 2 <= last_key; j += 2)
-    backward_key_rows<2>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query);
+    backward_key_rows<2>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query, zeros);
   for (; j < last_key; ++j)
-    backward_key_rows<1>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query);
+    backward_key_rows<1>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query, zeros);
   stream_fence();
   for (int64_t i = 0; i < Tq; ++i)
     for (int64_t d = 0; d < p.D_padded; d += W) store(grad_query + i * p.D_padded + d, load(dq + d * Tq + i * W));
@@ -204,9 +209,11 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
     store(q + i * W, v);
     store(dq + i * W, Vec<T>{});
   }
+  const bool* seen = p.seen_keys(at.b, at.h);
   for (int64_t j = 0; j < keys; ++j) {
     const T* x = p.key.row(at.b, at.h, first_key + j) + d;
-    const Vec<T> v = n == W ? load(x) : load_partial(x, n);
+    Vec<T> v{};
+    if (seen == nullptr || seen[first_key + j]) v = n == W ? load(x) : load_partial(x, n);
     __builtin_prefetch(x + W);  // the next strip's; rows lie too far apart for the hardware to see it
     key_bound = max(abs(v), key_bound);
     store(k + j * W, v);

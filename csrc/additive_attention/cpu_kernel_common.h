@@ -61,6 +61,31 @@ FUSEDATTN_INLINE Rows<T> copied(Rows<T> x, int64_t n, int64_t width, T* y, int64
   return {y, stride};
 }
 
+// The keys of a block that some query sees, in order; the last one up to the end.
+struct SeenKeys {
+  int64_t count = 0;
+  int index[KEY_BLOCK];
+};
+
+// Of `keys` keys from first_key on.
+template <typename T>
+FUSEDATTN_INLINE SeenKeys seen_in_block(const AttentionProblem<T>& p, const Place& at, int64_t first_key,
+                                        int64_t keys) {
+  SeenKeys found;
+  const bool* seen = p.seen_keys(at.b, at.h);
+  for (int j = 0; j < keys; ++j)
+    if (seen == nullptr || seen[first_key + j]) found.index[found.count++] = j;
+  for (int64_t n = found.count; n < KEY_BLOCK; ++n) found.index[n] = n > 0 ? found.index[n - 1] : 0;
+  return found;
+}
+
+// The same of those rows of x alone.
+template <typename T>
+FUSEDATTN_INLINE Rows<T> copied(Rows<T> x, const SeenKeys& seen, int64_t width, T* y, int64_t stride) {
+  for (int64_t n = 0; n < seen.count; ++n) copy_padded(x.from(seen.index[n]).data, width, y + n * stride);
+  return {y, stride};
+}
+
 // n lanes of x to where they belong; STREAMED only whole vectors.
 template <typename T>
 FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {

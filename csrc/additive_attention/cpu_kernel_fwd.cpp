@@ -141,15 +141,18 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& a
   }
 }
 
-// sums[j] over d of w r for one query and KEYS keys that are not exponentials yet; returns max |k|. Beyond
+// sums[j] over d of w r for one query and KEYS keys j that are not exponentials yet; returns max |k|. Beyond
 // ScoreRange::QUAD the sums are anything.
 template <int KEYS, typename T>
-FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const T* w, int64_t D, T* sums) {
+FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const int* index, const T* w, int64_t D,
+                                  T* sums) {
   constexpr int W = LANES<T>;
   Vec<T> acc[KEYS] = {}, bound{};
+  const T* key[KEYS];
+  for (int j = 0; j < KEYS; ++j) key[j] = k + index[j] * k_row;
   const auto denominator = [&](int j, int64_t d, int64_t n) {
-    const T* x = k + j * k_row + d;
-    prefetch(x, KEYS * k_row * static_cast<int64_t>(sizeof(T)));
+    const T* x = key[j] + d;
+    prefetch(key[KEYS - 1] + d, (1 + j) * k_row * static_cast<int64_t>(sizeof(T)));
     const Vec<T> kd = n < W ? load_partial(x, n) : load(x);
     bound = max(abs(kd), bound);
     return load(q + d) * exp_unclamped<2>(kd) + 1;
@@ -163,19 +166,19 @@ FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const T
     }
   for (; d < D; d += W)
     for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, D - d));
-  for (int j = 0; j < KEYS; ++j) sums[j] = horizontal_sum<T>(acc[j]);
+  for (int j = 0; j < KEYS; ++j) sums[index[j]] = horizontal_sum<T>(acc[j]);
   return horizontal_max<T>(bound);
 }
 
 template <typename T>
-__attribute__((noinline)) T one_query(const T* q, const T* k, int64_t k_row, int64_t keys, const T* w, int64_t D,
-                                      T* sums) {
+__attribute__((noinline)) T one_query(const T* q, const T* k, int64_t k_row, const SeenKeys& keys, const T* w,
+                                      int64_t D, T* sums) {
   T bound = 0;
   const auto include = [&](T tile) { bound = tile > bound ? tile : bound; };
-  int64_t j = 0;
-  for (; j + TILE_KEYS <= keys; j += TILE_KEYS)
-    include(one_query_tile<TILE_KEYS>(q, k + j * k_row, k_row, w, D, sums + j));
-  for (; j < keys; ++j) include(one_query_tile<1>(q, k + j * k_row, k_row, w, D, sums + j));
+  int64_t n = 0;
+  for (; n + 1 < keys.count; n += TILE_KEYS)  // the last key again costs less than single ones
+    include(one_query_tile<TILE_KEYS>(q, k, k_row, keys.index + n, w, D, sums));
+  for (; n < keys.count; ++n) include(one_query_tile<1>(q, k, k_row, keys.index + n, w, D, sums));
   return bound;
 }
 
@@ -184,10 +187,12 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
            T* scratch) {
   const Place at = place_of(p, chunk, head);
   const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
-  const int64_t keys = lower(width, p.visible_keys(at.b) - first_key);
+  const int64_t keys = lower(width, p.visible_keys(at.b, at.h) - first_key);
+  const SeenKeys seen = seen_in_block(p, at, first_key, keys);
+  const bool gathered = seen.count < keys;  // what follows works on `count` keys that lie next to each other
   scores += head * chunk.queries * p.Tk + first_key;
   // Queries before `start` see none of these keys.
-  int64_t start = keys <= 0 ? chunk.queries : 0;
+  int64_t start = seen.count == 0 ? chunk.queries : 0;
   if (p.options.is_causal) start = lower(chunk.queries, higher(start, first_key - chunk.first_query));
   for (int64_t r = 0; r < start; ++r)
     for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
@@ -204,7 +209,7 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   T sums[ScoreTile<Mode::QUAD, T>::QUERIES * KEY_BLOCK] = {};
   if (chunk.queries == 1 && p.key_exp == nullptr && finite) {
     const T bound = one_query(p.query_exp + head * p.D_padded, p.key.row(at.b, at.h, first_key), p.key.stride_t,
-                              keys, w, p.D, sums);
+                              seen, w, p.D, sums);
     if (bound + p.query_bound[head] <= ScoreRange<T>::QUAD) return finish(0, sums);
   }
 
@@ -219,16 +224,16 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   T key_bound = p.key_bound;
   if (p.key_exp != nullptr) {
     exps = {p.key_exp + (at.n * p.Tk + first_key) * p.D, p.D};
-    if (padded) exps = copied(exps, keys, p.D, key_exp, row_size);
+    if (padded || gathered) exps = copied(exps, seen, p.D, key_exp, row_size);
   } else {
     key_bound = 0;
-    for (int64_t j = 0; j < keys; ++j) {
-      const T bound = exp2x_padded(raw.data + j * raw.stride, p.D, key_exp + j * row_size);
+    for (int64_t n = 0; n < seen.count; ++n) {
+      const T bound = exp2x_padded(raw.from(seen.index[n]).data, p.D, key_exp + n * row_size);
       key_bound = bound > key_bound ? bound : key_bound;
     }
   }
 
-  bool raw_copied = !padded;
+  bool raw_copied = !padded && !gathered;
   for (int64_t r = start, rows; r < chunk.queries; r += rows) {
     rows = tile_rows<ScoreTile<Mode::QUAD, T>>(chunk.queries - r);
     const Rows<T> query_exp{p.query_exp + (head * chunk.queries + r) * p.D_padded, p.D_padded};
@@ -237,20 +242,24 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
     for (int64_t i = 1; i < rows; ++i) bound = query_bound[i] > bound ? query_bound[i] : bound;
     bound += key_bound;
     if (finite && bound <= ScoreRange<T>::QUAD) {
-      pairwise(ScoreTile<Mode::QUAD, T>{w, p.D_padded}, rows, query_exp, exps, keys, sums);
+      pairwise(ScoreTile<Mode::QUAD, T>{w, p.D_padded}, rows, query_exp, exps, seen.count, sums);
     } else if (finite && bound <= ScoreRange<T>::PAIR) {
-      pairwise(ScoreTile<Mode::PAIR, T>{w, p.D_padded}, rows, query_exp, exps, keys, sums);
+      pairwise(ScoreTile<Mode::PAIR, T>{w, p.D_padded}, rows, query_exp, exps, seen.count, sums);
     } else {
-      if (!raw_copied) raw = copied(raw, keys, p.D, key_raw, row_size);
+      if (!raw_copied) raw = copied(raw, seen, p.D, key_raw, row_size);
       raw_copied = true;
       Rows<T> queries{p.query.row(at.b, at.h, chunk.first_query + r), p.query.stride_t};
       if (padded) queries = copied(queries, rows, p.D, query_raw, row_size);
       if (finite)
-        pairwise(ScoreTile<Mode::SUM, T>{w, p.D_padded}, rows, queries, raw, keys, sums);
+        pairwise(ScoreTile<Mode::SUM, T>{w, p.D_padded}, rows, queries, raw, seen.count, sums);
       else
-        pairwise(ScoreTile<Mode::TANH, T>{w, p.D_padded}, rows, queries, raw, keys, sums);
+        pairwise(ScoreTile<Mode::TANH, T>{w, p.D_padded}, rows, queries, raw, seen.count, sums);
     }
-    for (int64_t i = 0; i < rows; ++i) finish(r + i, sums + i * KEY_BLOCK);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row = sums + i * KEY_BLOCK;
+      for (int64_t n = seen.count - 1; gathered && n >= 0; --n) row[seen.index[n]] = row[n];
+      finish(r + i, row);
+    }
   }
 }
 

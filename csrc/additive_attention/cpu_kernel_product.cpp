@@ -47,31 +47,36 @@ void matmul_rows(int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_colu
 // One row of A: four rows of B at a time, each read from end to end, the sums in cache. B is read once, so
 // the order in which memory sees it matters more than the arithmetic.
 template <typename T>
-void matmul_one_row(int64_t N, int64_t K, const T* a, int64_t a_column, const T* b, int64_t b_row, T* out,
-                    Output output) {
+void matmul_one_row(int64_t N, int64_t K, const T* a, int64_t a_column, const T* b, int64_t b_row,
+                    const bool* seen, T* out, Output output) {
   constexpr int W = LANES<T>;
   if (output != Output::ADDED)
     for (int64_t n = 0; n < N; ++n) out[n] = 0;
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4) {
-    const T* row = b + k * b_row;
-    const T s0 = a[k * a_column], s1 = a[(k + 1) * a_column], s2 = a[(k + 2) * a_column],
-            s3 = a[(k + 3) * a_column];
-    const int64_t next = 4 * b_row * static_cast<int64_t>(sizeof(T));
+  const int64_t next = b_row * static_cast<int64_t>(sizeof(T));
+  int64_t rows[4];
+  int found = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    if (seen != nullptr && !seen[k]) continue;
+    rows[found++] = k;
+    if (found < 4) continue;
+    found = 0;
+    const T *b0 = b + rows[0] * b_row, *b1 = b + rows[1] * b_row, *b2 = b + rows[2] * b_row,
+            *b3 = b + rows[3] * b_row;
+    const T s0 = a[rows[0] * a_column], s1 = a[rows[1] * a_column], s2 = a[rows[2] * a_column],
+            s3 = a[rows[3] * a_column];
     int64_t n = 0;
     for (; n + W <= N; n += W) {
-      for (int r = 0; r < 4; ++r) prefetch(row + r * b_row + n, next);
-      Vec<T> o = load(out + n) + s0 * load(row + n);
-      o += s1 * load(row + b_row + n);
-      o += s2 * load(row + 2 * b_row + n);
-      o += s3 * load(row + 3 * b_row + n);
+      for (int r = 0; r < 4; ++r) prefetch(b3 + n, (1 + r) * next);
+      Vec<T> o = load(out + n) + s0 * load(b0 + n);
+      o += s1 * load(b1 + n);
+      o += s2 * load(b2 + n);
+      o += s3 * load(b3 + n);
       store(out + n, o);
     }
-    for (; n < N; ++n)
-      out[n] += s0 * row[n] + s1 * row[b_row + n] + s2 * row[2 * b_row + n] + s3 * row[3 * b_row + n];
+    for (; n < N; ++n) out[n] += s0 * b0[n] + s1 * b1[n] + s2 * b2[n] + s3 * b3[n];
   }
-  for (; k < K; ++k)
-    for (int64_t n = 0; n < N; ++n) out[n] += a[k * a_column] * b[k * b_row + n];
+  for (int r = 0; r < found; ++r)
+    for (int64_t n = 0; n < N; ++n) out[n] += a[rows[r] * a_column] * b[rows[r] * b_row + n];
 }
 
 // matmul_rows of 1 .. MOST rows.
@@ -83,18 +88,22 @@ FUSEDATTN_INLINE void matmul_up_to(int64_t rows, Arguments... arguments) {
 }
 
 // B is taken in blocks of rows, some 128 KiB, each read once from memory, in order, and again from cache by the
-// next tile.
+// next tile; with rows that are not seen, between those.
 template <typename T>
 void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
-            int64_t b_row, T* out, int64_t out_row, Output output) {
+            int64_t b_row, const bool* seen, T* out, int64_t out_row, Output output) {
   constexpr int ROWS = VECTOR_REGISTERS >= 32 ? 8 : 4;
   const int64_t block = higher(32, 32768 / higher(N, 1));
-  if (M == 1) return matmul_one_row(N, K, a, a_column, b, b_row, out, output);
+  if (M == 1) return matmul_one_row(N, K, a, a_column, b, b_row, seen, out, output);
   const int64_t tiles = (M + ROWS - 1) / ROWS;
-  if (output == Output::STREAMED && K > block) output = Output::WRITTEN;  // and added to, from cache
+  const auto sees = [&](int64_t k) { return seen == nullptr || seen[k]; };
+  if (output == Output::STREAMED && (K > block || seen != nullptr)) output = Output::WRITTEN;  // and added to
   int64_t k = 0;
   do {  // K = 0 still writes zeros
-    const int64_t depth = lower(block, K - k);
+    while (k < K && !sees(k)) ++k;
+    int64_t depth = lower(block, K - k);
+    for (int64_t n = 0; seen != nullptr && n < depth; ++n)
+      if (!sees(k + n)) depth = n;
     int64_t ahead = k + block < K ? block * b_row * static_cast<int64_t>(sizeof(T)) : 0;
     for (int64_t tile = 0, m = 0, rows; tile < tiles; ++tile, m += rows) {
       rows = (M - m) / (tiles - tile);
@@ -102,7 +111,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t 
                             out + m * out_row, out_row, output, ahead);
       ahead = 0;
     }
-    k += block;
+    k += depth;
     output = Output::ADDED;
   } while (k < K);
   stream_fence();
@@ -139,16 +148,20 @@ void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head
   constexpr int W = LANES<T>;
   const Place at = place_of(p, chunk, head);
   const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
-  // What lies in the padding is not looked at: it may be NaN.
-  const int64_t keys = higher(0, lower(width, p.visible_keys(at.b) - first_key));
+  // What no query sees is not looked at: it may be NaN.
+  const int64_t keys = higher(0, lower(width, p.visible_keys(at.b, at.h) - first_key));
+  const bool* seen = p.seen_keys(at.b, at.h);
+  const auto sees = [&](int64_t c) { return c < keys && (seen == nullptr || seen[first_key + c]); };
   const int64_t Dv_padded = (p.Dv + W - 1) / W * W;
   Rows<T> x{p.value.row(at.b, at.h, first_key), p.value.stride_t};
   products += head * chunk.queries * p.Tk + first_key;
   if (chunk.queries >= TRANSPOSED_QUERIES) {
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int64_t c = 0; c < width; ++c) scratch[d * KEY_BLOCK + c] = c < keys ? x.data[c * x.stride + d] : 0;
+    for (int64_t c = 0; c < keys; ++c)
+      for (int64_t d = 0; !sees(c) && d < p.Dv; ++d) scratch[d * KEY_BLOCK + c] = 0;
     return matmul(chunk.queries, width, p.Dv, grad_context.row(at.b, at.h, chunk.first_query),
-                  grad_context.stride_t, 1, scratch, KEY_BLOCK, products, p.Tk, Output::WRITTEN);
+                  grad_context.stride_t, 1, scratch, KEY_BLOCK, nullptr, products, p.Tk, Output::WRITTEN);
   }
   const bool padded = p.Dv != Dv_padded;
   if (padded) x = copied(x, keys, p.Dv, scratch, Dv_padded);
@@ -159,7 +172,7 @@ void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head
     if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
     pairwise(DotTile<T>{Dv_padded}, rows, dc, x, keys, sums);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = c < keys ? sums[i * KEY_BLOCK + c] : 0;
+      for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = sees(c) ? sums[i * KEY_BLOCK + c] : 0;
   }
 }
 

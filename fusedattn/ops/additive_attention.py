@@ -59,11 +59,15 @@ def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None
 
 def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options: Options):
     """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
+    shape = (*query.shape[:-1], key.shape[-2])
+    visible = _visible_keys(shape, query.device, mask, key_lengths, options.is_causal)
+    if mask is not None or key_lengths is not None or options.is_causal:
+        unseen = ~visible.any(-2).unsqueeze(-1)  # by any query: absent, whatever they hold
+        key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
     scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1)
     scores = scores * options.scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    visible = _visible_keys(scores.shape, scores.device, mask, key_lengths, options.is_causal)
     row = visible.any(-1, keepdim=True)
     # A row without a visible key is computed over zeros and masked afterwards: no NaN in any derivative.
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~row, 0.0)
@@ -379,6 +383,11 @@ def additive_attention(
         of the inputs, lse (B, [H,] Tq) in float32 for half-precision inputs, else in their dtype. A query with
         no visible key gets context 0, weights 0, lse -inf and zero gradients. Backward reads context and lse: as
         after ``torch.softmax``, writing into them in place before it is an error.
+
+    A key that no query of its batch element and head sees is absent: whatever it and its value hold, NaN and
+    infinity included, results and gradients of any order are those with zeros there, and its own gradients are
+    zero. Of a key that some queries see, a NaN in the key leaves the results of the others alone, but may reach
+    their gradients; one in its value may reach the results of all.
 
     Where PyTorch's settings allow TF32 for float32 matrix products (``torch.set_float32_matmul_precision``), GPUs
     may use it for the product of weights and value.

@@ -118,6 +118,12 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
   for (int64_t b = 0; b < c.B; ++b) lengths[b] = c.Tk - 3 * b;
   std::vector<char> mask(heads * c.Tq * c.Tk);
   for (char& visible : mask) visible = random.next() > -0.5;
+  std::vector<char> seen(heads * c.Tk);
+  std::vector<int64_t> seen_end(heads, c.Tk);
+  for (int64_t n = 0; n < heads * c.Tk; ++n) {
+    seen[n] = n % 5 != 1;
+    for (int64_t i = 0; i < c.Tq && !seen[n]; ++i) mask[(n / c.Tk * c.Tq + i) * c.Tk + n % c.Tk] = false;
+  }
   if (c.exponentials_at_hand)
     for (T k : key) key_exp.push_back(std::exp(2 * k));
 
@@ -131,6 +137,8 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
     p.mask = reinterpret_cast<const bool*>(mask.data()), p.key_lengths = lengths.data();
     p.mask_stride[0] = c.H * c.Tq * c.Tk, p.mask_stride[1] = c.Tq * c.Tk, p.mask_stride[2] = c.Tk,
     p.mask_stride[3] = 1;
+    p.seen = reinterpret_cast<const bool*>(seen.data()), p.seen_end = seen_end.data();
+    p.seen_stride[0] = c.H, p.seen_stride[1] = 1;
   }
   p.options = c.options;
   p.weight = weight.data(), p.weight_scaled = scaled.data();
@@ -148,8 +156,8 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
   fwd.softmax(heads * c.Tq, c.Tk, scores.data(), weights.data(), lse.data());
   for (int64_t head = 0; head < heads; ++head)
     products.matmul(c.Tq, c.Dv, c.Tk, &weights[head * c.Tq * c.Tk], c.Tk, 1,
-                    p.value.row(head / c.H, head % c.H, 0), c.Dv, &context[head * c.Tq * c.Dv], c.Dv,
-                    Output::WRITTEN);
+                    p.value.row(head / c.H, head % c.H, 0), c.Dv, p.seen_keys(head / c.H, head % c.H),
+                    &context[head * c.Tq * c.Dv], c.Dv, Output::WRITTEN);
 
   std::vector<T> g(scores.size()), probabilities(scores.size()), row_sums(heads * c.Tq);
   std::vector<T> dq(heads * c.Tq * padded), dk(heads * c.Tk * c.D), dx(heads * c.Tk * c.Dv), dw(heads * padded);
@@ -160,9 +168,10 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
     row_sums[row] = bwd.grad_scores(p, &scores[row * c.Tk], lse[row], grad_lse[row], &probabilities[row * c.Tk],
                                     &g[row * c.Tk]);
   for (int64_t head = 0; head < heads; ++head) {
-    const int64_t visible = p.visible_keys(head / c.H);
+    const int64_t visible = p.visible_keys(head / c.H, head % c.H);
     products.matmul(c.Tk, c.Dv, c.Tq, &probabilities[head * c.Tq * c.Tk], 1, c.Tk,
-                    dc.row(head / c.H, head % c.H, 0), c.Dv, &dx[head * c.Tk * c.Dv], c.Dv, Output::WRITTEN);
+                    dc.row(head / c.H, head % c.H, 0), c.Dv, nullptr, &dx[head * c.Tk * c.Dv], c.Dv,
+                    Output::WRITTEN);
     T *head_dq = &dq[head * c.Tq * padded], *head_dw = &dw[head * padded];
     if (c.Tq <= ROWWISE_QUERIES)
       bwd.backward_rows(p, chunk, head, 0, visible, g.data(), head_dq, dk.data(), head_dw, memory.data());
