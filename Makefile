@@ -64,6 +64,7 @@ gpu-libraries: $(BUILT)
 lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	find csrc tests/cuda_emulator tests/aarch64 $(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 sanitize: $(BUILT)

@@ -86,7 +86,7 @@ class Op:
 
     name: str
     inputs: tuple[str, ...]
-    options: type
+    options: type[Any]
     outputs: tuple[str, ...]
     reference: Callable[..., Any]
     fwd_fake: Callable[..., Any]
@@ -105,8 +105,8 @@ class Op:
         self._operators.update((name, made[suffix]) for name, suffix in _SUFFIXES.items() if suffix in made)
         if self.flops is not None:
             for operators in made.values():
-                _flops.count(operators.fwd.overloadpacket, self._fwd_flops)
-                _flops.count(operators.bwd.overloadpacket, self._bwd_flops)
+                _flops.count(operators.fwd.overloadpacket, partial(self._fwd_flops, self.flops))
+                _flops.count(operators.bwd.overloadpacket, partial(self._bwd_flops, self.flops))
 
     def __call__(self, backend: str, tensors: tuple, options: tuple, flags: tuple = ()):
         """Runs forward on a backend, with every derivative that may be asked for; the reference takes no flags."""
@@ -128,11 +128,11 @@ class Op:
         )
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _fwd_flops(self, *arguments, **_) -> int:
-        return self.flops(*arguments[: len(self.inputs)])
+    def _fwd_flops(self, formula, *arguments, **_):
+        return formula(*arguments[: len(self.inputs)])
 
-    def _bwd_flops(self, *arguments, **_) -> int:
-        return 2 * self.flops(*self.bwd_parts(arguments)[1][: len(self.inputs)])
+    def _bwd_flops(self, formula, *arguments, **_):
+        return 2 * formula(*self.bwd_parts(arguments)[1][: len(self.inputs)])
 
     # The arguments of the raw operators, cut into their parts
 
@@ -327,7 +327,7 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
         return vmap(info, in_dims, *arguments)
 
     parameters = [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_ONLY) for a in operator._schema.arguments]
-    forward.__signature__ = inspect.Signature(parameters)
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def function(**methods):
         name = operator._opname  # shown by grad_fn

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.utils._mode_utils import no_dispatch
 from fusedattn import _library
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+P = ParamSpec("P")
+R = TypeVar("R")
 LEAST_TRITON_CAPABILITY = (8, 0)  # that it supports; it compiles for 7.5, too, but promises nothing
 
 
@@ -147,6 +149,7 @@ def describe_gpu(device: torch.device) -> str:
     return f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})"
 
 
+@_library.assume_constant
 def cuda_error(device: torch.device) -> str:
     """What CUDA says where its driver, or this build, has no code of our kernels for a device; else empty."""
     return _cuda_error(torch.cuda.current_device() if device.index is None else device.index)
@@ -166,25 +169,21 @@ def _dtype_reasons(dtype: torch.dtype) -> list[str]:
 BACKENDS = {"cpu": cpu_reasons, "cuda": cuda_reasons, "triton": triton_reasons}
 
 
+@_library.assume_constant  # torch.compile guards on the settings by itself
 def tf32_allowed() -> bool:
     """Whether PyTorch's settings allow TF32 in float32 matrix products, whichever of its interfaces made them."""
     # torch.backends.cuda.matmul.fp32_precision, which takes five times as long.
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
-# What torch.compiler.assume_constant_result does, which would import dynamo here. torch.compile guards on the
-# settings by itself.
-tf32_allowed._dynamo_marked_constant = cuda_error._dynamo_marked_constant = True
-
-
-def overridable(function: Callable) -> Callable:
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: tensors that define ``__torch_function__`` are asked, as by PyTorch's own functions.
 
     So ``torch.fx`` records a call, and subclasses of Tensor and function modes see it.
     """
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
         return function(*args, **kwargs)

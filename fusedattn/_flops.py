@@ -39,7 +39,7 @@ class _WhenImported(MetaPathFinder):
                 execute(module)
                 _register(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module
         return spec
 
 

@@ -4,12 +4,14 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 EXTENSION_ERROR: ImportError | None = None
 try:
-    from fusedattn import _C  # noqa: F401
+    from fusedattn import _C  # type: ignore[attr-defined] # noqa: F401
 except ImportError as error:  # kept and shown by every backend's reasons and by fusedattn.info
     EXTENSION_ERROR = error
     # The one warning of an installation without compiled kernels; later, torch.compile may be tracing.
@@ -42,6 +44,15 @@ def _load_triton() -> str | None:
 TRITON_ERROR = _load_triton()
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assume_constant(function: _Function) -> _Function:
+    """Decorator: as ``torch.compiler.assume_constant_result``, which would import dynamo here."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def _triton_driver_error() -> str | None:
     import triton
@@ -53,13 +64,11 @@ def _triton_driver_error() -> str | None:
     return None
 
 
+@assume_constant
 def triton_driver_error() -> str | None:
     """Why Triton cannot launch on this machine's GPU; None if it can. It compiles its driver in C at first use."""
     return _triton_driver_error()
 
-
-# What torch.compiler.assume_constant_result does, which would import dynamo here.
-triton_driver_error._dynamo_marked_constant = True
 
 # Why there are no CUDA kernels in this process; None if there are. They need neither a driver nor a GPU to load.
 CUDA_ERROR: str | None = None
@@ -67,7 +76,7 @@ if torch.version.cuda is None:
     CUDA_ERROR = "this torch is built without CUDA"
 elif EXTENSION_ERROR is None:
     try:
-        from fusedattn import _C_cuda  # noqa: F401
+        from fusedattn import _C_cuda  # type: ignore[attr-defined] # noqa: F401
     except ImportError as error:
         CUDA_ERROR = (
             "they are not part of this build (FUSEDATTN_CUDA=1 builds them)"

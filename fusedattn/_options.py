@@ -1,6 +1,6 @@
 """The options of every op, numbers that both its raw operators take, in the order of ``csrc/<op>/options.h``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class AdditiveAttentionOptions(NamedTuple):
@@ -15,7 +15,7 @@ class FilmOptions(NamedTuple):
     activation: int  # index into ACTIVATIONS of ops/film.py
 
 
-def schema(bundle: type) -> str:
+def schema(bundle: type[Any]) -> str:
     """A NamedTuple's fields as arguments in an operator's schema, ``"bool is_causal, float scale"``."""
     arguments = []
     for name, kind in bundle.__annotations__.items():

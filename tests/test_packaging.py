@@ -185,7 +185,9 @@ def test_pure_python_installation(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(outside)
-    assert "fusedattn/triton/film.py" in names and not any(name.endswith(".so") for name in names)
+    assert {"fusedattn/triton/film.py", "fusedattn/py.typed"} <= {*names} and not any(
+        name.endswith(".so") for name in names
+    )
     # An editable installation beside it would lend the wheel its extension.
     isolated = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
     code = """

@@ -1,6 +1,9 @@
 """Modules of additive attention: projections around :func:`fusedattn.additive_attention`."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,12 @@ for _function in ("_check", "_over_heads", "_for_one_query"):
     torch.fx.wrap(_function)
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusedattn._typing import ModuleOptions
+
+
 class AdditiveAttention(nn.Module):
     """Additive attention with its projections (Bahdanau et al. 2015, arXiv:1409.0473).
 
@@ -57,6 +66,8 @@ class AdditiveAttention(nn.Module):
         device, dtype: of the parameters.
     """
 
+    weight_g: Tensor  # None without normalize
+
     def __init__(
         self,
         query_dim: int,
@@ -71,9 +82,9 @@ class AdditiveAttention(nn.Module):
         normalize: bool = False,
         softcap: float | None = None,
         backend: str = "auto",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if num_heads < 1:
             raise ValueError(f"AdditiveAttention: num_heads: expected 1 or more, got {num_heads}")
@@ -85,7 +96,7 @@ class AdditiveAttention(nn.Module):
         if softcap is not None and not softcap > 0:
             raise ValueError(f"AdditiveAttention: softcap: expected a positive number or None, got {softcap}")
         check_backend("AdditiveAttention", backend)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         value_dim = key_dim if value_dim is None else value_dim
         self.query_dim, self.key_dim, self.value_dim = query_dim, key_dim, value_dim
         self.num_heads, self.softcap, self.backend = num_heads, softcap, backend
@@ -152,6 +163,26 @@ class AdditiveAttention(nn.Module):
         """
         return ProjectedKeys(*self._project(key, value), mask, key_lengths).with_exponentials()
 
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        *,
+        return_weights: Literal[False] = False,
+        **options: Unpack[ModuleOptions],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        *,
+        return_weights: Literal[True],
+        **options: Unpack[ModuleOptions],
+    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         query: Tensor,
@@ -187,7 +218,7 @@ class AdditiveAttention(nn.Module):
             keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
         query = self._heads(self.query_proj(query))
         key_exp, key_bound = keys.exponentials(query.dtype)
-        result = attend(
+        result: Any = attend(
             query,
             keys.key.to(query.dtype),
             keys.value.to(query.dtype),
@@ -201,11 +232,13 @@ class AdditiveAttention(nn.Module):
             key_exp=key_exp,
             key_bound=key_bound,
         )
-        context, weights = result if return_weights else (result, None)
-        context = context.transpose(1, 2).flatten(2)
+        context = (result[0] if return_weights else result).transpose(1, 2).flatten(2)
         if self.out_proj is not None:
             context = self.out_proj(context)
-        return (context, weights) if return_weights else context
+        return (context, result[1]) if return_weights else context
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class BahdanauAttention(AdditiveAttention):
@@ -228,9 +261,9 @@ class BahdanauAttention(AdditiveAttention):
         normalize: bool = False,
         softcap: float | None = None,
         backend: str = "auto",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(
             query_dim,
             memory_dim,
@@ -254,7 +287,7 @@ class BahdanauAttention(AdditiveAttention):
         """As :meth:`AdditiveAttention.project_keys`, with a mask (B, T)."""
         return super().project_keys(key, value, mask=_for_one_query(mask), key_lengths=key_lengths)
 
-    def forward(
+    def forward(  # type: ignore[override]  # one step has other arguments
         self,
         query: Tensor,
         memory: Tensor | ProjectedKeys,
@@ -278,3 +311,6 @@ class BahdanauAttention(AdditiveAttention):
             query.unsqueeze(1), memory, mask=_for_one_query(mask), key_lengths=key_lengths, return_weights=True
         )
         return context.squeeze(1), weights.flatten(1)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]

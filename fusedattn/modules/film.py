@@ -1,5 +1,7 @@
 """Module of FiLM: a conditioner around :func:`fusedattn.film`."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -39,9 +41,9 @@ class FiLM(nn.Module):
         gamma_offset: float = 1.0,
         activation: str | None = None,
         backend: str = "auto",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             names = ", ".join(repr(name) for name in ACTIVATIONS)
@@ -83,3 +85,6 @@ class FiLM(nn.Module):
             residual=residual,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward

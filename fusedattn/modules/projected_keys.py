@@ -75,7 +75,8 @@ class ProjectedKeys:
         """The batch elements that ``index`` chooses; the batch stays a dimension."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0) or isinstance(index, tuple):
             raise IndexError(f"ProjectedKeys: expected a slice or a list of batch elements, got {index!r}")
-        keys = ProjectedKeys(*(None if t is None else t[index] if batched else t for t, batched in self._parts()))
+        parts = (None if t is None else t[index] if batched else t for t, batched in self._parts())
+        keys = ProjectedKeys(*parts)  # type: ignore[arg-type]
         if kept := self._valid():
             keys._keep(kept.exp[index].contiguous(), kept.bound)  # a bound of all is one of some
         return keys
@@ -85,7 +86,7 @@ class ProjectedKeys:
         if self.key.shape[0] not in (1, batch):
             raise ValueError(f"ProjectedKeys: expected a batch of 1 to expand to {batch}, got {self.key.shape[0]}")
         parts = ((None if t is None else t.expand(batch, *t.shape[1:]) if b else t) for t, b in self._parts())
-        return ProjectedKeys(*parts)
+        return ProjectedKeys(*parts)  # type: ignore[arg-type]
 
     def to(self, *args: Any, **kwargs: Any) -> ProjectedKeys:
         """As :meth:`torch.Tensor.to`; a dtype concerns key and value alone."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from fusedattn import _autograd
 from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable, tf32_allowed
 from fusedattn._options import AdditiveAttentionOptions as Options
+from fusedattn._typing import attention_function
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -76,6 +77,7 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     return weights @ value, lse.masked_fill(~row.squeeze(-1), float("-inf")), weights
 
 
+@attention_function
 @overridable
 def additive_attention_ref(
     query: Tensor,
@@ -335,6 +337,7 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     return Tq * Tk <= (Tq + Tk) * D
 
 
+@attention_function
 @overridable
 def additive_attention(
     query: Tensor,

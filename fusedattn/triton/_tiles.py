@@ -87,9 +87,9 @@ TABLE = (
 
 def gpu_of(device: torch.device) -> str:
     """The kind of GPU in the table's terms; what is no GPU (the interpreter, tools) counts as sm_90."""
-    if _common.recording_for() is not None:
-        backend, arch = _common.recording_for()
-        return AMD if backend == "hip" else SM_80 if arch < 90 else SM_90
+    if (recorded := _common.recording_for()) is not None:
+        backend, arch = recorded
+        return AMD if backend == "hip" else SM_80 if int(arch) < 90 else SM_90
     return _gpu_of(device)
 
 

@@ -184,7 +184,7 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
         ((128, 10, 128, 1024), True),
         ((128, 64, 128, 1024), True),
     )
-    found = {}
+    found: dict[tuple, Kernel] = {}
     for dtype, (shape, masked) in itertools.product(dtypes, calls):
         if dtype == torch.float64 and shape == calls[0][0]:
             continue  # the others have its kernels, too, and compiling takes its time

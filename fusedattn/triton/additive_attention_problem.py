@@ -194,7 +194,7 @@ class Problem:
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)
         self.few = self.Tq <= FEW_QUERIES
-        self.key_packed = {}  # by BLOCK_K
+        self.key_packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by BLOCK_K
 
     def chunks(self, all_at_once):
         """(first, end) of the queries whose scores are held at the same time."""

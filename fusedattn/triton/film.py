@@ -325,7 +325,7 @@ class _View:
     def __init__(self, x: Tensor, channel_dim: int, parameters):
         shape, order = x.shape, [*range(x.dim())]
         if not x.is_contiguous():
-            order[1:] = sorted(order[1:], key=lambda d: -x.stride(d))
+            order[1:] = sorted(order[1:], key=lambda d: -x.stride()[d])
             if not _dense(x, order):
                 x = x.contiguous()
                 order.sort()
@@ -510,7 +510,7 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         ((8, 1024, 768), 2, True, SILU),
         ((8, 1024, 7, 7), 1, False, TANH),
     )
-    found = {}
+    found: dict[tuple, Kernel] = {}
     for dtype in dtypes:
         for case in cases:
             for kernel in recorded(lambda: call(dtype, *case), target):  # noqa: B023, called at once

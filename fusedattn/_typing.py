@@ -1,0 +1,106 @@
+"""What type checkers are told beyond the signatures: what a call returns by the flags that it passes.
+
+Imported by nobody at run time but for :func:`attention_function`, which returns its argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Of :func:`fusedattn.additive_attention`, but those that decide what it returns."""
+
+    mask: Tensor | None
+    key_lengths: Tensor | None
+    is_causal: bool
+    scale: float
+    softcap: float | None
+    activation: str
+    normalizer: str
+    dropout_p: float
+    backend: str
+
+
+class AttentionFunction(Protocol):
+    """context, then weights and lse if asked for."""
+
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        *,
+        return_weights: Literal[False] = False,
+        return_lse: Literal[False] = False,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        *,
+        return_weights: Literal[True],
+        return_lse: Literal[False] = False,
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        *,
+        return_weights: Literal[False] = False,
+        return_lse: Literal[True],
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        *,
+        return_weights: Literal[True],
+        return_lse: Literal[True],
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        *,
+        return_weights: bool = False,
+        return_lse: bool = False,
+        **options: Unpack[AttentionOptions],
+    ) -> Tensor | tuple[Tensor, ...]: ...
+
+
+def attention_function(function: Callable[..., Any]) -> AttentionFunction:
+    """Decorator: has the type above."""
+    return function
+
+
+class ModuleOptions(TypedDict, total=False):
+    """Of :meth:`fusedattn.AdditiveAttention.forward`, but ``return_weights``."""
+
+    mask: Tensor | None
+    key_lengths: Tensor | None
+    is_causal: bool
