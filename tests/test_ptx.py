@@ -8,6 +8,7 @@ import math
 import numpy as np
 import ptx
 import pytest
+from ptx import order
 
 HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
 LANES = np.arange(32)
@@ -204,6 +205,38 @@ def test_threads_diverge_and_meet_again():
         return 0 if n == 1 else 1 + collatz(n // 2 if n % 2 == 0 else 3 * n + 1)
 
     np.testing.assert_array_equal(steps, [collatz(n) for n in range(1, 65)])
+
+
+def test_threads_meet_again_before_the_place_where_they_went_apart():
+    """In the text; compilers rotate loops so. All threads of a warp shuffle."""
+    sums = np.zeros(64, np.uint32)
+    body = """
+        mov.b32 %r2, %r1; mov.b32 %r3, 0; setp.lt.u32 %p1, %r1, 7; bra.uni HEAD;
+    TAIL: shfl.sync.bfly.b32 %r4, %r2, 1, 31, -1; add.u32 %r2, %r2, %r4;
+        add.u32 %r3, %r3, 1; setp.eq.u32 %p2, %r3, 3; @%p2 bra DONE;
+    HEAD: @%p1 bra TAIL; add.u32 %r2, %r2, 1; bra.uni TAIL;
+    DONE: add.u64 %rd2, %rd100, %rd1; st.global.u32 [%rd2], %r2;
+    """
+    ptx.launch(kernel(body, 1), (1,), 64, [sums])
+    expected = np.arange(64)
+    for _ in range(3):
+        expected = expected + (np.arange(64) >= 7)
+        expected = expected + expected[np.arange(64) ^ 1]
+    np.testing.assert_array_equal(sums, expected)
+
+
+@pytest.mark.parametrize(
+    "successors, expected",
+    [
+        ([[1, 2], [3], [3], []], [0, 2, 1, 3]),
+        ([[3], [2, 4], [1], [1], []], [0, 2, 3, 1, 4]),  # entered in its middle, left from there
+        ([[2], [2, 4], [1, 3], [1], []], [0, 3, 1, 2, 4]),  # a rotated loop
+        ([[1], [2], [2, 3], [1, 4], []], [0, 1, 2, 3, 4]),  # a loop in a loop
+        ([[1], []], [0, 1]),
+    ],
+)
+def test_order_of_blocks(successors, expected):
+    assert order.ranks(successors) == expected
 
 
 def test_guards_leave_other_threads_alone():

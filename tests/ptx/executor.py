@@ -1,8 +1,8 @@
 """Runs a parsed kernel: all threads of a few blocks at once, one numpy operation per instruction.
 
 Threads that stand at the same instruction run together. A branch that not all of them take splits the group; the
-group with the lowest address runs next, so that groups meet again where their paths do. A group stops at a barrier
-until every thread of its block has come.
+group that others cannot come to any more runs last (order.py), so that groups meet again where their paths do. A
+group stops at a barrier until every thread of its block has come.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from . import access, warp
 from .arithmetic import elementwise
 from .memory import GlobalMemory, PrivateMemory
 from .operands import Operands
+from .order import ranks
 from .parser import Immediate, Instruction, Kernel, PtxError
 
 _BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned", "bar.red.or.pred", "bar.red.and.pred")
@@ -62,6 +63,13 @@ class Program:
                 self.sizes["shared"] = addresses[name] + shared_bytes
         self.operands = Operands(kernel, addresses)
         self.blocks = self._blocks()
+        self.rank = ranks([self._successors(number) for number in range(len(self.blocks))])
+
+    def _successors(self, number: int) -> list[int]:
+        block, following = self.blocks[number], [number + 1] if number + 1 < len(self.blocks) else []
+        if block.end == "branch":
+            return [block.target] if block.guard is None else [block.target, *following]
+        return [] if block.end == "exit" and block.guard is None else following
 
     def _blocks(self) -> list[_Block]:
         instructions = self.kernel.instructions
@@ -196,7 +204,7 @@ class Machine:
             if not groups:
                 groups = self._release(program, waiting, alive)
                 waiting = {}
-            number = min(groups)
+            number = min(groups, key=program.rank.__getitem__)
             active, block = groups.pop(number), program.blocks[number]
             executed += len(block.steps) + 1
             if executed > budget:
