@@ -199,12 +199,18 @@ def not_scriptable(module: torch.nn.Module) -> NoReturn:
     )
 
 
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+_has_autocast._dynamo_marked_constant = True  # Dynamo of torch 2.11 does not trace the question
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device (some, like meta, have none)."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # the quickest to ask
         return False
-    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
-    return known and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def autocast(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -50,10 +50,10 @@ def test_sizes_that_do_not_broadcast_are_named():
 
 
 KINDS = {
-    "numpy": (lambda t: t.numpy(), TypeError, "ndarray"),
-    "sparse": (lambda t: t.to_sparse(), ValueError, "sparse"),
+    "numpy": (lambda t: t.cpu().numpy(), TypeError, "ndarray"),
+    "sparse": (lambda t: t.cpu().to_sparse(), ValueError, "sparse"),
     "nested": (lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged), ValueError, "nested"),
-    "mkldnn": (lambda t: t.to_mkldnn(), ValueError, "mkldnn"),
+    "mkldnn": (lambda t: t.cpu().to_mkldnn(), ValueError, "mkldnn"),
 }
 
 
