@@ -199,11 +199,9 @@ def not_scriptable(module: torch.nn.Module) -> NoReturn:
     )
 
 
+@_library.assume_constant  # Dynamo of torch 2.11 does not trace the question
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
-
-
-_has_autocast._dynamo_marked_constant = True  # Dynamo of torch 2.11 does not trace the question
 
 
 def autocast_enabled(device: torch.device) -> bool:
