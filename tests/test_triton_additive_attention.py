@@ -5,6 +5,7 @@ What runs on a GPU is the compiled kernel: ``make gates`` compiles each, ``tests
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from device import INTERPRETED
@@ -46,6 +47,21 @@ def test_layouts():
     query, key, _, _ = inputs
     value, weight = torch.randn(3, 6, 35), torch.randn(8)
     check([query, key, value, weight], views=views)
+
+
+@pytest.mark.parametrize("Tq", [1, 5])
+def test_channels_far_apart(Tq):
+    """Of a transposed tensor: d times the stride of d does not fit 32 bits. Nothing of the gap is touched."""
+    query, key, value, weight = make_inputs(shape(1, Tq, 6, 3, 4), torch.float16)
+    query[0, 0] = 60  # beyond the range of exponentials: the inputs themselves are read
+
+    def apart(t):
+        gap = torch.from_numpy(np.zeros(2**31 + t.shape[1], np.float16)).as_strided(t.shape, (0, 1, 2**30))
+        return gap.copy_(t)
+
+    expected = additive_attention(query, key, value, weight)
+    torch.testing.assert_close(additive_attention(apart(query), key, value, weight), expected, rtol=0, atol=0)
+    torch.testing.assert_close(additive_attention(query, apart(key), value, weight), expected, rtol=0, atol=0)
 
 
 def test_several_chunks_of_queries(monkeypatch):

@@ -55,6 +55,20 @@ def test_what_is_recorded_is_what_triton_specialises():
     assert forward.signature["C"] == "i32"
 
 
+def test_pointers_into_less_than_2_gib_are_addressed_in_32_bits_on_amd():
+    """As Triton's launcher has it there."""
+    gamma = torch.empty(1, 2, device="meta")
+    small, large = (
+        recorded(lambda: film.forward(torch.empty(1, 2, n, device="meta"), gamma, None, None, 1, 0.0, 0))[0]  # noqa: B023
+        for n in (1 << 10, 1 << 28)
+    )
+    assert {"X", "Y", "GAMMA"} <= set(small.near)
+    assert "GAMMA" in large.near and not {"X", "Y"} & set(large.near)
+    for kernel in (small, large):
+        assert kernel.compile("hip", "gfx942").asm["ttir"].count("tt.pointer_range = 32") == len(kernel.near)
+        assert "tt.pointer_range" not in kernel.compile("cuda", 90).asm["ttir"]
+
+
 def test_random_lengths_compile_few_kernels_of_additive_attention():
     """Each kernel once; packing has three tiles, the pass over inputs two sides and one sum over splits."""
     generator = torch.Generator().manual_seed(0)

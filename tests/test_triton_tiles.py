@@ -1,5 +1,6 @@
 """The table of tiles and its opt-in tuning, with a fake clock: nothing is compiled or launched."""
 
+import functools
 import os
 import warnings
 
@@ -11,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("launches are recorded here, not interpreted", allow_module_level=True)
 
 from fusedattn.triton import _tiles, additive_attention, additive_attention_fwd, film
+from fusedattn.triton._common import recorded
 
 KERNELS = sorted({tile.kernel for tile in _tiles.TABLE})
 TARGETS = {_tiles.SM_80: ("cuda", 80), _tiles.SM_90: ("cuda", 120), _tiles.AMD: ("hip", "gfx942")}
@@ -47,16 +49,25 @@ def test_every_size_has_a_tile_on_every_gpu(kernel, gpu):
     assert rows == sorted(rows, key=lambda tile: tile.most)
 
 
-def test_launchers_take_the_rows_of_the_target():
-    found = {}
-    for gpu, target in TARGETS.items():
-        for kernel in additive_attention.kernels((torch.float32,), target):
-            if kernel.function is additive_attention_fwd.additive_attention_fwd_kernel_scores:
-                extents = (kernel.constexprs["BLOCK_Q"], kernel.constexprs["BLOCK_K"])
-                found.setdefault(gpu, set()).add((extents, kernel.num_warps))
-    for gpu in TARGETS:
-        expected = {(tile.extents, tile.warps) for tile in _tiles.rows("scores", gpu) if tile.most > 0}
-        assert found[gpu] == expected
+def tiles_of_scores(kernels):
+    return {
+        ((k.constexprs["BLOCK_Q"], k.constexprs["BLOCK_K"]), k.num_warps)
+        for k in kernels
+        if k.function is additive_attention_fwd.additive_attention_fwd_kernel_scores
+    }
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_launchers_take_the_rows_of_the_target(gpu):
+    found = set()
+    for Tq in (16, 17):
+        call = functools.partial(additive_attention._typical_call, 2, Tq, 40, 8, torch.float32, False)
+        found |= tiles_of_scores(recorded(call, TARGETS[gpu]))
+    rows = _tiles.rows("scores", gpu)
+    assert found == {(tile.extents, tile.warps) for tile in rows if tile.most > 0}
+    # What is compiled for gates has the tiles that only tuning takes, too.
+    listed = tiles_of_scores(additive_attention.kernels((torch.float32,), TARGETS[gpu]))
+    assert listed == {(tile.extents, tile.warps) for tile in rows}
 
 
 def test_the_default_never_tunes(clock, monkeypatch):
@@ -79,6 +90,21 @@ def test_tuning_takes_the_fastest_and_says_so_before(clock):
         warnings.simplefilter("error")
         choose(clock, sizes=(8, 500, 900))
     assert clock == 2 * rows  # another bucket, no other warning
+
+
+@pytest.mark.filterwarnings("ignore:fusedattn")
+def test_what_was_tuned_is_taken_where_nothing_can_be_timed(clock, monkeypatch):
+    """While a graph is captured."""
+    monkeypatch.setattr(_tiles, "can_time", lambda device: False)
+    usual = choose(clock)
+    assert clock == [] and usual.most > 0
+    monkeypatch.setattr(_tiles, "can_time", lambda device: True)
+    monkeypatch.setattr(_tiles, "milliseconds", lambda call: (call(), 0.0 if clock[-1] is not usual else 1.0)[1])
+    tuned = choose(clock)
+    monkeypatch.setattr(_tiles, "can_time", lambda device: False)
+    assert tuned is not usual and choose(clock) is tuned
+    recorded(lambda: clock.append(choose(clock)))
+    assert clock[-1] is usual  # tools see what does not hang on this machine
 
 
 def test_the_warning_comes_before_anything_runs(clock):

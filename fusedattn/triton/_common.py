@@ -120,6 +120,7 @@ class Kernel:
         constexprs: the values of those. ``NVIDIA``, if among them, is set by ``compile``.
         grid: an example of a launch grid.
         divisible: names of arguments that are multiples of 16 (for a pointer: of 16 bytes).
+        near: names of pointers into less than 2 GiB, which AMD addresses by 32-bit offsets.
         num_warps, num_stages: options of the compilation.
         name: readable, for test ids and tables.
     """
@@ -129,6 +130,7 @@ class Kernel:
     constexprs: Mapping[str, Any]
     grid: tuple[int, ...]
     divisible: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
     name: str = ""
@@ -142,11 +144,14 @@ class Kernel:
         if "NVIDIA" in constexprs:
             constexprs["NVIDIA"] = backend == "cuda"
         names = self.function.arg_names
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible}
+        for name in self.near if backend == "hip" else ():
+            attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
         source = ASTSource(
             self.function,
             signature={name: self.signature[name] for name in names},
             constexprs={(names.index(name),): value for name, value in constexprs.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in self.divisible},
+            attrs=attributes,
         )
         target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
         return triton.compile(
@@ -157,11 +162,20 @@ class Kernel:
     def specialisation(self) -> tuple:
         """What Triton's cache would tell this kernel from others by."""
         constexprs = tuple(sorted((name, str(value)) for name, value in self.constexprs.items()))
-        return self.function.__name__, tuple(self.signature.items()), constexprs, self.divisible
+        options = self.num_warps, self.num_stages
+        return (
+            self.function.__name__,
+            tuple(self.signature.items()),
+            constexprs,
+            self.divisible,
+            self.near,
+            options,
+        )
 
 
 _record: list[Kernel] | None = None
 _target: tuple[str, int | str] = ("cuda", 90)
+_every_tile = False
 
 
 def launch(
@@ -192,13 +206,16 @@ def _parameters(function: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def recorded(call: Callable[[], Any], target: tuple[str, int | str] = ("cuda", 90)) -> list[Kernel]:
+def recorded(
+    call: Callable[[], Any], target: tuple[str, int | str] = ("cuda", 90), every_tile: bool = False
+) -> list[Kernel]:
     """The kernels that ``call()`` launches, in order, with their tiles on ``target``, say ``("hip", "gfx942")``.
 
-    None of them runs, so tensors may be on the meta device.
+    With ``every_tile`` also those with the other tiles that tuning may choose. None of them runs, so tensors may
+    be on the meta device.
     """
-    global _record, _target
-    _record, _target = [], target
+    global _record, _target, _every_tile
+    _record, _target, _every_tile = [], target, every_tile
     try:
         call()
         return _record
@@ -209,6 +226,11 @@ def recorded(call: Callable[[], Any], target: tuple[str, int | str] = ("cuda", 9
 def recording_for() -> tuple[str, int | str] | None:
     """The target of ``recorded``, or None outside."""
     return None if _record is None else _target
+
+
+def records_every_tile() -> bool:
+    """Whether ``recorded`` is asked for the tiles that only tuning chooses, too."""
+    return _every_tile
 
 
 _TYPES = {
@@ -224,7 +246,7 @@ _TYPES = {
 
 def _described(function, grid, arguments, keywords, num_warps, num_stages) -> Kernel:
     """What Triton would compile for this launch: its rules of specialisation, written down."""
-    signature, values, divisible = {}, {}, []
+    signature, values, divisible, near = {}, {}, [], []
     given = dict(zip(function.arg_names, arguments, strict=False)) | keywords
     for parameter in function.params:
         name, specialised = parameter.name, not parameter.do_not_specialize
@@ -235,6 +257,8 @@ def _described(function, grid, arguments, keywords, num_warps, num_stages) -> Ke
             signature[name] = _TYPES[x.dtype]
             if x.storage_offset() * x.itemsize % 16 == 0:
                 divisible.append(name)
+            if x.untyped_storage().nbytes() < 1 << 31:
+                near.append(name)
         elif isinstance(x, float):
             signature[name] = "fp32"
         else:
@@ -245,4 +269,6 @@ def _described(function, grid, arguments, keywords, num_warps, num_stages) -> Ke
     tile = "x".join(str(values[name]) for name in function.arg_names if name.startswith("BLOCK_"))
     types = "-".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
     name = f"{function.__name__}-{tile}-{types}"
-    return Kernel(function, signature, values, tuple(grid), tuple(divisible), num_warps, num_stages, name)
+    return Kernel(
+        function, signature, values, tuple(grid), tuple(divisible), tuple(near), num_warps, num_stages, name
+    )

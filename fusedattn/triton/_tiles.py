@@ -56,8 +56,9 @@ class Tile:
 TABLE = (
     # Queries x keys; size: queries. Slots a tanh on sm_90: 4.2 and 4.0, at 128 registers or fewer. 64 x 64 took
     # 4.7, for its loads, and 16 x 128 by two warps exchanges q through shared memory. More rows reuse more of each
-    # key; a tall tile would be mostly empty for few. In float64 half of it spilled where there is a soft cap.
-    Tile("scores", (16, 128), 4, 16, NVIDIA),
+    # key; a tall tile would be mostly empty for few. In float64 half of it spilled where there is a soft cap, or D
+    # is small.
+    Tile("scores", (16, 128), 4, 16, NVIDIA, doubles=4),
     Tile("scores", (32, 64), 2, gpus=NVIDIA, doubles=4),
     Tile("scores", (32, 128), 4, 0, NVIDIA, doubles=4),
     # A wave of 64 threads holds whole rows, whose addresses and masks are scalar registers: more than four rows a
@@ -69,14 +70,14 @@ TABLE = (
     Tile("few", (64, 32), 4, 64),
     Tile("few", (32, 64), 4),
     Tile("few", (16, 64), 4, 0),
-    # Queries x keys; size: value channels. Short key tiles keep p . x in registers.
-    Tile("context", (16, 64), 4, 64),
-    Tile("context", (16, 32), 4),
+    # Queries x keys. Operands of three TF32 products are held three times: eight warps take 128 registers at most.
+    # Four took 255, spilled at some widths, and on AMD scalar ones.
+    Tile("context", (16, 32), 8),
     # Held rows x channels; size: channels. One warp has all rows of four channels a thread: nothing is exchanged.
     # In float64 half of them would take every register.
     Tile("inputs", (16, 64), 1, 64, doubles=4),
     Tile("inputs", (8, 128), 1, doubles=4),
-    Tile("inputs", (16, 128), 2, 0, doubles=4),
+    Tile("inputs", (16, 128), 2, 0, (SM_90, AMD), doubles=4),  # on sm_80 it spills at some widths
     # Elements: 8 a thread on NVIDIA, one or two loads of 16 bytes. Four warps, with 16 elements a thread, took 250
     # registers in the backward of short runs.
     Tile("film", (2048,), 8),
@@ -123,19 +124,25 @@ def choose(
         size: what the table decides by.
         tensor: whose device and dtype these are.
         sizes: all that may decide which tile is fastest; a bucket is made of their powers of two.
-        run: does the work with a tile, as often as asked; called only to time it.
+        run: does the work with a tile, as often as asked; called only to time it, or for tools to see every tile.
         name: of what is tuned, where several share the rows of a kernel.
     """
     gpu = gpu_of(tensor.device)
     found = rows(kernel, gpu)
-    if enabled() and can_time(tensor.device):
+    usual = next(tile for tile in found if size <= tile.most)
+    if _common.recording_for() is not None:
+        if _common.records_every_tile():
+            for tile in found:
+                if tile is not usual:
+                    run(tile)
+    elif enabled():
         bucket = tuple(triton.next_power_of_2(n) for n in sizes)
         key = (name or kernel, gpu, tensor.dtype, bucket)
-        if key not in _fastest:
+        if key not in _fastest and can_time(tensor.device):
             _warn_once(gpu)
             _fastest[key] = min(found, key=lambda tile: milliseconds(functools.partial(run, tile)))
-        return _fastest[key]
-    return next(tile for tile in found if size <= tile.most)
+        return _fastest.get(key, usual)
+    return usual
 
 
 _fastest: dict[tuple, Tile] = {}
@@ -151,9 +158,8 @@ def _warn_once(gpu: str) -> None:
 
 
 def can_time(device: torch.device) -> bool:
-    """Whether launches can be timed: on a GPU, and neither recorded for tools nor captured in a graph."""
-    recorded = _common.recording_for() is not None
-    return device.type == "cuda" and not recorded and not torch.cuda.is_current_stream_capturing()
+    """Whether launches can be timed: on a GPU, while no graph is captured."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def milliseconds(call: Callable[[], object]) -> float:

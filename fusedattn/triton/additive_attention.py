@@ -178,17 +178,23 @@ register(
 
 def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
-    calls = (
-        ((4, 512, 512, 256), False),
-        ((64, 1, 1024, 512), False),
-        ((128, 10, 128, 1024), True),
-        ((128, 64, 128, 1024), True),
+    calls = (  # B, Tq, Tk, D; masked; with the tiles that tuning may choose, too
+        ((4, 512, 512, 256), False, False),
+        ((1, 1, 100000, 512), False, True),  # keys split into as many parts as combine may join
+        ((2, 6, 300, 16), False, False),
+        ((128, 10, 128, 1024), True, False),
+        ((128, 64, 128, 1024), True, False),
+        ((8, 40, 300, 64), True, True),
     )
     found: dict[tuple, Kernel] = {}
-    for dtype, (shape, masked) in itertools.product(dtypes, calls):
+    for dtype, (shape, masked, every_tile) in itertools.product(dtypes, calls):
         if dtype == torch.float64 and shape == calls[0][0]:
             continue  # the others have its kernels, too, and compiling takes its time
-        for kernel in recorded(lambda: _typical_call(*shape, dtype, masked), target):  # noqa: B023, called at once
+
+        def call(shape=shape, dtype=dtype, masked=masked):
+            _typical_call(*shape, dtype, masked)
+
+        for kernel in recorded(call, target, every_tile):
             found.setdefault(kernel.specialisation, kernel)
     return list(found.values())
 

@@ -188,6 +188,8 @@ def additive_attention_bwd_kernel_inputs(
     ARITHMETIC: tl.constexpr = g.dtype.element_ty
     tiles = tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0) % tiles
+    if IS_CAUSAL and grad_weight is not None:
+        tile = tiles - 1 - tile  # queries that see most keys start first; keys that most see do so anyway
     bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
     split = tl.program_id(2).to(tl.int64)
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -1,5 +1,6 @@
 """Additive attention in Triton, forward: scores, then context. See ``additive_attention.py``."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,6 +20,8 @@ from fusedattn.triton.additive_attention_problem import (
 # Beyond it w1 t2 + w2 t1 might overflow.
 WEIGHT_RANGE = tl.constexpr(1e18)
 UNROLL = 1  # 2 saves 0.2 slots a tanh, and spills
+MOST_SPLITS = 128  # of the keys of a row
+COMBINED_BYTES = 32768  # a step of ``combine``: 64 registers of a thread
 
 
 @triton.jit
@@ -77,8 +80,9 @@ def _plain_sums(
     """sum_d w_d tanh(q_d + k_d), [BLOCK_Q, BLOCK_K], from the inputs themselves, whatever their range."""
     s = tl.zeros((BLOCK_Q, BLOCK_K), w.dtype.element_ty)
     for d in tl.range(0, D):
-        x = load_wide(q + d * stride_qd, in_q)
-        y = load_wide(k + d * stride_kd, in_k)
+        d64 = tl.cast(d, tl.int64)
+        x = load_wide(q + d64 * stride_qd, in_q)
+        y = load_wide(k + d64 * stride_kd, in_k)
         r = reciprocal_of_sum(x[:, None] + y[None, :], NVIDIA)
         s = tl.fma(tl.fma(r, -2.0, 1.0), tl.load(w + d), s)
     return s
@@ -186,12 +190,13 @@ def additive_attention_fwd_kernel_few(
     for start in tl.range(0, D, 2 * BLOCK_D):
         d1 = start + tl.arange(0, BLOCK_D)
         d2 = d1 + BLOCK_D
-        q1 = load_wide(query + d1 * stride_qd, d1 < D)
-        q2 = load_wide(query + d2 * stride_qd, d2 < D)
+        d1_64, d2_64 = d1.to(tl.int64), d2.to(tl.int64)
+        q1 = load_wide(query + d1_64 * stride_qd, d1 < D)
+        q2 = load_wide(query + d2_64 * stride_qd, d2 < D)
         w1 = tl.load(weight + d1, mask=d1 < D, other=0.0)
         w2 = tl.load(weight + d2, mask=d2 < D, other=0.0)
-        k1 = tl.load(keys + d1[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
-        k2 = tl.load(keys + d2[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
+        k1 = tl.load(keys + d1_64[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
+        k2 = tl.load(keys + d2_64[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
         t1 = 1.0 + tl.exp2(at_most(q1[None, :] + k1.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
         t2 = 1.0 + tl.exp2(at_most(q2[None, :] + k2.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
         r = -2.0 * fast_reciprocal(t1 * t2, NVIDIA)
@@ -262,6 +267,8 @@ def additive_attention_fwd_kernel_context(
     ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     q_tiles = tl.cdiv(Tq, BLOCK_Q)
     q_tile = tl.program_id(0) % q_tiles
+    if IS_CAUSAL:
+        q_tile = q_tiles - 1 - q_tile  # those with most keys start first
     bh, b, h = batch_and_head(tl.program_id(0) // q_tiles, H)
     split = tl.program_id(1).to(tl.int64)
     i = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -349,25 +356,28 @@ def _attend_by(tile, problem, scores, context, lse, first, allow_tf32):
     block_v = min(128, max(16, triton.next_power_of_2(problem.Dv)))
     q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(problem.Dv, block_v))
     wanted = programs_wanted(problem.query.device) // (q_tiles * v_tiles * problem.BH)
-    split_keys = triton.cdiv(triton.cdiv(problem.Tk, max(1, min(wanted, 128))), 256) * 256
+    split_keys = triton.cdiv(triton.cdiv(problem.Tk, max(1, min(wanted, MOST_SPLITS))), 256) * 256
     splits = triton.cdiv(problem.Tk, split_keys)
     parts, lse_parts, stride_s = context, lse, (0, 0)
     if splits > 1:
         parts = problem.empty(splits, problem.B, problem.H, n, problem.Dv)
         lse_parts = problem.empty(parts.shape[:-1])
         stride_s = (parts.stride(0), lse_parts.stride(0))
+    stages = 1 if lse.dtype == torch.float64 else 2  # a second stage of doubles spills on some GPUs
     launch(
         additive_attention_fwd_kernel_context, (q_tiles * problem.BH, splits, v_tiles),
         scores, problem.value, problem.key_lengths, parts, lse_parts,
         *problem.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
         problem.H, n, problem.Tk, first, split_keys,
         options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-        TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps,
+        TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
+        block_s = 16 if splits <= 16 else MOST_SPLITS  # two kernels, whatever the lengths
+        block_v = min(block_v, COMBINED_BYTES // (block_s * parts.itemsize))
         launch(
             additive_attention_fwd_kernel_combine, (problem.BH * n,),
             parts, lse_parts, context, lse, *context.stride()[:2], *lse.stride()[:2],
             problem.H, n, problem.BH * n, splits,
-            Dv=problem.Dv, BLOCK_S=triton.next_power_of_2(splits), BLOCK_V=block_v, num_warps=4,
+            Dv=problem.Dv, BLOCK_S=block_s, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton import _tiles
-from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, require
+from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, recording_for, require
 
 _require = functools.partial(require, "additive_attention")
 
@@ -125,17 +125,25 @@ def pack(t, channels, block, by_row=False):
     return packed, bounds
 
 
-@functools.cache
 def programs_wanted(device: torch.device) -> int:
-    """Enough programs to fill the device twice."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    """Enough programs to fill the device twice: for tools a large GPU, else few, for the interpreter's sake."""
+    if recording_for() is not None:
+        return 2 * 132
+    return 2 * _multiprocessors(device) if device.type == "cuda" else 8
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _packed_weight(weight, channels):
     """(H or 1, channels) in the dtype of the arithmetic, padded with 0."""
     if weight.shape[0] > 1 and weight.stride(0) == 0:
         weight = weight[:1]
-    weight = torch.nn.functional.pad(weight.to(arithmetic(weight.dtype)), (0, channels - weight.shape[1]))
+    weight = weight.to(arithmetic(weight.dtype))
+    if weight.shape[1] < channels:
+        weight = torch.nn.functional.pad(weight, (0, channels - weight.shape[1]))
     return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
 
 
