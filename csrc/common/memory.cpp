@@ -13,8 +13,10 @@
 // Where the address space of the process is limited, which only unmapping helps, nothing is kept, as with
 // FUSEDATTN_REUSE_MEMORY=0.
 //
-// Blocks from LEAST_MAPPED up are mappings of their own in huge pages: writing fresh memory 4 KiB page by page is
-// bound by page faults, and in memory of the C library the advice would outlive the block.
+// Blocks from two huge pages up are mappings of their own in huge pages: writing fresh memory 4 KiB page by page
+// is bound by page faults, and in memory of the C library the advice would outlive the block. Where nothing is
+// kept, the C library still keeps what is smaller than MOST_OF_C_LIBRARY: a mapping would be made and cleared at
+// each call.
 #include "memory.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -55,10 +57,24 @@ constexpr size_t UNOFFERED = 32 * MIB;
 constexpr size_t MOST_BLOCKS = 1024;
 constexpr Clock::duration IDLE = std::chrono::seconds(5);
 
+bool reuses_memory() {
+  static const bool reuses = [] {
+    const char* wanted = std::getenv("FUSEDATTN_REUSE_MEMORY");
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "1") == 0) return true;
+    STD_TORCH_CHECK(std::strcmp(wanted, "0") == 0, "FUSEDATTN_REUSE_MEMORY: expected 0 or 1, got '", wanted, "'");
+    return false;
+  }();
+  return reuses;
+}
+
 #if defined(__linux__)
 
 constexpr size_t HUGE_PAGE = 2 * MIB;
-constexpr size_t LEAST_MAPPED = 2 * HUGE_PAGE;
+constexpr size_t MOST_OF_C_LIBRARY = 32 * MIB;  // glibc's largest threshold for mappings of its own
+
+bool is_mapped(size_t bytes) noexcept {
+  return bytes >= LEAST_KEPT && bytes >= (reuses_memory() ? 2 * HUGE_PAGE : MOST_OF_C_LIBRARY);
+}
 
 size_t mapped_bytes(size_t bytes) { return (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
 
@@ -79,12 +95,12 @@ void* map(size_t bytes) noexcept {
 }
 
 void* allocate(size_t bytes) noexcept {
-  if (bytes >= LEAST_MAPPED) return map(bytes);
+  if (is_mapped(bytes)) return map(bytes);
   return ::operator new(bytes, std::align_val_t(CACHE_LINE), std::nothrow);
 }
 
 void release(Block block) noexcept {
-  if (block.bytes >= LEAST_MAPPED)
+  if (is_mapped(block.bytes))
     munmap(block.data, mapped_bytes(block.bytes));
   else
     ::operator delete(block.data, std::align_val_t(CACHE_LINE));
@@ -93,7 +109,7 @@ void release(Block block) noexcept {
 // The system may take the pages now, and clears those it took when they are written again.
 void offer_pages(Block block) noexcept {
 #if defined(MADV_FREE)
-  if (block.bytes >= LEAST_MAPPED) madvise(block.data, mapped_bytes(block.bytes), MADV_FREE);
+  if (is_mapped(block.bytes)) madvise(block.data, mapped_bytes(block.bytes), MADV_FREE);
 #endif
 }
 
@@ -112,16 +128,6 @@ void offer_pages(Block) noexcept {}
 bool address_space_is_limited() noexcept { return false; }
 
 #endif
-
-bool reuses_memory() {
-  static const bool reuses = [] {
-    const char* wanted = std::getenv("FUSEDATTN_REUSE_MEMORY");
-    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "1") == 0) return true;
-    STD_TORCH_CHECK(std::strcmp(wanted, "0") == 0, "FUSEDATTN_REUSE_MEMORY: expected 0 or 1, got '", wanted, "'");
-    return false;
-  }();
-  return reuses;
-}
 
 // Under the lock blocks are only listed and counted: what takes time, or locks of the system, happens outside.
 class Blocks {
