@@ -39,6 +39,8 @@ SHAPES = [
     ((2, 33, 7, 5), 1),
     ((2, 7, 5, 33), -1),
     ((2, 3, 4, 5, 6), 2),
+    ((300, 40), 1),  # rows of one sample each
+    ((3, 5000), 1),
 ]
 
 
@@ -259,6 +261,34 @@ def test_bitwise_reproducible():
     first, second = (run(film, inputs, activation="gelu") for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
+
+
+@not_on_the_standin("threads are the CPU's")
+@pytest.mark.parametrize("shared", [(), ("gamma", "beta")], ids=["per-sample", "shared"])
+@pytest.mark.parametrize(
+    "shape, channel_dim", [((2100, 96), 1), ((16, 9000), 1), ((64, 60, 7, 7), 1), ((4, 1000, 96), 2)]
+)
+def test_the_number_of_threads_changes_no_bit(shape, channel_dim, shared):
+    inputs = make_inputs(shape, channel_dim, shared=shared)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(run(film, inputs, channel_dim=channel_dim, activation="silu"))
+    finally:
+        torch.set_num_threads(threads)
+    for name, result in results[0].items():
+        assert all(torch.equal(result, other[name]) for other in results[1:]), name
+
+
+def test_what_pads_a_row_is_in_no_sum():
+    """A row of 5 is computed as a longer one: there z would be inf * 0."""
+    for shape, channel_dim in (((1, 2, 5), 1), ((2, 3, 5), 2)):
+        x = torch.ones(shape, requires_grad=True)
+        gamma = torch.full((shape[channel_dim],), float("inf")).requires_grad_()
+        y = film(x, gamma, channel_dim=channel_dim, activation="sigmoid")
+        (found,) = torch.autograd.grad(y.sum(), gamma)
+        assert torch.equal(found, torch.zeros_like(gamma))
 
 
 @pytest.mark.interpreted

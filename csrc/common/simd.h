@@ -92,6 +92,44 @@ FUSEDATTN_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
   __builtin_memcpy(p, &v, n * sizeof(T));
 }
 
+// Whether a lane is one of the first n.
+template <typename T>
+FUSEDATTN_INLINE auto first_lanes(int64_t n) {
+  IntVec<T> lane{};
+  for (int l = 0; l < LANES<T>; ++l) lane[l] = l;
+  return lane < (IntVec<T>{} + static_cast<decltype(lane[0] + 0)>(n));
+}
+
+// Without the call of memcpy that a variable size is.
+#if defined(__AVX512F__)
+FUSEDATTN_INLINE __mmask16 first_bits(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+FUSEDATTN_INLINE Vec<float> load_partial(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(first_bits(n), p);
+}
+FUSEDATTN_INLINE void store_partial(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_bits(n), v);
+}
+FUSEDATTN_INLINE Vec<double> load_partial(const double* p, int64_t n) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_bits(n)), p);
+}
+FUSEDATTN_INLINE void store_partial(double* p, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_bits(n)), v);
+}
+#elif defined(__AVX2__)
+FUSEDATTN_INLINE Vec<float> load_partial(const float* p, int64_t n) {
+  return _mm256_maskload_ps(p, (__m256i)first_lanes<float>(n));
+}
+FUSEDATTN_INLINE void store_partial(float* p, Vec<float> v, int64_t n) {
+  _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(n), v);
+}
+FUSEDATTN_INLINE Vec<double> load_partial(const double* p, int64_t n) {
+  return _mm256_maskload_pd(p, (__m256i)first_lanes<double>(n));
+}
+FUSEDATTN_INLINE void store_partial(double* p, Vec<double> v, int64_t n) {
+  _mm256_maskstore_pd(p, (__m256i)first_lanes<double>(n), v);
+}
+#endif
+
 // A whole vector at an aligned place, for results too large for the caches: where a vector is a cache line, it
 // goes to memory without reading first what it overwrites, and without driving out what is still needed.
 template <typename T>
@@ -401,6 +439,35 @@ FUSEDATTN_INLINE void store(Half* p, Vec<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 #endif
 }
+
+// Fewer than a vector of them.
+template <typename S>
+FUSEDATTN_INLINE Vec<float> load_partial_16(const S* p, int64_t n) {
+  S lanes[LANES<float>] = {};
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_bits(n), p);
+  __builtin_memcpy(lanes, &bits, sizeof(bits));
+#else
+  __builtin_memcpy(lanes, p, n * sizeof(S));
+#endif
+  return load(lanes);
+}
+template <typename S>
+FUSEDATTN_INLINE void store_partial_16(S* p, Vec<float> v, int64_t n) {
+  S lanes[LANES<float>];
+  store(lanes, v);
+#if defined(__AVX512F__)
+  __m256i bits;
+  __builtin_memcpy(&bits, lanes, sizeof(bits));
+  _mm256_mask_storeu_epi16(p, first_bits(n), bits);
+#else
+  __builtin_memcpy(p, lanes, n * sizeof(S));
+#endif
+}
+FUSEDATTN_INLINE Vec<float> load_partial(const Half* p, int64_t n) { return load_partial_16(p, n); }
+FUSEDATTN_INLINE Vec<float> load_partial(const BFloat16* p, int64_t n) { return load_partial_16(p, n); }
+FUSEDATTN_INLINE void store_partial(Half* p, Vec<float> v, int64_t n) { store_partial_16(p, v, n); }
+FUSEDATTN_INLINE void store_partial(BFloat16* p, Vec<float> v, int64_t n) { store_partial_16(p, v, n); }
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

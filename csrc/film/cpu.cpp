@@ -1,6 +1,9 @@
 // CPU launcher of FiLM: memory layout (layout.h), allocation, and the kernels of cpu_kernel.h over all cores.
 //
-// Work is cut into pieces by shape alone and partial sums are added in a fixed order: results are bitwise
+// x and whatever lies along it are walked in memory order (common/walk.h), in tasks: some rows, or a part of one.
+// gamma and beta each have one value a row or one an element, whatever their shape; the walk has the steps from
+// row to row. A task adds up what its rows share of a gradient; where that is not all of it, partial sums are
+// added in a second step. The cut depends on shapes alone and sums have a fixed order: results are bitwise
 // reproducible.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +11,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/box.h"
@@ -22,7 +26,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t PIECE = 16384;  // elements per task: long enough to stream, short enough to sum in one go
+constexpr int64_t PIECE = 16384;     // elements per task: long enough to stream, short enough to sum in one go
+constexpr int64_t COLUMNS = 2048;    // of a row whose sums over other rows stay in cache
+constexpr int64_t ALONE = 65536;     // elements that one thread does before a second has started
+constexpr int64_t MOST_ROWS = 1024;  // of a sum in single precision
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,179 +49,446 @@ FilmType storage_type(ScalarType type) {
   }
 }
 
-// scale = gamma + offset (1 without gamma) or shift = beta (0 without), per batch element and channel, in the
-// dtype of the arithmetic; one row where all elements of the batch share it.
 template <typename T>
-struct ChannelValues {
-  Buffer<T> memory;
-  int64_t stride;
-  const T* row(int64_t b) const { return memory.get() + b * stride; }
-};
+constexpr FilmType ARITHMETIC = sizeof(T) == 8 ? FilmType::DOUBLE : FilmType::FLOAT;
 
-template <typename T>
-ChannelValues<T> channel_values(const OptionalTensor& source, const Layout& layout, T offset, T absent) {
-  const int64_t C = layout.C;
-  const int64_t rows = source && source->dim() == 2 ? layout.B : 1;
-  ChannelValues<T> values{Buffer<T>(rows * C), rows > 1 ? C : 0};
-  T* out = values.memory.get();
-  if (!source) {
-    std::fill_n(out, C, absent);
-    return values;
-  }
-  layout.check_parameter(*source);
-  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const Tensor t = contiguous(*source, type);
-  const T* in = t.const_data_ptr<T>();
-  for (int64_t n = 0; n < rows * C; ++n) out[n] = in[n] + offset;
-  return values;
-}
+const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
 
 Tensor empty_like(const Layout& in) {
   const auto sizes = in.x.sizes(), strides = in.x.strides();
   return empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, in.x.scalar_type());
 }
 
-const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
+int64_t bytes_of(FilmType type) { return type == FilmType::DOUBLE ? 8 : type == FilmType::FLOAT ? 4 : 2; }
 
-// Tasks over (B, M, C) runs of N elements: neighbouring channels share one where runs are short, and long runs are
-// cut into pieces.
-struct Runs {
-  const Layout& in;
-  int64_t pieces, group, groups, tasks, grain;
+// The cut of a walk into tasks, each some rows of `columns` elements. Rows are cut so that no task needs parts of
+// a span, rows that share one row of a gradient, unless that is longer than a task.
+struct Cut {
+  int64_t rows, length, columns, parts;  // parts of a row
+  int64_t chunk, block, per_block;       // rows of a task; of what is cut into per_block tasks
+  int64_t tasks, grain;
 
-  explicit Runs(const Layout& layout) : in(layout) {
-    pieces = ceil_div(in.N, PIECE);
-    group = std::min(in.C, std::max<int64_t>(1, PIECE / in.N));
-    groups = ceil_div(in.C, group);
-    tasks = in.B * in.M * groups * pieces;
-    grain = std::max<int64_t>(1, PIECE / (group * in.N));
+  Cut(const FilmWalk& walk, const std::vector<int64_t>& spans, int64_t columns, int64_t wanted, bool cheap)
+      : rows(walk.rows()), length(walk.row().size), columns(std::min(columns, length)) {
+    parts = ceil_div(length, columns);
+    int64_t whole = 1;
+    block = rows;
+    for (const int64_t span : spans)
+      if (span <= wanted)
+        whole = std::max(whole, span);
+      else
+        block = std::min(block, span);
+    chunk = std::min(block, wanted / whole * whole);
+    per_block = ceil_div(block, chunk);
+    tasks = rows / block * per_block * parts;
+    grain = ceil_div(cheap ? ALONE : ALONE / 2, chunk * this->columns);
   }
 
   struct Task {
-    int64_t b, c, channels, element, length, part;  // part: its first place among (B, M, C, pieces) sums
+    int64_t chunk, part, first, last, column, columns;
   };
   Task task(int64_t n) const {
-    const int64_t piece = n % pieces, c = n / pieces % groups * group, row = n / (pieces * groups);
-    const int64_t run = row * in.C + c;
-    return {row / in.M,
-            c,
-            std::min(group, in.C - c),
-            run * in.N + piece * PIECE,
-            std::min(PIECE, in.N - piece * PIECE),
-            run * pieces + piece};
+    const int64_t at = n / parts, part = n % parts, begin = at / per_block * block;
+    const int64_t first = begin + at % per_block * chunk;
+    return {at,
+            part,
+            first,
+            std::min(first + chunk, begin + block),
+            part * columns,
+            std::min(columns, length - part * columns)};
+  }
+};
+
+// gamma or beta as the kernels take it: an array of the arithmetic's type, or made one in the cache, from one
+// tensor or a sum of two.
+template <typename T>
+class Values {
+ public:
+  bool is_vector = false;
+
+  Values(const FilmWalk& walk, const FilmParameters& parameters, int first, T absent)
+      : absent_(absent), line_repeats_(true) {
+    for (int p = first; p < first + 2; ++p) {
+      if (!parameters[p]) continue;
+      const int view = VALUES + p;
+      const FilmType type = storage_type(parameters[p]->scalar_type());
+      sources_[count_++] = {static_cast<const char*>(parameters[p]->const_data_ptr()),
+                            type,
+                            bytes_of(type),
+                            view,
+                            walk.row().step[view],
+                            walk.line_step(view)};
+      // By the steps of the gradient: an expanded parameter has one at each place.
+      is_vector |= walk.row().step[GRADIENTS + p] != 0;
+      line_repeats_ &= walk.line_step(view) == 0;
+    }
+    is_direct_ =
+        count_ == 0 || (count_ == 1 && sources_[0].type == ARITHMETIC<T> && (!is_vector || sources_[0].step == 1));
+  }
+  bool is_absent() const { return count_ == 0; }
+  bool needs_room() const { return !is_direct_; }
+
+  // The values of some rows of a line, and the step from row to row.
+  std::pair<const T*, int64_t> of(const FilmWalk::Offsets& at, int64_t rows, int64_t column, int64_t n,
+                                  T* room) const {
+    if (count_ == 0) return {&absent_, 0};
+    if (is_direct_) {
+      const Source& s = sources_[0];
+      return {reinterpret_cast<const T*>(s.data) + at.of[s.view] + column * s.step, s.line_step};
+    }
+    if (line_repeats_) rows = 1;
+    for (int k = 0; k < count_; ++k) {
+      const Source& s = sources_[k];
+      const char* data = s.data + (at.of[s.view] + column * s.step) * s.size;
+      if (!is_vector) {
+        kernels().widen(s.type, rows, s.line_step, data, room, k > 0);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        kernels().widen(s.type, n, s.step, data + r * s.line_step * s.size, room + r * n, k > 0);
+    }
+    return {room, line_repeats_ ? 0 : is_vector ? n : 1};
+  }
+
+ private:
+  struct Source {
+    const char* data;
+    FilmType type;
+    int64_t size;
+    int view;
+    int64_t step, line_step;
+  };
+  T absent_;
+  Source sources_[2];
+  int count_ = 0;
+  bool line_repeats_, is_direct_;
+};
+
+// What both passes are given.
+template <typename T>
+struct Problem {
+  const Layout& in;
+  FilmType type;
+  FilmOptions options;
+  int64_t size;
+  const FilmWalk& walk;
+  Values<T> gamma, beta;
+
+  Problem(const Layout& in, FilmType type, const FilmParameters& parameters, const FilmOptions& options,
+          const FilmWalk& walk)
+      : in(in),
+        type(type),
+        options(options),
+        size(in.x.element_size()),
+        walk(walk),
+        gamma(walk, parameters, 0, T(1)),
+        beta(walk, parameters, 2, T(0)) {}
+
+  bool has_vector() const { return gamma.is_vector || beta.is_vector; }
+  int64_t columns() const { return has_vector() ? COLUMNS : PIECE; }
+  bool cheap() const { return options.activation == Activation::NONE; }
+  const char* x() const { return static_cast<const char*>(in.x.const_data_ptr()); }
+  bool streams(const Tensor& result) const {
+    return passes_caches(result, walk.rows() == 1 ? 64 : walk.row().size * size);
+  }
+
+  // body(rows, offsets, first row) for all rows of a task, by lines and no more than `most` elements at once.
+  template <typename Body>
+  void for_each(const Cut::Task& task, int64_t most, const Body& body) const {
+    const int64_t line = walk.line(), at_once = std::max<int64_t>(1, most / task.columns);
+    for (int64_t row = task.first; row < task.last;) {
+      const FilmWalk::Offsets at = walk.at(row);
+      const int64_t rows = std::min({line - at.in_line, task.last - row, at_once});
+      body(rows, at, row);
+      row += rows;
+    }
+  }
+
+  FilmRows rows(const Cut::Task& task, int64_t rows, const FilmWalk::Offsets& at, T* room, bool streamed,
+                bool needs_beta = true) const {
+    const auto [a, a_step] = gamma.of(at, rows, task.column, task.columns, room);
+    std::pair<const T*, int64_t> b{nullptr, 0};
+    if (needs_beta || !beta.is_vector) b = beta.of(at, rows, task.column, task.columns, room + COLUMNS);
+    return {rows,
+            task.columns,
+            walk.line_step(0),
+            x() + (at.of[0] + task.column) * size,
+            a,
+            b.first,
+            a_step,
+            b.second,
+            gamma.is_vector,
+            beta.is_vector,
+            gamma.is_absent() ? 0.0 : options.gamma_offset,
+            streamed};
   }
 };
 
 template <typename T>
-Tensor forward(const Layout& in, FilmType type, const OptionalTensor& gamma, const OptionalTensor& beta,
-               const OptionalTensor& residual, const FilmOptions& options) {
-  const ChannelValues<T> scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
-  const ChannelValues<T> shift = channel_values<T>(beta, in, T(0), T(0));
+Tensor forward(const Layout& in, FilmType type, const FilmParameters& parameters, const OptionalTensor& residual,
+               const FilmOptions& options) {
+  const FilmWalk walk = in.walk(parameters);
+  const Problem<T> p(in, type, parameters, options, walk);
+  const int64_t columns = std::min(p.columns(), walk.row().size);
+  const Cut cut(walk, {}, columns, std::max<int64_t>(1, PIECE / columns), p.cheap());
   Tensor y = empty_like(in);
-  const int64_t size = in.x.element_size();
   OptionalTensor addend;
   if (residual) addend = in.like(*residual);
-  const char* x = static_cast<const char*>(in.x.const_data_ptr());
   const char* r = addend ? static_cast<const char*>(addend->const_data_ptr()) : nullptr;
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  const bool streamed = passes_caches(y, (in.N > 1 ? in.N : in.C) * size);
-  const auto at = [&](int64_t element) { return r == nullptr ? nullptr : r + element * size; };
-
-  if (in.N > 1) {
-    const Runs runs(in);
-    parallel_for(runs.tasks, runs.grain, [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n) {
-        const Runs::Task t = runs.task(n);
-        kernels().forward_runs(type, options, t.channels, t.length, x + t.element * size, scale.row(t.b) + t.c,
-                               shift.row(t.b) + t.c, at(t.element), out + t.element * size, streamed);
-      }
-    });
-  } else {
-    const int64_t rows = std::max<int64_t>(1, PIECE / std::max<int64_t>(in.C, 1)), pieces = ceil_div(in.M, rows);
-    parallel_for(in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n) {
-        const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
-        kernels().forward_rows(type, options, std::min(rows, in.M - begin), in.C, x + element * size, scale.row(b),
-                               shift.row(b), at(element), out + element * size, streamed);
-      }
-    });
-  }
+  const bool streamed = p.streams(y), needs_room = p.gamma.needs_room() || p.beta.needs_room();
+  parallel_for(cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
+    const Buffer<T> room(needs_room ? 2 * COLUMNS : 0);
+    for (int64_t n = first; n < last; ++n) {
+      const Cut::Task task = cut.task(n);
+      p.for_each(task, needs_room ? COLUMNS : PIECE, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t) {
+        const int64_t element = (at.of[0] + task.column) * p.size;
+        kernels().forward(type, options.activation, p.rows(task, rows, at, room.get(), streamed),
+                          r == nullptr ? nullptr : r + element, out + element);
+      });
+    }
+  });
   return y;
 }
 
-// Sums over the pieces of each batch element and channel, and over the batch where all elements share the
-// parameter. parts: (B, pieces, C), or (B, M, C, pieces) for runs.
+// The gradient of one parameter: written where it is to be, or as partial sums that are added in a second step.
 template <typename T>
-Tensor reduced(const Tensor& like, const Layout& in, const Buffer<T>& parts, int64_t pieces, bool runs) {
-  const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const int64_t rows = like.dim() == 2 ? in.B : 1, C = in.C, added = in.B / rows;
-  Tensor sums = empty({like.sizes().begin(), like.sizes().end()}, type);
-  T* out = sums.template mutable_data_ptr<T>();
-  const T* part = parts.get();
-  const int64_t summands = runs ? in.M : pieces, each = runs ? pieces : 1;  // part is read in order
-  std::vector<double> sum(C);
-  for (int64_t row = 0; row < rows; ++row) {
-    std::fill(sum.begin(), sum.end(), 0.0);
-    for (int64_t n = 0; n < added * summands; ++n)
-      if (each == 1)  // the loop that the compiler turns into vectors
-        for (int64_t c = 0; c < C; ++c) sum[c] += *part++;
-      else
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t s = 0; s < each; ++s) sum[c] += *part++;
-    for (int64_t c = 0; c < C; ++c) out[row * C + c] = static_cast<T>(sum[c]);
+struct Gradient {
+  Tensor result;
+  FilmType type;
+  int view, depth;
+  int64_t size, step, line_step, span;  // span: rows that share one row of it
+  bool is_vector;
+  bool is_complete = false, is_direct = false;  // no task has part of a span; nor does anything remain to be added
+  int64_t pieces = 1, length = 0, parts = 1;    // pieces of a span, parts of a row
+  Buffer<T> sums;                               // (spans, pieces, length or parts) unless direct
+  char* data = nullptr;
+
+  Gradient(const Layout& in, const FilmWalk& walk, const Tensor& of, int view)
+      : result(empty({of.sizes().begin(), of.sizes().end()}, in.dense_strides(of), of.scalar_type())),
+        type(storage_type(of.scalar_type())),
+        view(view),
+        depth(walk.depth(view)),
+        size(bytes_of(type)),
+        step(walk.row().step[view]),
+        line_step(walk.line_step(view)),
+        span(walk.rows_from(depth)),
+        is_vector(step != 0),
+        data(static_cast<char*>(result.mutable_data_ptr())) {}
+
+  void prepare(const FilmWalk& walk, const Cut& cut) {
+    length = walk.row().size, parts = cut.parts;
+    is_complete = span <= cut.chunk;
+    if (!is_complete) pieces = span / cut.block * cut.per_block;
+    is_direct = is_complete && (is_vector || parts == 1) && (span == 1 || type == ARITHMETIC<T>);
+    for (int d = 0; d < depth; ++d) is_direct &= walk.dims[d].step[view] != 0;
+    if (!is_direct) sums = Buffer<T>(walk.rows() / span * pieces * width());
   }
-  return contiguous(sums, like.scalar_type());
+  int64_t width() const { return is_vector ? length : parts; }
+  bool is_of_arithmetic() const { return !is_direct || type == ARITHMETIC<T>; }
+
+  // Where what a task has of a row goes, in the type of the arithmetic or not, and the step from row to row there.
+  std::pair<char*, int64_t> place(const Cut::Task& task, const FilmWalk::Offsets& at, int64_t row) const {
+    if (is_direct) return {data + (at.of[view] + task.column * step) * size, line_step};
+    const int64_t index =
+        (is_complete ? row / span : task.chunk) * width() + (is_vector ? task.column : task.part);
+    return {reinterpret_cast<char*>(sums.get() + index), span == 1 ? width() : 0};
+  }
+  // Whether a sum begins with this row of the task.
+  bool begins(const Cut::Task& task, int64_t row) const { return row == task.first || row % span == 0; }
+
+  // Takes `rows` rows of numbers, of n columns (in vectors) or one each; one row where the step is 0.
+  void take(const Cut::Task& task, const FilmWalk::Offsets& at, int64_t row, int64_t rows, const T* from,
+            int64_t from_step, bool vectors) const {
+    const auto [to, to_step] = place(task, at, row);
+    const int64_t n = vectors ? task.columns : 1, own = is_vector ? n : 1;
+    if (from_step == 0) rows = 1;
+    if (is_direct && type != ARITHMETIC<T>) {  // then span == 1
+      if (own == n && rows > 1 && to_step == from_step && from_step == n)
+        return kernels().narrow(type, rows * n, from, to);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T sum = own == n ? T(0) : sum_of(from + r * from_step, n);
+        kernels().narrow(type, own, own == n ? from + r * from_step : &sum, to + r * to_step * size);
+      }
+      return;
+    }
+    T* out = reinterpret_cast<T*>(to);
+    for (int64_t r = 0; r < rows; ++r, from += from_step, out += to_step) {
+      const bool added = span > 1 && (r > 0 || !begins(task, row));
+      if (own < n)
+        *out = sum_of(from, n) + (added ? *out : T(0));
+      else if (added)
+        for (int64_t i = 0; i < n; ++i) out[i] += from[i];
+      else
+        std::copy_n(from, n, out);
+    }
+  }
+
+  static T sum_of(const T* from, int64_t n) {
+    constexpr int SEVERAL = 8;
+    T sums[SEVERAL] = {}, sum = T(0);
+    int64_t i = 0;
+    for (; i + SEVERAL <= n; i += SEVERAL)
+      for (int s = 0; s < SEVERAL; ++s) sums[s] += from[i + s];
+    for (; i < n; ++i) sum += from[i];
+    for (int s = 0; s < SEVERAL; ++s) sum += sums[s];
+    return sum;
+  }
+
+  // Adds the partial sums, in order.
+  void finish(const FilmWalk& walk) {
+    if (!is_direct) {
+      const int64_t numel = result.numel(), each = is_vector ? 1 : pieces * parts;
+      Buffer<double> total(numel);
+      std::fill_n(total.get(), numel, 0.0);
+      const T* part = sums.get();
+      const int inner = depth - 1;
+      const int64_t line = depth == 0 ? 1 : walk.dims[inner].size;
+      const int64_t line_step = depth == 0 ? 0 : walk.dims[inner].step[view];
+      const int64_t lines = walk.rows() / span / line;
+      for (int64_t n = 0; n < lines; ++n) {
+        int64_t rest = n;
+        double* out = total.get();
+        for (int d = inner; d-- > 0; rest /= walk.dims[d].size)
+          out += rest % walk.dims[d].size * walk.dims[d].step[view];
+        if (!is_vector && each == 1 && line_step == 1) {  // the loop that the compiler turns into vectors
+          for (int64_t i = 0; i < line; ++i) out[i] += *part++;
+          continue;
+        }
+        for (int64_t i = 0; i < line; ++i, out += line_step) {
+          if (is_vector)
+            for (int64_t s = 0; s < pieces; ++s, part += length)
+              for (int64_t c = 0; c < length; ++c) out[c] += part[c];
+          else
+            for (int64_t s = 0; s < each; ++s) *out += *part++;
+        }
+      }
+      Buffer<T> rounded(numel);
+      for (int64_t n = 0; n < numel; ++n) rounded.get()[n] = static_cast<T>(total.get()[n]);
+      kernels().narrow(type, numel, rounded.get(), data);
+    }
+    if (!result.is_contiguous()) result = contiguous(result, result.scalar_type());
+  }
+};
+
+// What a kernel writes of gamma's or beta's gradient: straight to its place, or for Gradient::take.
+template <typename T>
+struct Written {
+  const Gradient<T>* only = nullptr;
+  T* to;
+  int64_t step;
+  bool is_fresh = true;
+
+  Written(const std::vector<Gradient<T>>& gradients, const FilmWalk& walk, const Cut::Task& task,
+          const FilmWalk::Offsets& at, int64_t row, bool is_vector, T* room)
+      : to(room), step(0) {
+    if (gradients.size() == 1 && gradients[0].is_of_arithmetic()) {
+      only = &gradients[0];
+      const auto [place, place_step] = only->place(task, at, row);
+      to = reinterpret_cast<T*>(place), step = place_step;
+      is_fresh = only->span == 1 || only->begins(task, row);
+      return;
+    }
+    for (const Gradient<T>& g : gradients)
+      if (g.span == 1 && walk.outer() > 0) step = is_vector ? task.columns : 1;
+  }
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Rows in another order where else a sum over outer dimensions would have partial sums as large as x: those that
+// all gradients have rows for go outside, those that none has inside.
+void gather_sums(FilmWalk& walk) {
+  const auto kept = [&](const FilmWalk::Dim& dim, int view) { return dim.step[view] != 0; };
+  int present = 0;
+  bool apart = false;
+  for (int view = GRADIENTS; view < GRADIENTS + FILM_PARAMETERS; ++view) {
+    int from = 0;
+    while (from < walk.outer() && kept(walk.dims[from], view)) ++from;
+    const int depth = walk.depth(view);
+    present += depth > 0 || kept(walk.row(), view);
+    apart |= kept(walk.row(), view) && from < depth;
+  }
+  if (!apart) return;
+  const auto place = [&](const FilmWalk::Dim& dim) {
+    int count = 0;
+    for (int view = GRADIENTS; view < GRADIENTS + FILM_PARAMETERS; ++view) count += kept(dim, view);
+    return count == present ? 0 : count > 0 ? 1 : 2;
+  };
+  std::stable_sort(walk.dims, walk.dims + walk.outer(),
+                   [&](const FilmWalk::Dim& a, const FilmWalk::Dim& b) { return place(a) < place(b); });
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
 template <typename T>
-Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const OptionalTensor& gamma,
-                   const OptionalTensor& beta, const FilmOptions& options) {
-  const ChannelValues<T> scale = channel_values<T>(gamma, in, static_cast<T>(options.gamma_offset), T(1));
-  const ChannelValues<T> shift = channel_values<T>(beta, in, T(0), T(0));
+Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const FilmParameters& parameters,
+                   const FilmOptions& options) {
+  FilmWalk walk = in.walk(parameters);
+  gather_sums(walk);
+  const Problem<T> p(in, type, parameters, options, walk);
+  std::vector<Gradient<T>> of_gamma, of_beta;
+  for (int n = 0; n < FILM_PARAMETERS; ++n)
+    if (parameters[n]) (n < 2 ? of_gamma : of_beta).emplace_back(in, walk, *parameters[n], GRADIENTS + n);
+
+  const int64_t columns = std::min(p.columns(), walk.row().size);
+  int64_t wanted = std::max<int64_t>(1, PIECE / columns);
+  std::vector<int64_t> spans;
+  bool needs_room = false;
+  for (const auto* gradients : {&of_gamma, &of_beta}) {
+    for (const Gradient<T>& g : *gradients) {
+      spans.push_back(g.span);
+      // Few tasks, so that partial sums stay small beside x, but work for many cores.
+      if (g.is_vector && g.span > 1)
+        wanted = std::max({wanted, int64_t{16}, std::min(MOST_ROWS, ceil_div(walk.rows(), 256))});
+    }
+  }
+  const Cut cut(walk, spans, columns, wanted, p.cheap());
+  for (auto* gradients : {&of_gamma, &of_beta}) {
+    for (Gradient<T>& g : *gradients) {
+      g.prepare(walk, cut);
+      needs_room |= gradients->size() > 1 || !g.is_of_arithmetic();
+    }
+  }
+  needs_room |= p.gamma.needs_room() || p.beta.needs_room();
+
   const Tensor grad = in.like(grad_output);
   Tensor dx = empty_like(in);
-  const int64_t size = in.x.element_size();
-  const char* x = static_cast<const char*>(in.x.const_data_ptr());
   const char* dy = static_cast<const char*>(grad.const_data_ptr());
   char* out = static_cast<char*>(dx.mutable_data_ptr());
+  const bool streamed = p.streams(dx);
+  parallel_for(cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
+    const Buffer<T> room(needs_room ? 4 * COLUMNS : 0);
+    // Sums of an absent parameter go nowhere.
+    T dropped[2];
+    for (int64_t n = first; n < last; ++n) {
+      const Cut::Task task = cut.task(n);
+      p.for_each(task, needs_room ? COLUMNS : PIECE, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t row) {
+        T* const dz_x = of_gamma.empty() ? &dropped[0] : room.get() + 2 * COLUMNS;
+        T* const dz = of_beta.empty() ? &dropped[1] : room.get() + 3 * COLUMNS;
+        const Written<T> a(of_gamma, walk, task, at, row, p.gamma.is_vector, dz_x);
+        const Written<T> b(of_beta, walk, task, at, row, p.beta.is_vector, dz);
+        const int64_t element = (at.of[0] + task.column) * p.size;
+        kernels().backward(type, options.activation, p.rows(task, rows, at, room.get(), streamed, !p.cheap()),
+                           dy + element, out + element, {a.to, b.to, a.step, b.step, a.is_fresh, b.is_fresh});
+        if (a.only == nullptr)
+          for (const Gradient<T>& g : of_gamma) g.take(task, at, row, rows, a.to, a.step, p.gamma.is_vector);
+        if (b.only == nullptr)
+          for (const Gradient<T>& g : of_beta) g.take(task, at, row, rows, b.to, b.step, p.beta.is_vector);
+      });
+    }
+  });
 
-  const bool runs = in.N > 1;
-  const bool streamed = passes_caches(dx, (runs ? in.N : in.C) * size);
-  int64_t pieces;
-  Buffer<T> dz_x, dz;
-  if (runs) {
-    const Runs cut(in);
-    pieces = cut.pieces;
-    const int64_t parts = in.B * in.M * in.C * pieces;
-    dz_x = Buffer<T>(parts), dz = Buffer<T>(parts);
-    parallel_for(cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n) {
-        const Runs::Task t = cut.task(n);
-        kernels().backward_runs(type, options, t.channels, t.length, dy + t.element * size, x + t.element * size,
-                                scale.row(t.b) + t.c, shift.row(t.b) + t.c, out + t.element * size,
-                                dz_x.get() + t.part, dz.get() + t.part, streamed);
-      }
-    });
-  } else {
-    // Few pieces, so that partial sums stay small beside x, but work for many cores; no sum longer than in a run.
-    const int64_t least = std::max<int64_t>(16, PIECE / std::max<int64_t>(in.C, 1));
-    const int64_t rows = std::max(least, std::min<int64_t>(1024, ceil_div(in.B * in.M, 256)));
-    pieces = ceil_div(in.M, rows);
-    dz_x = Buffer<T>(in.B * pieces * in.C), dz = Buffer<T>(in.B * pieces * in.C);
-    parallel_for(in.B * pieces, ceil_div(PIECE, rows * in.C), [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n) {
-        const int64_t b = n / pieces, begin = n % pieces * rows, element = (b * in.M + begin) * in.C;
-        kernels().backward_rows(type, options, std::min(rows, in.M - begin), in.C, dy + element * size,
-                                x + element * size, scale.row(b), shift.row(b), out + element * size,
-                                dz_x.get() + n * in.C, dz.get() + n * in.C, streamed);
-      }
-    });
+  std::vector<Tensor> found{dx};
+  size_t next[2] = {0, 0};
+  for (int n = 0; n < FILM_PARAMETERS; ++n) {
+    if (!parameters[n]) {
+      found.push_back(empty({0}, in.x.scalar_type()));
+      continue;
+    }
+    Gradient<T>& g = (n < 2 ? of_gamma : of_beta)[next[n / 2]++];
+    g.finish(walk);
+    found.push_back(g.result);
   }
-  const auto none = [&] { return empty({0}, in.x.scalar_type()); };
-  return {dx, gamma ? reduced<T>(*gamma, in, dz_x, pieces, runs) : none(),
-          beta ? reduced<T>(*beta, in, dz, pieces, runs) : none()};
+  return {found[0], found[1], found[2], found[3], found[4]};
 }
 
 Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
@@ -222,13 +496,15 @@ Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTens
   const FilmType type = storage_type(x.scalar_type());
   if (x.numel() == 0) return torch::stable::empty_like(x);
   const Layout in(x, options);
-  return in.restored(type == FilmType::DOUBLE ? forward<double>(in, type, gamma, beta, residual, options)
-                                              : forward<float>(in, type, gamma, beta, residual, options),
+  const FilmParameters parameters{gamma, {}, beta, {}};
+  return in.restored(type == FilmType::DOUBLE ? forward<double>(in, type, parameters, residual, options)
+                                              : forward<float>(in, type, parameters, residual, options),
                      x);
 }
 
-Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
-                   const OptionalTensor& beta, const FilmOptions& options) {
+std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
+                                            const OptionalTensor& gamma, const OptionalTensor& beta,
+                                            const FilmOptions& options) {
   const FilmType type = storage_type(x.scalar_type());
   const auto zeros = [&](const OptionalTensor& t) {
     Tensor zero =
@@ -238,9 +514,10 @@ Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTen
   };
   if (x.numel() == 0) return {torch::stable::empty_like(x), zeros(gamma), zeros(beta)};
   const Layout in(x, options);
-  auto [dx, dgamma, dbeta] = type == FilmType::DOUBLE
-                                 ? backward<double>(grad_output, in, type, gamma, beta, options)
-                                 : backward<float>(grad_output, in, type, gamma, beta, options);
+  const FilmParameters parameters{gamma, {}, beta, {}};
+  auto [dx, dgamma, dgamma_added, dbeta, dbeta_added] =
+      type == FilmType::DOUBLE ? backward<double>(grad_output, in, type, parameters, options)
+                               : backward<float>(grad_output, in, type, parameters, options);
   return {in.restored(dx, x), dgamma, dbeta};
 }
 

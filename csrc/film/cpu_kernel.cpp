@@ -21,20 +21,6 @@ struct ArithmeticOf<double> {
 template <typename S>
 using Arithmetic = typename ArithmeticOf<S>::type;
 
-// Fewer than a vector of storage elements, through a zero-padded copy.
-template <typename S>
-FUSEDATTN_INLINE Vec<Arithmetic<S>> load_tail(const S* p, int64_t n) {
-  S tail[LANES<Arithmetic<S>>] = {};
-  __builtin_memcpy(tail, p, n * sizeof(S));
-  return load(tail);
-}
-template <typename S>
-FUSEDATTN_INLINE void store_tail(S* p, Vec<Arithmetic<S>> v, int64_t n) {
-  S tail[LANES<Arithmetic<S>>];
-  store(tail, v);
-  __builtin_memcpy(p, tail, n * sizeof(S));
-}
-
 // A whole vector, past the caches if asked.
 template <typename S>
 FUSEDATTN_INLINE void put(S* p, Vec<Arithmetic<S>> v, bool streamed) {
@@ -75,194 +61,237 @@ struct Simd {
   FUSEDATTN_INLINE V half_erfc(V x) { return FUSEDATTN_LEVEL::half_erfc(x); }
 };
 
-template <Activation activation, typename S>
-struct Run {
-  using M = Simd<S>;
-  using T = Arithmetic<S>;
-  static constexpr int W = LANES<T>;
+// gamma or beta along a row.
+template <typename T, bool is_vector>
+struct Values {
+  const T* values;
+  Vec<T> one, offset;
 
-  static void forward(int64_t n, const S* x, const T* scale, const T* shift, const S* residual, S* y,
-                      bool streamed) {
-    const Vec<T> a = splat(*scale), b = splat(*shift);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-      Vec<T> v = activate<activation, M>(load(x + i) * a + b);
-      if (residual != nullptr) v += load(residual + i);
-      put(y + i, v, streamed);
-    }
-    if (i == n) return;
-    Vec<T> v = activate<activation, M>(load_tail(x + i, n - i) * a + b);
-    if (residual != nullptr) v += load_tail(residual + i, n - i);
-    store_tail(y + i, v, n - i);
+  __attribute__((always_inline)) Values(const void* of, int64_t at, T offset)
+      : values(static_cast<const T*>(of) + at) {
+    this->offset = splat(offset);
+    if constexpr (!is_vector) one = splat(*values + offset);
   }
-
-  static void forward_rows(int64_t rows, int64_t C, const S* x, const T* scale, const T* shift, const S* residual,
-                           S* y, bool streamed) {
-    for (int64_t r = 0; r < rows; ++r, x += C, y += C) {
-      int64_t c = 0;
-      for (; c + W <= C; c += W) {
-        Vec<T> v = activate<activation, M>(load(x + c) * load(scale + c) + load(shift + c));
-        if (residual != nullptr) v += load(residual + c);
-        put(y + c, v, streamed);
-      }
-      if (c < C) {
-        const int64_t n = C - c;
-        Vec<T> v =
-            activate<activation, M>(load_tail(x + c, n) * load_tail(scale + c, n) + load_tail(shift + c, n));
-        if (residual != nullptr) v += load_tail(residual + c, n);
-        store_tail(y + c, v, n);
-      }
-      if (residual != nullptr) residual += C;
-    }
+  __attribute__((always_inline)) Vec<T> operator()(int64_t i) const {
+    if constexpr (is_vector)
+      return load(values + i) + offset;
+    else
+      return one;
   }
-
-  // A vector of dx, and what it adds to the two sums.
-  FUSEDATTN_INLINE Vec<T> gradient(Vec<T> dy, Vec<T> x, Vec<T> a, Vec<T> b, Vec<T>& dz_x, Vec<T>& dz_sum) {
-    const Vec<T> dz = dy * slope<activation, M>(x * a + b);
-    dz_x += dz * x;
-    dz_sum += dz;
-    return dz * a;
+  __attribute__((always_inline)) Vec<T> tail(int64_t i, int64_t n) const {
+    if constexpr (is_vector)
+      return load_partial(values + i, n) + offset;
+    else
+      return one;
   }
+};
 
-  static void backward(int64_t n, const S* dy, const S* x, const T* scale, const T* shift, S* dx, T* sum_dz_x,
-                       T* sum_dz, bool streamed) {
-    constexpr int SUMS = 4;  // one sum alone would wait for each addition
-    const Vec<T> a = splat(*scale), b = splat(*shift);
-    Vec<T> dz_x[SUMS] = {}, dz_sum[SUMS] = {};
-    int64_t i = 0;
-    for (; i + SUMS * W <= n; i += SUMS * W)
-      for (int u = 0; u < SUMS; ++u) {
-        const int64_t k = i + u * W;
-        put(dx + k, gradient(load(dy + k), load(x + k), a, b, dz_x[u], dz_sum[u]), streamed);
-      }
-    for (; i + W <= n; i += W)
-      put(dx + i, gradient(load(dy + i), load(x + i), a, b, dz_x[0], dz_sum[0]), streamed);
-    if (i < n) {  // dy is zero above the tail
-      const Vec<T> tail = gradient(load_tail(dy + i, n - i), load_tail(x + i, n - i), a, b, dz_x[0], dz_sum[0]);
-      store_tail(dx + i, tail, n - i);
-    }
-    *sum_dz_x = horizontal_sum<T>((dz_x[0] + dz_x[1]) + (dz_x[2] + dz_x[3]));
-    *sum_dz = horizontal_sum<T>((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
+// By halves: rows may be no longer than a vector, and lane after lane would be most of their time.
+template <typename T, int half = LANES<T> / 2>
+FUSEDATTN_INLINE T sum_of_lanes(Vec<T> v) {
+  if constexpr (half == 0)
+    return v[0];
+  else
+    return sum_of_lanes<T, half / 2>(fold<T, half>(v, v));
+}
+
+// Where dz x or dz of a row goes.
+template <typename T, bool is_vector>
+struct Sums {
+  static constexpr int SEVERAL = 4;  // one sum alone would wait for each addition
+  T* out;
+  bool added;
+  Vec<T> sum[SEVERAL] = {};
+
+  __attribute__((always_inline)) Sums(void* to, int64_t step, int64_t row, bool is_fresh)
+      : out(static_cast<T*>(to) + row * step), added(step == 0 && (row > 0 || !is_fresh)) {}
+  __attribute__((always_inline)) void put(int64_t i, int which, Vec<T> v) {
+    if constexpr (is_vector)
+      store(out + i, added ? load(out + i) + v : v);
+    else
+      sum[which] += v;
   }
-
-  static void backward_rows(int64_t rows, int64_t C, const S* dy, const S* x, const T* scale, const T* shift,
-                            S* dx, T* sum_dz_x, T* sum_dz, bool streamed) {
-    for (int64_t c = 0; c < C; ++c) sum_dz_x[c] = sum_dz[c] = 0;
-    for (int64_t r = 0; r < rows; ++r, x += C, dy += C, dx += C) {  // several at once: slower beyond the cache
-      int64_t c = 0;
-      for (; c + W <= C; c += W) {
-        Vec<T> dz_x = load(sum_dz_x + c), dz = load(sum_dz + c);
-        put(dx + c, gradient(load(dy + c), load(x + c), load(scale + c), load(shift + c), dz_x, dz), streamed);
-        store(sum_dz_x + c, dz_x);
-        store(sum_dz + c, dz);
-      }
-      if (c < C) {
-        const int64_t n = C - c;
-        const Vec<T> a = load_tail(scale + c, n), b = load_tail(shift + c, n);
-        Vec<T> dz_x = load_partial(sum_dz_x + c, n), dz = load_partial(sum_dz + c, n);
-        store_tail(dx + c, gradient(load_tail(dy + c, n), load_tail(x + c, n), a, b, dz_x, dz), n);
-        store_partial(sum_dz_x + c, dz_x, n);
-        store_partial(sum_dz + c, dz, n);
-      }
+  __attribute__((always_inline)) void put_tail(int64_t i, int64_t n, Vec<T> v) {
+    if constexpr (is_vector)
+      store_partial(out + i, added ? load_partial(out + i, n) + v : v, n);
+    else
+      sum[0] += first_lanes<T>(n) ? v : Vec<T>{};
+  }
+  __attribute__((always_inline)) void close() {
+    if constexpr (!is_vector) {
+      const T total = sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      *out = added ? *out + total : total;
     }
   }
 };
 
-// body(Run<activation, S>{}, S{}) of a storage type and activation known only at run time.
-template <typename S, typename Body>
-FUSEDATTN_INLINE void with_activation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::NONE:
-      return body(Run<Activation::NONE, S>{}, S{});
-    case Activation::RELU:
-      return body(Run<Activation::RELU, S>{}, S{});
-    case Activation::LEAKY_RELU:
-      return body(Run<Activation::LEAKY_RELU, S>{}, S{});
-    case Activation::SILU:
-      return body(Run<Activation::SILU, S>{}, S{});
-    case Activation::GELU:
-      return body(Run<Activation::GELU, S>{}, S{});
-    case Activation::GELU_TANH:
-      return body(Run<Activation::GELU_TANH, S>{}, S{});
-    case Activation::TANH:
-      return body(Run<Activation::TANH, S>{}, S{});
-    case Activation::SIGMOID:
-      return body(Run<Activation::SIGMOID, S>{}, S{});
-  }
-}
+template <Activation activation, typename S, bool gamma_is_vector, bool beta_is_vector>
+struct Rows {
+  using M = Simd<S>;
+  using T = Arithmetic<S>;
+  using Scale = Values<T, gamma_is_vector>;
+  using Shift = Values<T, beta_is_vector>;
+  static constexpr int W = LANES<T>;
 
+  static void forward(const FilmRows t, const void* addend, void* out) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const Scale scale(t.gamma, r * t.gamma_step, T(t.offset));
+      const Shift shift(t.beta, r * t.beta_step, T(0));
+      const S* x = static_cast<const S*>(t.x) + r * t.step;
+      const S* residual = addend == nullptr ? nullptr : static_cast<const S*>(addend) + r * t.step;
+      S* y = static_cast<S*>(out) + r * t.step;
+      int64_t i = 0;
+      for (; i + W <= t.n; i += W) {
+        Vec<T> v = activate<activation, M>(load(x + i) * scale(i) + shift(i));
+        if (residual != nullptr) v += load(residual + i);
+        put(y + i, v, t.streamed);
+      }
+      if (i == t.n) continue;
+      const int64_t n = t.n - i;
+      Vec<T> v = activate<activation, M>(load_partial(x + i, n) * scale.tail(i, n) + shift.tail(i, n));
+      if (residual != nullptr) v += load_partial(residual + i, n);
+      store_partial(y + i, v, n);
+    }
+  }
+
+  static void backward(const FilmRows t, const void* grad, void* out, const FilmSums to) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const Scale scale(t.gamma, r * t.gamma_step, T(t.offset));
+      const Shift shift(t.beta, r * t.beta_step, T(0));
+      Sums<T, gamma_is_vector> dz_x(to.gamma, to.gamma_step, r, to.gamma_is_fresh);
+      Sums<T, beta_is_vector> dz(to.beta, to.beta_step, r, to.beta_is_fresh);
+      const S* x = static_cast<const S*>(t.x) + r * t.step;
+      const S* dy = static_cast<const S*>(grad) + r * t.step;
+      S* dx = static_cast<S*>(out) + r * t.step;
+      const auto step = [&](int64_t i, int which) {
+        const Vec<T> in = load(x + i), a = scale(i);
+        Vec<T> g = load(dy + i);
+        if constexpr (activation != Activation::NONE) g *= slope<activation, M>(in * a + shift(i));
+        put(dx + i, g * a, t.streamed);
+        dz_x.put(i, which, g * in);
+        dz.put(i, which, g);
+      };
+      int64_t i = 0;
+      if constexpr (!gamma_is_vector || !beta_is_vector) {
+        constexpr int SEVERAL = Sums<T, false>::SEVERAL;
+        for (; i + SEVERAL * W <= t.n; i += SEVERAL * W)
+          for (int u = 0; u < SEVERAL; ++u) step(i + u * W, u);
+      }
+      for (; i + W <= t.n; i += W) step(i, 0);
+      if (i < t.n) {
+        const int64_t n = t.n - i;
+        const Vec<T> in = load_partial(x + i, n), a = scale.tail(i, n);
+        Vec<T> g = load_partial(dy + i, n);
+        if constexpr (activation != Activation::NONE) g *= slope<activation, M>(in * a + shift.tail(i, n));
+        store_partial(dx + i, g * a, n);
+        dz_x.put_tail(i, n, g * in);
+        dz.put_tail(i, n, g);
+      }
+      dz_x.close();
+      dz.close();
+    }
+  }
+};
+
+// body(S{}) of a storage type known only at run time.
 template <typename Body>
-FUSEDATTN_INLINE void with_type(FilmType type, Activation activation, const Body& body) {
+FUSEDATTN_INLINE void with_storage(FilmType type, const Body& body) {
   switch (type) {
     case FilmType::FLOAT:
-      return with_activation<float>(activation, body);
+      return body(float{});
     case FilmType::DOUBLE:
-      return with_activation<double>(activation, body);
+      return body(double{});
     case FilmType::HALF:
-      return with_activation<Half>(activation, body);
+      return body(Half{});
     case FilmType::BFLOAT16:
-      return with_activation<BFloat16>(activation, body);
+      return body(BFloat16{});
   }
 }
 
-template <typename To>
-FUSEDATTN_INLINE const To* as(const void* p) {
-  return static_cast<const To*>(p);
+template <typename S, Activation activation, typename Body>
+FUSEDATTN_INLINE void with_vectors(const FilmRows& t, const Body& body) {
+  if (t.gamma_is_vector)
+    t.beta_is_vector ? body(Rows<activation, S, true, true>{}) : body(Rows<activation, S, true, false>{});
+  else
+    t.beta_is_vector ? body(Rows<activation, S, false, true>{}) : body(Rows<activation, S, false, false>{});
 }
 
-void forward_runs(FilmType type, const FilmOptions& options, int64_t runs, int64_t n, const void* x,
-                  const void* scale, const void* shift, const void* residual, void* y, bool streamed) {
-  with_type(type, options.activation, [&](auto run, auto s) {
-    using S = decltype(s);
-    using T = Arithmetic<S>;
-    for (int64_t c = 0; c < runs; ++c)
-      decltype(run)::forward(n, as<S>(x) + c * n, as<T>(scale) + c, as<T>(shift) + c,
-                             residual == nullptr ? nullptr : as<S>(residual) + c * n, static_cast<S*>(y) + c * n,
-                             streamed);
+// body(Rows<...>{}) of what is known only at run time.
+template <typename Body>
+FUSEDATTN_INLINE void with_rows(FilmType type, Activation activation, const FilmRows& t, const Body& body) {
+  with_storage(type, [&](auto storage) {
+    using S = decltype(storage);
+    switch (activation) {
+      case Activation::NONE:
+        return with_vectors<S, Activation::NONE>(t, body);
+      case Activation::RELU:
+        return with_vectors<S, Activation::RELU>(t, body);
+      case Activation::LEAKY_RELU:
+        return with_vectors<S, Activation::LEAKY_RELU>(t, body);
+      case Activation::SILU:
+        return with_vectors<S, Activation::SILU>(t, body);
+      case Activation::GELU:
+        return with_vectors<S, Activation::GELU>(t, body);
+      case Activation::GELU_TANH:
+        return with_vectors<S, Activation::GELU_TANH>(t, body);
+      case Activation::TANH:
+        return with_vectors<S, Activation::TANH>(t, body);
+      case Activation::SIGMOID:
+        return with_vectors<S, Activation::SIGMOID>(t, body);
+    }
   });
-  stream_fence();
 }
 
-void forward_rows(FilmType type, const FilmOptions& options, int64_t rows, int64_t C, const void* x,
-                  const void* scale, const void* shift, const void* residual, void* y, bool streamed) {
-  with_type(type, options.activation, [&](auto run, auto s) {
-    using S = decltype(s);
-    using T = Arithmetic<S>;
-    decltype(run)::forward_rows(rows, C, as<S>(x), as<T>(scale), as<T>(shift), as<S>(residual), static_cast<S*>(y),
-                                streamed);
-  });
-  stream_fence();
+void forward(FilmType type, Activation activation, const FilmRows& t, const void* residual, void* y) {
+  with_rows(type, activation, t, [&](auto rows) { decltype(rows)::forward(t, residual, y); });
+  if (t.streamed) stream_fence();
 }
 
-void backward_runs(FilmType type, const FilmOptions& options, int64_t runs, int64_t n, const void* dy,
-                   const void* x, const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz,
-                   bool streamed) {
-  with_type(type, options.activation, [&](auto run, auto s) {
-    using S = decltype(s);
-    using T = Arithmetic<S>;
-    for (int64_t c = 0; c < runs; ++c)
-      decltype(run)::backward(n, as<S>(dy) + c * n, as<S>(x) + c * n, as<T>(scale) + c, as<T>(shift) + c,
-                              static_cast<S*>(dx) + c * n, static_cast<T*>(sum_dz_x) + c,
-                              static_cast<T*>(sum_dz) + c, streamed);
-  });
-  stream_fence();
+void backward(FilmType type, Activation activation, const FilmRows& t, const void* dy, void* dx,
+              const FilmSums& sums) {
+  with_rows(type, activation, t, [&](auto rows) { decltype(rows)::backward(t, dy, dx, sums); });
+  if (t.streamed) stream_fence();
 }
 
-void backward_rows(FilmType type, const FilmOptions& options, int64_t rows, int64_t C, const void* dy,
-                   const void* x, const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz,
-                   bool streamed) {
-  with_type(type, options.activation, [&](auto run, auto s) {
-    using S = decltype(s);
+void widen(FilmType type, int64_t n, int64_t step, const void* from, void* to, bool added) {
+  with_storage(type, [&](auto storage) {
+    using S = decltype(storage);
     using T = Arithmetic<S>;
-    decltype(run)::backward_rows(rows, C, as<S>(dy), as<S>(x), as<T>(scale), as<T>(shift), static_cast<S*>(dx),
-                                 static_cast<T*>(sum_dz_x), static_cast<T*>(sum_dz), streamed);
+    constexpr int W = LANES<T>;
+    const S* in = static_cast<const S*>(from);
+    T* out = static_cast<T*>(to);
+    for (int64_t i = 0; i < n; i += W) {
+      const int64_t left = n - i < W ? n - i : W;
+      Vec<T> v;
+      if (step == 1) {
+        v = left == W ? load(in + i) : load_partial(in + i, left);
+      } else {
+        S lanes[W] = {};
+        for (int64_t l = 0; l < left; ++l) lanes[l] = in[(i + l) * step];
+        v = load(lanes);
+      }
+      if (added) v += load_partial(out + i, left);
+      store_partial(out + i, v, left);
+    }
   });
-  stream_fence();
+}
+
+void narrow(FilmType type, int64_t n, const void* from, void* to) {
+  with_storage(type, [&](auto storage) {
+    using S = decltype(storage);
+    using T = Arithmetic<S>;
+    constexpr int W = LANES<T>;
+    const T* in = static_cast<const T*>(from);
+    S* out = static_cast<S*>(to);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(in + i));
+    if (i < n) store_partial(out + i, load_partial(in + i, n - i), n - i);
+  });
 }
 
 }  // namespace
 
-extern const FilmKernels film = {forward_runs, forward_rows, backward_runs, backward_rows};
+extern const FilmKernels film = {forward, backward, widen, narrow};
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

@@ -1,7 +1,4 @@
 // What the CPU launcher (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per level) of FiLM share.
-//
-// In memory order x is (B, M, C, N): B batch, M positions before and N positions after the channel. N > 1 walks
-// runs of N elements that share a channel; N == 1 walks rows of C channels.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +8,39 @@
 
 namespace fusedattn {
 
-// Storage types of x; gamma, beta and the arithmetic are float, or double for DOUBLE.
+// Storage types; the arithmetic is float, or double for DOUBLE.
 enum class FilmType { FLOAT, DOUBLE, HALF, BFLOAT16 };
 
-// streamed: y or dx goes past the caches; its runs or rows are whole cache lines.
+// `rows` rows of n neighbouring elements. gamma and beta are in the type of the arithmetic: as many values as
+// elements for each row (a vector), or one.
+struct FilmRows {
+  int64_t rows, n;
+  int64_t step;  // elements from row to row, of x and all that is like x
+  const void *x, *gamma, *beta;
+  int64_t gamma_step, beta_step;  // values from row to row
+  bool gamma_is_vector, beta_is_vector;
+  double offset;  // of gamma
+  bool streamed;  // y or dx goes past the caches; its rows are whole cache lines
+};
+
+// What backward writes beside dx: dz x, gamma's, and dz, beta's; as they are for a vector, else their sums over
+// each row. Where the step from row to row is 0, all rows are added up.
+struct FilmSums {
+  void *gamma, *beta;
+  int64_t gamma_step, beta_step;
+  bool gamma_is_fresh, beta_is_fresh;  // else the sums over all rows are added to what is there
+};
+
 struct FilmKernels {
-  // y = activation(scale x + shift) + residual over `runs` channels of n elements each ...
-  void (*forward_runs)(FilmType, const FilmOptions&, int64_t runs, int64_t n, const void* x, const void* scale,
-                       const void* shift, const void* residual, void* y, bool streamed);
-  // ... or over `rows` rows of C channels.
-  void (*forward_rows)(FilmType, const FilmOptions&, int64_t rows, int64_t C, const void* x, const void* scale,
-                       const void* shift, const void* residual, void* y, bool streamed);
-  // dz = dy activation'(z), dx = scale dz; writes the sums of dz x and of dz, one per channel.
-  void (*backward_runs)(FilmType, const FilmOptions&, int64_t runs, int64_t n, const void* dy, const void* x,
-                        const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz,
-                        bool streamed);
-  void (*backward_rows)(FilmType, const FilmOptions&, int64_t rows, int64_t C, const void* dy, const void* x,
-                        const void* scale, const void* shift, void* dx, void* sum_dz_x, void* sum_dz,
-                        bool streamed);
+  // y = activation((gamma + offset) x + beta) + residual
+  void (*forward)(FilmType, Activation, const FilmRows&, const void* residual, void* y);
+  // dz = dy activation'(z), dx = (gamma + offset) dz, and the sums
+  void (*backward)(FilmType, Activation, const FilmRows&, const void* dy, void* dx, const FilmSums&);
+  // n numbers of a storage type, `step` elements apart, into the type of the arithmetic; added to what is there or
+  // not
+  void (*widen)(FilmType, int64_t n, int64_t step, const void* in, void* out, bool added);
+  // and back, into neighbouring elements
+  void (*narrow)(FilmType, int64_t n, const void* in, void* out);
 };
 
 FUSEDATTN_DECLARE_TABLE(FilmKernels, film)

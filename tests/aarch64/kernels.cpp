@@ -236,7 +236,6 @@ template <typename T>
 void film(const Storage& storage, Activation activation, int64_t count, int64_t n, Results& results) {
   const FilmKernels& kernels = default_::film;
   Random random{7};
-  const FilmOptions options{1, 0.0, activation};
   const int64_t size = count * n;
   const auto x = storage.numbers(size, random), residual = storage.numbers(size, random);
   auto dy = storage.numbers(size, random);
@@ -249,20 +248,31 @@ void film(const Storage& storage, Activation activation, int64_t count, int64_t 
     for (int64_t e = 0; e < size; ++e) wide[e] = storage.read(memory.data(), e);
     results.add(name, wide, storage.epsilon);
   };
-  for (const bool runs : {true, false}) {
-    const int64_t channels = runs ? count : n;
-    const auto scale = random.numbers<T>(channels, 2), shift = random.numbers<T>(channels, 2);
-    std::vector<T> dz_x(channels), dz(channels);
-    (runs ? kernels.forward_runs : kernels.forward_rows)(storage.type, options, count, n, x.data(), scale.data(),
-                                                         shift.data(), residual.data(), y.data(), false);
-    (runs ? kernels.backward_runs : kernels.backward_rows)(storage.type, options, count, n, dy.data(), x.data(),
-                                                           scale.data(), shift.data(), dx.data(), dz_x.data(),
-                                                           dz.data(), false);
+  // One value a row, one an element of each row, and the same for all rows, whose sums are added up.
+  for (const int vectors : {0, 1, 2}) {
+    const int64_t values = vectors == 0   ? count
+                           : vectors == 1 ? size
+                                          : n,
+                  step = vectors == 0  ? 1
+                         : values == n ? 0
+                                       : n;
+    const auto scale = random.numbers<T>(values, 2), shift = random.numbers<T>(values, 2);
+    std::vector<T> dz_x(values), dz(values);
+    const FilmRows rows{count, n,    n,           x.data(),    scale.data(), shift.data(),
+                        step,  step, vectors > 0, vectors > 0, 0.5,          false};
+    kernels.forward(storage.type, activation, rows, residual.data(), y.data());
+    kernels.backward(storage.type, activation, rows, dy.data(), dx.data(),
+                     {dz_x.data(), dz.data(), step, step, true, true});
     add(y);
     add(dx);
     results.add(name, widened(dz_x), std::numeric_limits<T>::epsilon());
     results.add(name, widened(dz), std::numeric_limits<T>::epsilon());
   }
+  std::vector<T> wide(size);
+  kernels.widen(storage.type, size, 1, x.data(), wide.data(), false);
+  kernels.widen(storage.type, size / 3, 3, x.data(), wide.data(), true);
+  kernels.narrow(storage.type, size, wide.data(), y.data());
+  add(y);
 }
 
 }  // namespace
