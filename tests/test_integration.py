@@ -515,14 +515,3 @@ def test_meta_inputs_under_fake_mode():
         )
         assert context.shape == (2, 3, 3) and weights.shape == (2, 3, 4) and lse.dtype == torch.float32
         assert [g.shape for g in torch.autograd.grad(context.sum(), inputs)] == [t.shape for t in inputs]
-
-
-def test_threads():
-    """Calls from several Python threads at once do not disturb each other."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    inputs = make_inputs(Tq=40, Tk=50, D=33, dtype=torch.float32)
-    expected = torch.autograd.grad(loss(*inputs), inputs)
-    with ThreadPoolExecutor(4) as pool:
-        for grads in pool.map(lambda _: torch.autograd.grad(loss(*inputs), inputs), range(16)):
-            torch.testing.assert_close(grads, expected, rtol=0, atol=0)

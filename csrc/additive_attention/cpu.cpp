@@ -1,8 +1,8 @@
 // CPU launcher of additive attention: checks, allocation, and the phases of cpu_kernel.h over all cores.
 //
 // Query rows are processed in chunks, so that only chunk x Tk scores exist between phases (besides the kept
-// scores, which the caller asks for only where they are smaller than query and key). Work is cut by shape and
-// thread count alone and partial sums are added in a fixed order: results are bitwise reproducible.
+// scores, which the caller asks for only where they are smaller than query and key). Work is cut by shape alone
+// and partial sums are added in a fixed order: results are the same bits for any number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -27,6 +27,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Elements of the score buffer of one chunk: small enough for the cache, large enough for all cores.
 constexpr int64_t CHUNK_ELEMENTS = 1 << 20;
+
+// Tasks of which there should be as many, or keys are split.
+constexpr int64_t SPLIT_TASKS = 64;
 
 template <typename T>
 constexpr bool IS_DOUBLE = sizeof(T) == sizeof(double);
@@ -277,11 +280,11 @@ struct Inputs {
     });
   }
 
-  // Into how many parts to cut the keys of each of `tasks` tasks, so that every core has work.
+  // Into how many parts to cut the keys of each of `tasks` tasks, so that every core has work: whatever their
+  // number, for on it would hang how results are rounded.
   int64_t key_splits(int64_t tasks) const {
-    const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
-    if (tasks >= wanted || p.Tk < 8 * KEY_BLOCK) return 1;
-    return std::min(ceil_div(wanted, std::max<int64_t>(tasks, 1)), p.Tk / (4 * KEY_BLOCK));
+    if (tasks >= SPLIT_TASKS || p.Tk < 8 * KEY_BLOCK) return 1;
+    return std::min(ceil_div(SPLIT_TASKS, std::max<int64_t>(tasks, 1)), p.Tk / (4 * KEY_BLOCK));
   }
 };
 

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -11,18 +13,26 @@
 
 namespace fusedattn {
 
-// body(first, last) over [0, tasks), on torch's threads; grain is how many tasks are worth a thread. An error of
-// the body is thrown here: torch's C interface would put words of its own in place of the message.
+// body(first, last) over [0, tasks), on torch's threads; grain is how many tasks are worth a thread. Tasks may
+// differ in cost (lengths, causal masks): a thread that is done takes the next few, so which thread runs a task,
+// and beside which others, is left to chance. An error of the body is thrown here: torch's C interface would put
+// words of its own in place of the message.
 template <typename Body>
 void parallel_for(int64_t tasks, int64_t grain, const Body& body) {
   if (tasks == 0) return;
   if (tasks <= grain) return body(0, tasks);
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), (tasks + grain - 1) / std::max<int64_t>(grain, 1));
+  const int64_t step = std::max<int64_t>(1, tasks / (threads * 16));
+  std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::optional<std::string> message;
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     try {
-      body(first, last);
+      for (int64_t first; (first = next.fetch_add(step, std::memory_order_relaxed)) < tasks;)
+        body(first, std::min(first + step, tasks));
     } catch (const std::exception& error) {
+      next = tasks;
       const std::lock_guard<std::mutex> lock(mutex);
       if (!message) message = error.what();
     }
