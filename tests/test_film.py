@@ -28,6 +28,8 @@ EVERY_KERNEL = [
     ((2, 129, 63), 2),
     ((1, 2, 5000 if INTERPRETED else 40000), 1),  # several pieces of a run
     ((2, 3000, 17), 2),  # several pieces of rows
+    ((2, 5, 14, 14), 1),  # runs and rows of a multiple of 4
+    ((2, 7, 20), 2),
 ]
 SHAPES = [
     *EVERY_KERNEL,

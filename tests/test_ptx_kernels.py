@@ -78,6 +78,7 @@ def test_every_film_kernel(arch):
         check_film((2, 3, 32, 16), 1, torch.bfloat16)  # 16 bytes a thread
         check_film((1, 3, 2500), 1, shared=("gamma",))  # several pieces of a run
         check_film((2, 700, 17), 2, shared=("gamma", "beta"), activation="relu")  # several pieces of rows
+        check_film((2, 3, 6, 6), 1, torch.bfloat16)  # four elements a thread
         check_film((2, 3, 9), 1, absent=("gamma", "residual"))
         check_film((2, 3, 9), 1, absent=("beta",))
     assert set(launches.executed) == names_of_kernels(film_kernels)

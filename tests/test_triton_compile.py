@@ -35,9 +35,17 @@ def test_every_activation_compiles(activation):
             kernel.compile(*target)
 
 
-@pytest.mark.parametrize(("layout", "most"), [("runs", 5), ("rows", 4)])
+@pytest.mark.parametrize("shape, channel_dim", [((8, 64, 14, 14), 1), ((8, 50, 100), 2)], ids=["runs", "rows"])
+@pytest.mark.parametrize("dtype, width", [(torch.float32, "v4.b32"), (torch.bfloat16, "v2.b32")])
+def test_multiples_of_4_are_loaded_4_at_a_time(shape, channel_dim, dtype, width):
+    for kernel in recorded(lambda: film_call(shape, channel_dim, dtype=dtype))[:2]:
+        code = kernel.compile("cuda", 90).asm["ptx"]
+        assert f"ld.global.{width}" in code and f"st.global.{width}" in code
+
+
+@pytest.mark.parametrize(("layout", "most"), [("runs", 7), ("rows", 4)])
 def test_random_lengths_compile_few_kernels(layout, most):
-    """Runs: with loads of 16 bytes or of one element. Rows: with two tiles for adding up the pieces."""
+    """Runs: with loads of 16 bytes, of four elements or of one. Rows: with two tiles for adding up the pieces."""
     chosen = random.Random(0).sample(range(500, 2000), 50)
     found = set()
     for n in chosen:

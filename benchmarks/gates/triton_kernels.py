@@ -106,6 +106,9 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
         return read_amdgcn(op, name, arch, compiled.metadata.num_warps * 64, compiled.asm["amdgcn"])
     code, usage, _ = tools.disassemble(compiled.asm["cubin"])
     entry = compiled.metadata.name
+    aligned = ("N" if "_runs" in name else "C") in described.divisible
+    if described.constexprs.get("ALIGN") == 4:  # elements
+        aligned = described.signature["X"] == "*fp32"
     threads, registers, shared = compiled.metadata.num_warps * 32, usage[entry]["REG"], compiled.metadata.shared
     return Kernel.from_sass(
         backend=BACKEND,
@@ -116,7 +119,7 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
         registers=registers,
         shared=shared,
         stack=usage[entry]["STACK"],
-        aligned=("N" if "_runs" in name else "C") in described.divisible,
+        aligned=aligned,
         occupancy=occupancy(arch, threads, registers, shared).fraction,
         function=sass.parse(code)[entry],
     )

@@ -15,7 +15,8 @@ runs or columns. Where that covers a gradient it is final; else programs write p
 ``film_bwd_kernel_sum`` adds them in a fixed order. The cut depends on the shape alone and no atomics are used:
 results are bitwise reproducible.
 
-What decides: N a multiple of 16 lets Triton load 16 bytes a thread; other N are loaded element by element. A flat
+What decides: Triton knows by itself of multiples of 16 alone, which it loads by 16 bytes a thread; ``ALIGN``
+tells it of N, or C in rows, that are multiples of 4, such as 14 x 14. Others are loaded element by element. A flat
 index, aligned for every N, would cost two integer divisions an element; it was left out for that reason.
 
 Symbols: B, M, C, N as above; R runs; BLOCK_R, BLOCK_N, BLOCK_C extents of a tile. Definition and reference:
@@ -144,6 +145,12 @@ def _parameter(P, b, c, stride_b, stride_c, mask, offset=None):
 
 
 @triton.jit
+def _aligned(n, ALIGN: tl.constexpr):
+    """n, of which the compiler now knows that it is a multiple of ALIGN."""
+    return n // ALIGN * ALIGN if ALIGN > 1 else n
+
+
+@triton.jit
 def _runs(block, R, MC, C, BLOCK_R: tl.constexpr):
     """Runs of a block, their batch elements and channels, and whether there are such runs; all [BLOCK_R].
 
@@ -173,8 +180,9 @@ def film_fwd_kernel_runs(
     X, GAMMA, BETA, RESIDUAL, Y,
     gamma_b, gamma_c, beta_b, beta_c,  # strides
     R, MC, C, N,  # R = B M C runs, MC = M C of a batch element
-    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    N = _aligned(N, ALIGN)
     chunks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     run, b, c, within = _runs(program // chunks, R, MC, C, BLOCK_R)
@@ -198,8 +206,9 @@ def film_fwd_kernel_rows(
     X, GAMMA, BETA, RESIDUAL, Y,
     gamma_b, gamma_c, beta_b, beta_c,
     M, C,
-    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = _aligned(C, ALIGN)
     tiles_c, tiles_m = tl.cdiv(C, BLOCK_C), tl.cdiv(M, BLOCK_R)
     program = tl.program_id(0)
     b = (program // tiles_c // tiles_m).to(tl.int64)
@@ -224,8 +233,9 @@ def film_bwd_kernel_runs(
     DY, X, GAMMA, BETA, DX, DGAMMA, DBETA,  # DGAMMA and DBETA (R, pieces): sums over a piece
     gamma_b, gamma_c, beta_b, beta_c,
     R, MC, C, N, pieces, steps,  # a program walks a piece, steps tiles of its runs
-    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    N = _aligned(N, ALIGN)
     program = tl.program_id(0)
     run, b, c, within = _runs(program // pieces, R, MC, C, BLOCK_R)
     piece = program % pieces
@@ -256,8 +266,9 @@ def film_bwd_kernel_rows(
     DY, X, GAMMA, BETA, DX, DGAMMA, DBETA,  # DGAMMA and DBETA (B, pieces, C)
     gamma_b, gamma_c, beta_b, beta_c,
     M, C, pieces, steps,
-    gamma_offset, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = _aligned(C, ALIGN)
     tiles_c = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
     part = (program // tiles_c).to(tl.int64)  # counts b, then pieces
@@ -362,6 +373,11 @@ def _strides(*parameters: Tensor | None):
         yield from (0, 0) if p is None else (p.stride(0) if p.dim() == 2 else 0, p.stride(-1))
 
 
+def _alignment(n: int) -> int:
+    """4 for its multiples, but 1 for those of 16, which Triton knows: few forms of a kernel for all sizes."""
+    return 4 if n % 4 == 0 and n % 16 else 1
+
+
 def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
     """Extents of a tile: long enough along memory to coalesce, then as many runs or rows as fill it."""
     (elements,) = tile.extents_in(view.x.dtype)
@@ -369,9 +385,10 @@ def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
         along = _power_of_2(view.N, elements // 2)
         if along < 256:
             elements //= 2  # each of many runs has its scale, shift and addresses in registers
-        return {"BLOCK_R": _power_of_2(view.B * view.M * view.C, elements // along), "BLOCK_N": along}
+        rows = _power_of_2(view.B * view.M * view.C, elements // along)
+        return {"ALIGN": _alignment(view.N), "BLOCK_R": rows, "BLOCK_N": along}
     rows = _power_of_2(view.M, elements // _power_of_2(view.C, elements // 8))
-    return {"BLOCK_R": rows, "BLOCK_C": _power_of_2(view.C, elements // rows)}
+    return {"ALIGN": _alignment(view.C), "BLOCK_R": rows, "BLOCK_C": _power_of_2(view.C, elements // rows)}
 
 
 def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
@@ -496,7 +513,8 @@ register(
 
 
 def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
-    """Every kernel as typical calls launch it: feature maps, channels last with shared parameters, short runs."""
+    """Every kernel as typical calls launch it: feature maps, channels last with shared parameters, short runs,
+    aligned and not."""
 
     def call(dtype, shape, channel_dim, shared, activation):
         x = torch.empty(shape, dtype=dtype, device="meta")
@@ -509,6 +527,7 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         ((8, 256, 56, 56), 1, False, GELU),
         ((8, 1024, 768), 2, True, SILU),
         ((8, 1024, 7, 7), 1, False, TANH),
+        ((8, 1024, 14, 14), 1, False, TANH),
     )
     found: dict[tuple, Kernel] = {}
     for dtype in dtypes:
