@@ -15,7 +15,12 @@ from fusedattn.triton import _tiles, additive_attention, additive_attention_fwd,
 from fusedattn.triton._common import recorded
 
 KERNELS = sorted({tile.kernel for tile in _tiles.TABLE})
-TARGETS = {_tiles.SM_80: ("cuda", 80), _tiles.SM_90: ("cuda", 120), _tiles.AMD: ("hip", "gfx942")}
+TARGETS = {
+    _tiles.SM_80: ("cuda", 86),
+    _tiles.SM_90: ("cuda", 100),
+    _tiles.SM_120: ("cuda", 120),
+    _tiles.AMD: ("hip", "gfx942"),
+}
 TENSOR = torch.empty(0)
 
 

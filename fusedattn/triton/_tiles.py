@@ -21,8 +21,9 @@ from fusedattn.triton import _common
 
 VARIABLE = "FUSEDATTN_AUTOTUNE"
 
-SM_80, SM_90, AMD = "sm_80", "sm_90", "amd"  # sm_90 stands for everything later, too
-NVIDIA = (SM_80, SM_90)
+# sm_80 stands for 8.x, sm_90 for 9.x to 11.x, sm_120 for everything later.
+SM_80, SM_90, SM_120, AMD = "sm_80", "sm_90", "sm_120", "amd"
+NVIDIA = (SM_80, SM_90, SM_120)
 EVERY = (*NVIDIA, AMD)
 
 
@@ -75,9 +76,10 @@ TABLE = (
     Tile("context", (16, 32), 8),
     # Held rows x channels; size: channels. One warp has all rows of four channels a thread: nothing is exchanged.
     # In float64 half of them would take every register.
-    Tile("inputs", (16, 64), 1, 64, doubles=4),
+    Tile("inputs", (16, 64), 1, 64, (SM_80, SM_90, AMD), doubles=4),
+    Tile("inputs", (16, 64), 2, 64, (SM_120,), doubles=4),  # one warp spills there
     Tile("inputs", (8, 128), 1, doubles=4),
-    Tile("inputs", (16, 128), 2, 0, (SM_90, AMD), doubles=4),  # on sm_80 it spills at some widths
+    Tile("inputs", (16, 128), 2, 0, (SM_90, SM_120, AMD), doubles=4),  # on sm_80 it spills at some widths
     # Elements: 8 a thread on NVIDIA, one or two loads of 16 bytes. Four warps, with 16 elements a thread, took 250
     # registers in the backward of short runs.
     Tile("film", (2048,), 8),
@@ -90,7 +92,7 @@ def gpu_of(device: torch.device) -> str:
     """The kind of GPU in the table's terms; what is no GPU (the interpreter, tools) counts as sm_90."""
     if (recorded := _common.recording_for()) is not None:
         backend, arch = recorded
-        return AMD if backend == "hip" else SM_80 if int(arch) < 90 else SM_90
+        return AMD if backend == "hip" else _by_capability(int(arch) // 10)
     return _gpu_of(device)
 
 
@@ -98,7 +100,11 @@ def gpu_of(device: torch.device) -> str:
 def _gpu_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return AMD
-    return SM_80 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9 else SM_90
+    return _by_capability(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else SM_90
+
+
+def _by_capability(major: int) -> str:
+    return SM_80 if major < 9 else SM_90 if major < 12 else SM_120
 
 
 def rows(kernel: str, gpu: str) -> list[Tile]:

@@ -178,22 +178,24 @@ register(
 
 def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel in the specialisations of typical calls: recorded from the launchers, so none is made up."""
-    calls = (  # B, Tq, Tk, D; masked; with the tiles that tuning may choose, too
-        ((4, 512, 512, 256), False, False),
-        ((1, 1, 100000, 512), False, True),  # keys split into as many parts as combine may join
-        ((2, 6, 300, 16), False, False),
-        ((128, 10, 128, 1024), True, False),
-        ((128, 64, 128, 1024), True, False),
-        ((8, 40, 300, 64), True, True),
+    wide = (  # B, Tq, Tk, D; whether masked
+        ((4, 512, 512, 256), False),
+        ((1, 1, 100000, 512), False),  # keys split into as many parts as combine may join
+        ((128, 10, 128, 1024), True),
+        ((128, 64, 128, 1024), True),
     )
+    narrow = (((2, 6, 300, 16), False), ((8, 40, 300, 64), True))
     found: dict[tuple, Kernel] = {}
-    for dtype, (shape, masked, every_tile) in itertools.product(dtypes, calls):
-        if dtype == torch.float64 and shape == calls[0][0]:
-            continue  # the others have its kernels, too, and compiling takes its time
+    for dtype, (shape, masked) in itertools.product(dtypes, wide + narrow):
+        # Compiling takes its time: the others have the first one's kernels in float64, too, and what is narrow
+        # takes fewer registers in half precision, where products have one term.
+        if (dtype == torch.float64 and shape == wide[0][0]) or (dtype.itemsize == 2 and (shape, masked) in narrow):
+            continue
 
         def call(shape=shape, dtype=dtype, masked=masked):
             _typical_call(*shape, dtype, masked)
 
+        every_tile = dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
         for kernel in recorded(call, target, every_tile):
             found.setdefault(kernel.specialisation, kernel)
     return list(found.values())
