@@ -295,3 +295,22 @@ def test_bahdanau_bad_arguments():
         module(torch.randn(3, 1, 7), torch.randn(3, 5, 10))
     with pytest.raises(ValueError, match=r"mask: expected shape \(B, T\), got \(5,\)"):
         module(torch.randn(3, 7), torch.randn(3, 5, 10), mask=torch.ones(5) > 0)
+
+
+def test_a_step_without_weights_returns_the_context_alone():
+    module = BahdanauAttention(5, 6, 4)
+    query, memory = torch.randn(3, 5), torch.randn(3, 7, 6)
+    context, _ = module(query, memory)
+    torch.testing.assert_close(module(query, memory, return_weights=False), context, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lead", [(3, 1), (1, 1), (3,), (1,), ()])
+def test_a_single_head_takes_masks_with_and_without_heads(lead):
+    module = AdditiveAttention(5, 6, 4)
+    query, key = torch.randn(3, 2, 5), torch.randn(3, 7, 6)
+    mask = torch.rand(*lead, 2, 7) > 0.4
+    full = mask if len(lead) == 2 else mask.view(-1, 1, 2, 7)
+    context, weights = module(query, key, mask=mask, return_weights=True)
+    assert weights.shape == (3, 1, 2, 7)
+    assert weights.masked_select(~full.expand(3, 1, 2, 7)).count_nonzero() == 0
+    torch.testing.assert_close(context, (weights.squeeze(1) @ key))

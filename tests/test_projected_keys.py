@@ -169,7 +169,7 @@ def test_no_number_is_read_from_the_keys(step):
     module, _, memory, _ = step
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         keys = module.project_keys(mode.from_tensor(memory))
-        assert keys.key.shape == (3, 1, 7, 8)
+        assert keys.key.shape == (3, 7, 8)
     graph = make_fx(lambda m: module.project_keys(m).key)(memory)
     torch.testing.assert_close(graph(memory), module.project_keys(memory).key)
 

@@ -40,6 +40,7 @@ def test_results_of_film_and_of_modules() -> None:
     assert_type(attention(q, q, is_causal=True, return_weights=True), tuple[Tensor, Tensor])
     assert_type(step.project_keys(q), ProjectedKeys)
     assert_type(step(q[:, 0], step.project_keys(q)), tuple[Tensor, Tensor])
+    assert_type(step(q[:, 0], q, return_weights=False), Tensor)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,13 @@ def _check(t: Tensor, name: str, *shape: str | int) -> None:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
 
 
-def _over_heads(mask: Tensor | None) -> Tensor | None:
-    """A mask (B, Tq, Tk) as one for every head."""
-    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+def _over_heads(mask: Tensor | None, num_heads: int) -> Tensor | None:
+    """A mask (B, Tq, Tk) as one for every head, and that of a single head (B, 1, Tq, Tk) without it."""
+    if mask is None:
+        return None
+    if num_heads == 1:
+        return mask.squeeze(1) if mask.dim() == 4 else mask
+    return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
 def _for_one_query(mask: Tensor | None) -> Tensor | None:
@@ -132,21 +136,23 @@ class AdditiveAttention(nn.Module):
         return ", ".join(parts)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        """(B, T, H D) as (B, H, T, D); a single head stays without a dimension of its own."""
+        return x if self.num_heads == 1 else x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _score_weight(self) -> Tensor:
-        if not self.normalize:
-            return self.weight
-        return self.weight * (self.weight_g / self.weight.norm(dim=1)).unsqueeze(1)
+        weight: Tensor = self.weight
+        if self.normalize:
+            weight = weight * (self.weight_g / weight.norm(dim=1)).unsqueeze(1)
+        return weight.flatten() if self.num_heads == 1 else weight
 
     def _project(self, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         value = key if value is None else value
         _check(key, "AdditiveAttention: key", "B", "Tk", self.key_dim)
         _check(value, "AdditiveAttention: value", "B", "Tk", self.value_dim)
-        if self.value_proj is None:
-            value = value.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
-        else:
+        if self.value_proj is not None:
             value = self._heads(self.value_proj(value))
+        elif self.num_heads > 1:
+            value = value.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         return self._heads(self.key_proj(key)), value
 
     def project_keys(
@@ -183,6 +189,16 @@ class AdditiveAttention(nn.Module):
         return_weights: Literal[True],
         **options: Unpack[ModuleOptions],
     ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        *,
+        return_weights: bool = False,
+        **options: Unpack[ModuleOptions],
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self,
         query: Tensor,
@@ -223,7 +239,7 @@ class AdditiveAttention(nn.Module):
             keys.key.to(query.dtype),
             keys.value.to(query.dtype),
             self._score_weight().to(query.dtype),
-            mask=_over_heads(keys.mask),
+            mask=_over_heads(keys.mask, self.num_heads),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
             softcap=self.softcap,
@@ -232,10 +248,14 @@ class AdditiveAttention(nn.Module):
             key_exp=key_exp,
             key_bound=key_bound,
         )
-        context = (result[0] if return_weights else result).transpose(1, 2).flatten(2)
+        context = result[0] if return_weights else result
+        if self.num_heads > 1:
+            context = context.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
             context = self.out_proj(context)
-        return (context, result[1]) if return_weights else context
+        if not return_weights:
+            return context
+        return context, result[1].unsqueeze(1) if self.num_heads == 1 else result[1]
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -287,14 +307,45 @@ class BahdanauAttention(AdditiveAttention):
         """As :meth:`AdditiveAttention.project_keys`, with a mask (B, T)."""
         return super().project_keys(key, value, mask=_for_one_query(mask), key_lengths=key_lengths)
 
-    def forward(  # type: ignore[override]  # one step has other arguments
+    @overload  # type: ignore[override]  # one step has other arguments
+    def forward(
         self,
         query: Tensor,
         memory: Tensor | ProjectedKeys,
         *,
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        return_weights: Literal[True] = True,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor | ProjectedKeys,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        return_weights: Literal[False],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor | ProjectedKeys,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        return_weights: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor | ProjectedKeys,
+        *,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        return_weights: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """One step.
 
         Args:
@@ -302,15 +353,22 @@ class BahdanauAttention(AdditiveAttention):
             memory: (B, T, memory_dim), or ``project_keys(memory, ...)``, made once for all steps.
             mask: bool (B, T), True = may attend.
             key_lengths: int (B,).
+            return_weights: a step without weights is quicker. Default: True.
 
         Returns:
-            context (B, memory_dim) and weights (B, T).
+            context (B, memory_dim) and, with ``return_weights``, weights (B, T).
         """
         _check(query, "BahdanauAttention: query", "B", self.query_dim)
-        context, weights = super().forward(
-            query.unsqueeze(1), memory, mask=_for_one_query(mask), key_lengths=key_lengths, return_weights=True
+        result: Any = super().forward(
+            query.unsqueeze(1),
+            memory,
+            mask=_for_one_query(mask),
+            key_lengths=key_lengths,
+            return_weights=return_weights,
         )
-        return context.squeeze(1), weights.flatten(1)
+        if not return_weights:
+            return result.squeeze(1)
+        return result[0].squeeze(1), result[1].flatten(1)
 
     if TYPE_CHECKING:
         __call__ = forward  # type: ignore[assignment]

@@ -29,9 +29,10 @@ def _version(t: Tensor) -> int | None:
 class ProjectedKeys:
     """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
 
-    ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv) carry gradients; ``mask`` and ``key_lengths`` belong to
-    them. Batch elements are chosen by ``keys[index]`` (a slice, a list or tensor of indices, or a bool mask), one
-    is repeated by ``keys.expand(B)``, and ``keys.to(...)`` moves or casts. A pytree of these four.
+    ``key`` (B, H, Tk, D) and ``value`` (B, H, Tk, Dv), of a single head (B, Tk, D) and (B, Tk, Dv), carry
+    gradients; ``mask`` and ``key_lengths`` belong to them. Batch elements are chosen by ``keys[index]`` (a slice,
+    a list or tensor of indices, or a bool mask), one is repeated by ``keys.expand(B)``, and ``keys.to(...)`` moves
+    or casts. A pytree of these four.
 
     On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the tensor
     and version that they were computed from: keys that were replaced or edited in place do without.
