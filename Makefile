@@ -65,7 +65,7 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests/cuda_emulator tests/aarch64 $(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc examples tests/cuda_emulator tests/aarch64 $(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 sanitize: $(BUILT)
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
