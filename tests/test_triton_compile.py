@@ -4,7 +4,9 @@ What the interpreter accepts may not compile. ``make gates`` compiles every kern
 judges the machine code.
 """
 
+import functools
 import importlib.util
+import math
 import os
 import random
 
@@ -92,3 +94,12 @@ def test_random_lengths_compile_few_kernels_of_additive_attention():
 
         found.update(kernel.specialisation for kernel in recorded(call))
     assert len(found) <= 11
+
+
+def test_one_query_of_many_keys_fills_a_large_gpu_in_backward():
+    """Each kernel that walks the keys has eight warps for each of 132 multiprocessors."""
+    call = functools.partial(additive_attention._typical_call, 1, 1, 100000, 256, torch.float32, False)
+    found = [kernel for kernel in recorded(call) if "_bwd_" in kernel.name]
+    assert len(found) == 4
+    for kernel in found:
+        assert math.prod(kernel.grid) * kernel.num_warps >= 8 * 132, kernel.name

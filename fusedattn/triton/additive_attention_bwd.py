@@ -304,9 +304,9 @@ def _input_gradient(problem, g, held, passing, first, of_query):
 def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
     T, passing_T, (block_t, block_d) = held.x.shape[2], passing.x.shape[2], tile.extents_in(held.x.dtype)
     tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(problem.D, block_d))
-    # A program is one warp: a multiprocessor wants many.
+    # A program is one warp or two: a multiprocessor wants many. Their number bounds the scratch, too.
     wanted = 8 * programs_wanted(held.x.device) // (tiles * channel_tiles * problem.BH)
-    split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, min(wanted, 64))), PAD) * PAD
+    split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, wanted)), PAD) * PAD
     splits = triton.cdiv(passing_T, split_rows)
     grad = problem.empty(splits, problem.B, problem.H, T, problem.D)
     grad_weight = problem.empty(splits, problem.B, problem.H, tiles, problem.D) if of_query else None
