@@ -25,9 +25,15 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       ", Tensor context, Tensor lse, Tensor scores) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
 
-  // x (B, ...) with C channels at channel_dim, gamma and beta (B,C) or (C,) or None, residual like x or None.
-  // grad_gamma and grad_beta are (0,) where the argument is None.
-  m.def("film_fwd(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, " FUSEDATTN_FILM_OPTIONS ") -> Tensor");
-  m.def("film_bwd(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, " FUSEDATTN_FILM_OPTIONS
-        ") -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)");
+  // x (B, ...) with C channels at channel_dim, residual like x or None. gamma and beta, each the sum of one or two
+  // tensors, or None: by their rank (), (C,), (B, C) or like x, any size of which may be 1. On CUDA (C,) or (B,
+  // C), and nothing added. A gradient is (0,) where the argument is None.
+  m.def(
+      "film_fwd(Tensor x, Tensor? gamma, Tensor? beta, Tensor? gamma_added, Tensor? beta_added, "
+      "Tensor? residual, " FUSEDATTN_FILM_OPTIONS ") -> Tensor");
+  m.def(
+      "film_bwd(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, Tensor? gamma_added, "
+      "Tensor? beta_added, " FUSEDATTN_FILM_OPTIONS
+      ") -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor "
+      "grad_beta_added)");
 }

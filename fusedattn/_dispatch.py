@@ -22,7 +22,17 @@ class UnsupportedError(ValueError):
     """No backend, or not the one asked for, can run these inputs. The message lists every reason."""
 
 
-def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, describe: Callable[[], str]) -> str:
+NO_REASONS: dict[str, str] = {}
+
+
+def choose(
+    op: str,
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    describe: Callable[[], str],
+    unable: dict[str, str] = NO_REASONS,
+) -> str:
     """The name of the backend to run.
 
     Args:
@@ -30,6 +40,7 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, de
         requested: ``"auto"``, ``"reference"`` or a key of ``BACKENDS``.
         device, dtype: of the inputs.
         describe: the shapes of the inputs in words, called only for an error message.
+        unable: backends that this op's inputs are not for, whatever device and dtype, and why.
 
     ``"auto"`` takes the first backend that can run. Where none can because of the device or the installation it
     takes the reference, after one warning for each op and kind of device; so it does for ONNX. Raises
@@ -41,14 +52,14 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, de
         if torch.compiler.is_compiling() and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             return "reference"
         for name, reasons in BACKENDS.items():
-            if not reasons(device, dtype):
+            if not reasons(device, dtype) and name not in unable:
                 return name
         if not _dtype_reasons(dtype):
             if not torch.compiler.is_compiling():
-                _warn_of_reference(op, device)
+                _warn_of_reference(op, device, unable)
             return "reference"
     elif requested in BACKENDS:
-        if not BACKENDS[requested](device, dtype):
+        if not BACKENDS[requested](device, dtype) and requested not in unable:
             return requested
     elif requested == "reference":
         return requested
@@ -56,7 +67,7 @@ def choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, de
         check_backend(op, requested)
     found = "no backend can run" if requested == "auto" else f"backend {requested!r} cannot run"
     raise UnsupportedError(
-        f"{op}: {found} {describe()}, {dtype}, {device}\n{_all_reasons(device, dtype)}\n"
+        f"{op}: {found} {describe()}, {dtype}, {device}\n{_all_reasons(device, dtype, unable)}\n"
         "  reference: can run (plain PyTorch, backend='reference')"
     )
 
@@ -68,24 +79,26 @@ def check_backend(caller: str, requested: str) -> None:
         raise ValueError(f"{caller}: backend: expected one of {names}, got {requested!r}")
 
 
-def _all_reasons(device: torch.device, dtype: torch.dtype) -> str:
-    return "\n".join(
-        f"  {name}: {'; '.join(reasons(device, dtype)) or 'can run'}" for name, reasons in BACKENDS.items()
-    )
+def _all_reasons(device: torch.device, dtype: torch.dtype, unable: dict[str, str]) -> str:
+    def of(name: str) -> list[str]:
+        return [*BACKENDS[name](device, dtype), *([unable[name]] if name in unable else [])]
+
+    return "\n".join(f"  {name}: {'; '.join(of(name)) or 'can run'}" for name in BACKENDS)
 
 
-_warned: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str, bool]] = set()
 
 
-def _warn_of_reference(op: str, device: torch.device) -> None:
+def _warn_of_reference(op: str, device: torch.device, unable: dict[str, str]) -> None:
     """Once, and not where it says nothing new: meta tensors are not computed, the import told of the extension."""
     known = device.type == "meta" or (device.type == "cpu" and _library.EXTENSION_ERROR is not None)
-    if known or (op, device.type) in _warned:
+    asked = op, device.type, bool(unable)
+    if known or asked in _warned:
         return
-    _warned.add((op, device.type))
+    _warned.add(asked)
     warnings.warn(
         f"fusedattn: no kernel of {op} can run on {device}; it runs as plain PyTorch: same results, slower, with "
-        f"the memory that kernels save.\n{_all_reasons(device, torch.float32)}",
+        f"the memory that kernels save.\n{_all_reasons(device, torch.float32, unable)}",
         stacklevel=4,
     )
 

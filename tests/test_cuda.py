@@ -126,7 +126,9 @@ def test_tensors_on_several_devices_are_named():
 @not_on_the_standin("the kernels that refuse them are the GPU's")
 def test_raw_ops_name_tensors_on_another_device():
     with pytest.raises(RuntimeError, match="gamma: expected a tensor on device cuda:0"):
-        torch.ops.fusedattn.film_fwd(torch.ones(2, 3), torch.ones(3, device="cpu"), None, None, 1, 0.0, 0)
+        torch.ops.fusedattn.film_fwd(
+            torch.ones(2, 3), torch.ones(3, device="cpu"), None, None, None, None, 1, 0.0, 0
+        )
 
 
 @not_on_the_standin("it does not count its memory")

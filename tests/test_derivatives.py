@@ -128,7 +128,7 @@ def test_a_raw_operator_refuses_forward_mode():
     x = torch.randn(2, 3, 4)
     operator = torch.ops.fusedattn.film_fwd
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="film_fwd.*forward-mode"):
-        operator(forward_ad.make_dual(x, x), None, None, None, 1, 0.0, 0)
+        operator(forward_ad.make_dual(x, x), None, None, None, None, None, 1, 0.0, 0)
 
 
 # Programs without the public function
@@ -177,8 +177,8 @@ def test_an_exported_program_has_second_derivatives(op):
 def test_a_raw_operator_has_its_derivative(compiled):
     x, gamma, beta, residual = (t.requires_grad_() for t in film_inputs().values())
 
-    def call(*tensors):
-        return torch.ops.fusedattn.film_fwd(*tensors, 1, 1.0, 4).sin()
+    def call(x, gamma, beta, residual):
+        return torch.ops.fusedattn.film_fwd(x, gamma, beta, None, None, residual, 1, 1.0, 4).sin()
 
     function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
     actual = torch.autograd.grad(function(x, gamma, beta, residual).sum(), (x, gamma, beta, residual))

@@ -313,14 +313,19 @@ def test_raw_ops_pass_opcheck(channels_last):
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     gamma, beta = torch.randn(2, 3), torch.randn(3)
+    places, table = torch.randn(2, 1, 4, 5), torch.randn(1, 3, 1, 5)
+    pairs = [(x, gamma, table, beta, places, x, 1, 1.0, 3), (x, x, beta, None, x, None, 1, 0.0, 3)]
+    if INTERPRETED or DEVICE != "cpu":  # kernels of GPUs take one value per channel
+        pairs = []
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for args in (
-        (x, gamma, beta, x, 1, 1.0, 3),
-        (x, None, None, None, 1, 0.0, 0),
-        (x[:, :, ::2], gamma, None, None, 1, 0.0, 1),
+        (x, gamma, beta, None, None, x, 1, 1.0, 3),
+        (x, None, None, None, None, None, 1, 0.0, 0),
+        (x[:, :, ::2], gamma, None, None, None, None, 1, 0.0, 1),
+        *pairs,
     ):
         torch.library.opcheck(raw_op("film_fwd").default, args, test_utils=utils)
-        backward = (torch.randn_like(args[0]), *args[:3], *args[4:])
+        backward = (torch.randn_like(args[0]), *args[:5], *args[6:])
         torch.library.opcheck(raw_op("film_bwd").default, backward, test_utils=utils)
 
 
@@ -438,7 +443,15 @@ def test_module_starts_as_the_identity_and_can_be_copied(gamma_offset):
         (lambda x, g: {"x": [1.0]}, TypeError, ["x", "Tensor", "list"]),
         (lambda x, g: {"x": x.long()}, ValueError, ["x", "floating-point", "int64"]),
         (lambda x, g: {"x": x[0, 0]}, ValueError, ["x", "rank 2", "(4,)"]),
-        (lambda x, g: {"gamma": g[:1]}, ValueError, ["gamma", "(3,) or (2, 3)", "(1, 3)"]),
+        (lambda x, g: {"gamma": g[:, :2]}, ValueError, ["gamma", "(3,) or (2, 3)", "(2, 2)"]),
+        (lambda x, g: {"gamma": g[0, :2]}, ValueError, ["gamma", "(3,) or (2, 3)", "1 in place", "(2,)"]),
+        (lambda x, g: {"gamma": x[:, :, :2]}, ValueError, ["gamma", "(2, 3, 4)", "(2, 3, 2)"]),
+        (lambda x, g: {"gamma": x[None]}, ValueError, ["gamma", "(2, 3, 4)", "(1, 2, 3, 4)"]),
+        (lambda x, g: {"gamma": 2.0}, TypeError, ["gamma", "a pair", "float"]),
+        (lambda x, g: {"gamma": (g, None)}, TypeError, ["gamma[1]", "Tensor", "NoneType"]),
+        (lambda x, g: {"gamma": (g, (g, g))}, TypeError, ["gamma[1]", "Tensor", "tuple"]),
+        (lambda x, g: {"beta": (g, g, g)}, ValueError, ["beta", "pair", "3"]),
+        (lambda x, g: {"beta": (g, g.T)}, ValueError, ["beta[1]", "(2, 3)", "(3, 2)"]),
         (lambda x, g: {"beta": g.T}, ValueError, ["beta", "(3,) or (2, 3)", "(3, 2)"]),
         (lambda x, g: {"gamma": g.double()}, ValueError, ["gamma", "float32", "float64"]),
         (lambda x, g: {"gamma": g.to("meta")}, ValueError, ["gamma", DEVICE, "meta"]),

@@ -284,7 +284,9 @@ def test_errors_of_torch_itself_keep_their_message():
     for call in (
         lambda: film(x, channel_dim=2),
         lambda: film(x[0].expand(1 << 40, 2), activation="silu"),
-        lambda: torch.ops.fusedattn.film_bwd(x, x, None, None, channel_dim=2, gamma_offset=0.0, activation=0),
+        lambda: torch.ops.fusedattn.film_bwd(
+            x, x, None, None, None, None, channel_dim=2, gamma_offset=0.0, activation=0
+        ),
     ):
         with pytest.raises(RuntimeError, match=r"tried to allocate \d{13} bytes"):
             call()

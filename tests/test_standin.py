@@ -26,7 +26,7 @@ def on_the_cpu(*shape):
         lambda x: x.masked_fill(on_the_cpu(2, 3) > 0, 0.0),
         lambda x: torch.nn.functional.layer_norm(x, (3,), on_the_cpu(3)),
         lambda x: torch.randn(3, generator=torch.Generator("cpu")),
-        lambda x: torch.ops.fusedattn.film_fwd(x, on_the_cpu(3), None, None, 1, 0.0, 0),
+        lambda x: torch.ops.fusedattn.film_fwd(x, on_the_cpu(3), None, None, None, None, 1, 0.0, 0),
         lambda x: torch.vmap(torch.mul)(x, on_the_cpu(2, 3)),
     ],
 )

@@ -112,6 +112,8 @@ class Values {
       if (!parameters[p]) continue;
       const int view = VALUES + p;
       const FilmType type = storage_type(parameters[p]->scalar_type());
+      STD_TORCH_CHECK((type == FilmType::DOUBLE) == (ARITHMETIC<T> == FilmType::DOUBLE),
+                      "film: gamma and beta: expected float64 if x is, and only then");
       sources_[count_++] = {static_cast<const char*>(parameters[p]->const_data_ptr()),
                             type,
                             bytes_of(type),
@@ -224,6 +226,14 @@ struct Problem {
   }
 };
 
+// residual or grad_output with the strides of x.
+Tensor like(const Layout& in, const Tensor& t, const char* name) {
+  bool same = t.scalar_type() == in.x.scalar_type() && t.dim() == in.x.dim();
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == in.x.size(d);
+  STD_TORCH_CHECK(same, "film: ", name, ": expected shape and dtype of x");
+  return in.like(t);
+}
+
 template <typename T>
 Tensor forward(const Layout& in, FilmType type, const FilmParameters& parameters, const OptionalTensor& residual,
                const FilmOptions& options) {
@@ -233,7 +243,7 @@ Tensor forward(const Layout& in, FilmType type, const FilmParameters& parameters
   const Cut cut(walk, {}, columns, std::max<int64_t>(1, PIECE / columns), p.cheap());
   Tensor y = empty_like(in);
   OptionalTensor addend;
-  if (residual) addend = in.like(*residual);
+  if (residual) addend = like(in, *residual, "residual");
   const char* r = addend ? static_cast<const char*>(addend->const_data_ptr()) : nullptr;
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const bool streamed = p.streams(y), needs_room = p.gamma.needs_room() || p.beta.needs_room();
@@ -450,7 +460,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
   }
   needs_room |= p.gamma.needs_room() || p.beta.needs_room();
 
-  const Tensor grad = in.like(grad_output);
+  const Tensor grad = like(in, grad_output, "grad_output");
   Tensor dx = empty_like(in);
   const char* dy = static_cast<const char*>(grad.const_data_ptr());
   char* out = static_cast<char*>(dx.mutable_data_ptr());
@@ -492,19 +502,20 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
 }
 
 Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
+                const OptionalTensor& gamma_added, const OptionalTensor& beta_added,
                 const OptionalTensor& residual, const FilmOptions& options) {
   const FilmType type = storage_type(x.scalar_type());
   if (x.numel() == 0) return torch::stable::empty_like(x);
   const Layout in(x, options);
-  const FilmParameters parameters{gamma, {}, beta, {}};
+  const FilmParameters parameters{gamma, gamma_added, beta, beta_added};
   return in.restored(type == FilmType::DOUBLE ? forward<double>(in, type, parameters, residual, options)
                                               : forward<float>(in, type, parameters, residual, options),
                      x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
-                                            const OptionalTensor& gamma, const OptionalTensor& beta,
-                                            const FilmOptions& options) {
+Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
+                   const OptionalTensor& beta, const OptionalTensor& gamma_added, const OptionalTensor& beta_added,
+                   const FilmOptions& options) {
   const FilmType type = storage_type(x.scalar_type());
   const auto zeros = [&](const OptionalTensor& t) {
     Tensor zero =
@@ -512,13 +523,14 @@ std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Ten
     torch::stable::zero_(zero);
     return zero;
   };
-  if (x.numel() == 0) return {torch::stable::empty_like(x), zeros(gamma), zeros(beta)};
+  if (x.numel() == 0)
+    return {torch::stable::empty_like(x), zeros(gamma), zeros(beta), zeros(gamma_added), zeros(beta_added)};
   const Layout in(x, options);
-  const FilmParameters parameters{gamma, {}, beta, {}};
+  const FilmParameters parameters{gamma, gamma_added, beta, beta_added};
   auto [dx, dgamma, dgamma_added, dbeta, dbeta_added] =
       type == FilmType::DOUBLE ? backward<double>(grad_output, in, type, parameters, options)
                                : backward<float>(grad_output, in, type, parameters, options);
-  return {in.restored(dx, x), dgamma, dbeta};
+  return {in.restored(dx, x), dgamma, dbeta, dgamma_added, dbeta_added};
 }
 
 }  // namespace

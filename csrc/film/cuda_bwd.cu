@@ -16,14 +16,15 @@ Tensor empty_as(const Tensor& like, const OptionalTensor& shape) {
   return torch::stable::new_empty(like, std::vector<int64_t>(shape->sizes().begin(), shape->sizes().end()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
-                                            const OptionalTensor& gamma, const OptionalTensor& beta,
-                                            const FilmOptions& options) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(
+    const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const OptionalTensor& gamma_added, const OptionalTensor& beta_added, const FilmOptions& options) {
+  require_one_tensor(gamma_added, beta_added);
   Tensor dgamma = empty_as(x, gamma), dbeta = empty_as(x, beta);
   if (x.numel() == 0) {
     torch::stable::zero_(dgamma);
     torch::stable::zero_(dbeta);
-    return {torch::stable::empty_like(x), dgamma, dbeta};
+    return {torch::stable::empty_like(x), dgamma, dbeta, empty_as(x, {}), empty_as(x, {})};
   }
   const FilmInputs in(x, gamma, beta, options);
   in.device.require(grad_output, "film", "grad_output");
@@ -40,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Ten
                        beta ? gpu::mutable_data<S>(dbeta) : nullptr, gpu::mutable_data<gpu::Arithmetic<S>>(sums),
                        in.device.stream());
   });
-  return {in.layout.restored(dx, x), dgamma, dbeta};
+  return {in.layout.restored(dx, x), dgamma, dbeta, empty_as(x, {}), empty_as(x, {})};
 }
 
 }  // namespace

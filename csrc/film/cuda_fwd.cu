@@ -9,7 +9,9 @@ namespace fusedattn {
 namespace {
 
 Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
+                const OptionalTensor& gamma_added, const OptionalTensor& beta_added,
                 const OptionalTensor& residual, const FilmOptions& options) {
+  require_one_tensor(gamma_added, beta_added);
   if (x.numel() == 0) return torch::stable::empty_like(x);
   const FilmInputs in(x, gamma, beta, options);
   in.device.require(residual, "film", "residual");

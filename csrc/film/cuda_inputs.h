@@ -7,6 +7,11 @@
 
 namespace fusedattn {
 
+// The public function adds the tensors of a pair where these kernels run.
+inline void require_one_tensor(const OptionalTensor& gamma_added, const OptionalTensor& beta_added) {
+  STD_TORCH_CHECK(!gamma_added && !beta_added, "film: gamma and beta: expected one tensor each on CUDA, got two");
+}
+
 struct FilmInputs {
   gpu::Device device;
   Layout layout;

@@ -72,7 +72,11 @@ class FiLM(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Modulates x (B, ...) with C channels at ``channel_dim`` by condition (B, condition_dim)."""
+        """Modulates x (B, ...) with C channels at ``channel_dim`` by condition (B, condition_dim).
+
+        Where the channels are x's last dimension, a condition of x's rank has one for each place, or for some, its
+        other sizes being 1: (B, T, condition_dim). B may be 1, too.
+        """
         _check(condition, self.condition_dim)
         gamma, beta = self.conditioner(condition).to(x.dtype).chunk(2, dim=-1)
         return film(

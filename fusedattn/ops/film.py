@@ -1,13 +1,15 @@
 """Feature-wise linear modulation, FiLM (Perez et al. 2018, arXiv:1709.07871).
 
-Mathematics, per batch element b and channel c, everything else broadcast::
+Mathematics, with gamma and beta broadcast along x, most often from one value per batch element and channel::
 
-    z = (gamma_bc + gamma_offset) x + beta_bc          y = activation(z) + residual
+    z = (gamma + gamma_offset) x + beta                y = activation(z) + residual
 
-    dz = dy activation'(z)      dx = (gamma_bc + gamma_offset) dz      dresidual = dy
-    dgamma_bc = sum dz x        dbeta_bc = sum dz                      over everything that shares b and c
+    dz = dy activation'(z)      dx = (gamma + gamma_offset) dz         dresidual = dy
+    dgamma = sum dz x           dbeta = sum dz                         over everything that shares a value
 
-Forward reads x once and writes y once; backward reads x and dy once and yields all gradients in that pass.
+A pair stands for its broadcast sum, (gamma + gamma_added) and (beta + beta_added), each with the gradient above,
+summed over what shares its own values. Forward reads x once and writes y once; backward reads x and dy once and
+yields all gradients in that pass. The rank of a parameter alone tells its dimensions: (), (C,), (B, C), or x's.
 
 Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (C++, CUDA),
 ``fusedattn/triton/film.py``. Tests: ``tests/test_film.py``, ``tests/test_cuda_film.py``,
@@ -21,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable
+from fusedattn._dispatch import NO_REASONS, autocast, autocast_enabled, choose, overridable
 from fusedattn._options import FilmOptions as Options
+
+Parameter = Tensor | tuple[Tensor, Tensor] | None
 
 # In the order of csrc/film/options.h.
 ACTIVATIONS = {
@@ -42,20 +46,28 @@ _FUNCTIONS = list(ACTIVATIONS.values())
 # Reference
 
 
-def _along_channels(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+def _along(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """The parameter in x's rank."""
+    rank = parameter.dim()
+    if rank in (0, x.dim()):
+        return parameter
     shape = [1] * x.dim()
-    shape[channel_dim] = x.shape[channel_dim]
-    if parameter.dim() == 2:
+    shape[channel_dim] = parameter.shape[-1]
+    if rank == 2:
         shape[0] = parameter.shape[0]
     return parameter.view(shape)
 
 
-def _reference(x, gamma, beta, residual, options: Options):
+def _reference(x, gamma, beta, gamma_added, beta_added, residual, options: Options):
+    def total(parameter, added):
+        t = _along(parameter, x, options.channel_dim)
+        return t if added is None else t + _along(added, x, options.channel_dim)
+
     z = x
     if gamma is not None:
-        z = (_along_channels(gamma, x, options.channel_dim) + options.gamma_offset) * z
+        z = (total(gamma, gamma_added) + options.gamma_offset) * z
     if beta is not None:
-        z = z + _along_channels(beta, x, options.channel_dim)
+        z = z + total(beta, beta_added)
     y = _FUNCTIONS[options.activation](z)
     return y if residual is None else y + residual
 
@@ -63,8 +75,8 @@ def _reference(x, gamma, beta, residual, options: Options):
 @overridable
 def film_ref(
     x: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
+    gamma: Parameter = None,
+    beta: Parameter = None,
     *,
     channel_dim: int = 1,
     gamma_offset: float = 0.0,
@@ -91,28 +103,27 @@ def film_ref(
 # Declaration
 
 
-def _fwd_fake(x, gamma, beta, residual, *options):
+def _fwd_fake(x, gamma, beta, gamma_added, beta_added, residual, *options):
     return torch.empty_like(x)
 
 
-def _bwd_fake(grad_output, x, gamma, beta, *options):
+def _bwd_fake(grad_output, x, gamma, beta, gamma_added, beta_added, *options):
     def like(parameter):
         return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
 
-    return torch.empty_like(x), like(gamma), like(beta)
+    return torch.empty_like(x), *map(like, (gamma, beta, gamma_added, beta_added))
 
 
 class _Fold(_autograd.Fold):
-    """Into the batch: N of (B, ...) become (N B, ...); parameters (B, C) or (C,) become (N B, C)."""
+    """Into the batch: N of (B, ...) become (N B, ...); parameters without a batch get one."""
 
     def folded(self):
-        (x, gamma, beta, *residual), (dim, *_) = self.tensors, self.dims
+        (x, *parameters), (dim, *dims) = self.tensors[:5], self.dims[:5]
         self.B = (x if dim is None else x.movedim(dim, 0)[0]).shape[0]
         return (
             self.output(x, dim),
-            self._parameter(gamma, self.dims[1]),
-            self._parameter(beta, self.dims[2]),
-            *(self.output(t, self.dims[3]) for t in residual),
+            *map(self._parameter, parameters, dims),
+            *(self.output(t, d) for t, d in zip(self.tensors[5:], self.dims[5:], strict=True)),
         )
 
     def _first(self, t, dim):
@@ -125,9 +136,9 @@ class _Fold(_autograd.Fold):
         if t is None:
             return None
         t = self._first(t, dim)
-        if t.dim() == 2:
-            t = t.unsqueeze(1).expand(-1, self.B, -1)
-        return t.flatten(0, 1)
+        if t.dim() <= 2:  # () or (C,)
+            t = t[:, None, None] if t.dim() == 1 else t[:, None]
+        return t.expand(-1, self.B, *t.shape[2:]).flatten(0, 1)
 
     def _apart(self, t):
         return t.unflatten(0, (self.N, -1))
@@ -140,8 +151,11 @@ class _Fold(_autograd.Fold):
         results, dims = [self._apart(dx)], [0]
         for grad, t, dim in zip(found, self.tensors[1:], self.dims[1:], strict=False):
             if t is not None:
-                shared = t.dim() - (dim is not None) == 1  # (C,): one for the whole batch
-                grad = self._apart(grad).sum(1) if shared else self._apart(grad)
+                shape = list(t.shape if dim is None else t.movedim(dim, 0).shape[1:])
+                grad = self._apart(grad)
+                if len(shape) < 2 or shape[0] == 1:  # one for the whole batch
+                    grad = grad.sum(1)
+                grad = grad.reshape(self.N, *shape)
             results.append(grad)
             dims.append(None if t is None else 0)
         return tuple(results), tuple(dims)
@@ -149,7 +163,7 @@ class _Fold(_autograd.Fold):
 
 FILM = _autograd.Op(
     "film",
-    inputs=("x", "gamma", "beta"),
+    inputs=("x", "gamma", "beta", "gamma_added", "beta_added"),
     added=("residual",),
     options=Options,
     outputs=("y",),
@@ -169,7 +183,7 @@ def _fail(argument: str, expected: str, received) -> NoReturn:
 
 def _check_dense(name: str, t: Tensor | None) -> None:
     if not isinstance(t, Tensor):
-        wanted = "a Tensor" if name == "x" else "a Tensor or None"
+        wanted = {"x": "a Tensor", "residual": "a Tensor or None"}.get(name, "a Tensor, a pair of them or None")
         raise TypeError(f"film: {name}: expected {wanted}, got {type(t).__name__}")
     if t.layout is not torch.strided or t.is_nested:
         _fail(name, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
@@ -181,12 +195,51 @@ def _check_like(name: str, t: Tensor, x: Tensor) -> None:
         _fail(name, f"dtype {x.dtype} on {x.device} like x", f"{t.dtype} on {t.device}")
 
 
-def _check_parameter(name: str, t: Tensor, x: Tensor, channel_dim: int) -> None:
+def _check_parameter(name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, channel_dim: int) -> None:
+    if isinstance(t, tuple | list):
+        if len(t) != 2:
+            _fail(name, "a Tensor or a pair of them", f"{len(t)} of them")
+        for n, part in enumerate(t):
+            if not isinstance(part, Tensor):
+                raise TypeError(f"film: {name}[{n}]: expected a Tensor, got {type(part).__name__}")
+            _check_parameter(f"{name}[{n}]", part, x, channel_dim)
+        return
     _check_like(name, t, x)
     # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
-    B, C, rank = x.shape[0], x.shape[channel_dim], t.dim()
-    if not 1 <= rank <= 2 or t.shape[-1] != C or (rank == 2 and t.shape[0] != B):
-        _fail(name, f"shape {(C,)} or {(B, C)}", tuple(t.shape))
+    B, C, rank, shape = x.shape[0], x.shape[channel_dim], t.dim(), t.shape
+    wanted = tuple(x.shape) if rank == x.dim() else (B, C)[2 - rank :] if rank <= 2 else None
+    if wanted is None or any(n != w and n != 1 for n, w in zip(shape, wanted, strict=True)):
+        shapes = {(C,), (B, C), tuple(x.shape)}
+        listed = " or ".join(map(str, sorted(shapes, key=len)))
+        _fail(name, f"shape {listed}, with 1 in place of any size", tuple(shape))
+
+
+def _has_one_per_channel(t: Tensor | None, x: Tensor, channel_dim: int) -> bool:
+    """Whether it has at most one value per channel and batch element."""
+    if t is None or t.dim() <= 2:
+        return True
+    return all(n == 1 for d, n in enumerate(t.shape) if d not in (0, channel_dim))
+
+
+def _per_channel(t: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: int) -> Tensor | None:
+    """What has one value per channel as (C,) or (B, C); a pair as its sum, which is small."""
+    if t is None:
+        return None
+    if t.dim() > 2:
+        t = t.movedim(channel_dim, 1).flatten(1)
+    if t.dim() == 2 and t.shape[0] == 1:
+        t = t[0]
+    B, C = x.shape[0], x.shape[channel_dim]
+    t = t.expand(B, C) if t.dim() == 2 else t.expand(C)
+    other = _per_channel(added, None, x, channel_dim)
+    return t if other is None else t + other
+
+
+# What GPU kernels take is (C,) or (B, C).
+_ON_GPUS = ("cuda", "triton")
+_NOT_PER_CHANNEL = dict.fromkeys(
+    _ON_GPUS, "gamma or beta has one value a place, its kernels of film take one per channel, (C,) or (B, C)"
+)
 
 
 def _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual):
@@ -218,8 +271,8 @@ def _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residua
 @overridable
 def film(
     x: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
+    gamma: Parameter = None,
+    beta: Parameter = None,
     *,
     channel_dim: int = 1,
     gamma_offset: float = 0.0,
@@ -233,8 +286,12 @@ def film(
         x: (B, ...) of rank 2 or more with C channels at ``channel_dim``; float32, float64, float16 or
             bfloat16. Inner arithmetic is at least float32. Contiguous, channels_last and other dense layouts
             with the batch outermost are used as they are, and the result has the same strides.
-        gamma: (B, C) or (C,), or None for a factor of 1 (``gamma_offset`` is then not applied).
-        beta: (B, C) or (C,), or None for 0.
+        gamma: by its rank (), (C,) or (B, C), or of x's rank with x's sizes, as (B, T, C). Any size may be 1:
+            (1, C), (B, C, 1, 1), (B, 1, C), (B, 1, H, W), one gate per place over all channels. A pair of them
+            stands for their broadcast sum, which is not made: ``(table[d], time_embedding)``. None is a factor of
+            1 (``gamma_offset`` is then not applied). Kernels on GPUs take what has one value per channel, of each
+            batch element or all.
+        beta: in the shapes of gamma, not necessarily that of gamma; None for 0.
         channel_dim: any dimension but 0, negative ones count from the end. Default: 1.
         gamma_offset: 1.0 gives the (1 + gamma) form. Default: 0.0.
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"`` (erf),
@@ -250,13 +307,34 @@ def film(
     Second derivatives and forward-mode ones are computed through the reference formula.
 
     Raises:
-        TypeError: x is not a Tensor, another input neither that nor None, channel_dim not an int.
+        TypeError: x is not a Tensor, another input neither that nor None nor, for gamma and beta, a pair;
+            channel_dim not an int.
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
     if isinstance(x, Tensor) and autocast_enabled(x.device):
-        gamma, beta = (autocast(t, x.dtype) if isinstance(t, Tensor) else t for t in (gamma, beta))
+        gamma, beta = _in_dtype(gamma, x.dtype), _in_dtype(beta, x.dtype)
     _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
-    backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}")
-    options = Options(channel_dim % x.dim(), gamma_offset, _NUMBERS[activation])
-    return FILM(backend, (x, gamma, beta, residual), options)
+    channel_dim %= x.dim()
+    gamma_added = beta_added = None
+    if isinstance(gamma, tuple | list):
+        gamma, gamma_added = gamma
+    if isinstance(beta, tuple | list):
+        beta, beta_added = beta
+    parameters = gamma, beta, gamma_added, beta_added
+    per_channel = all(_has_one_per_channel(t, x, channel_dim) for t in parameters)
+    unable = NO_REASONS if per_channel else _NOT_PER_CHANNEL
+    backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
+    if backend in _ON_GPUS:
+        gamma = _per_channel(gamma, gamma_added, x, channel_dim)
+        beta = _per_channel(beta, beta_added, x, channel_dim)
+        parameters = gamma, beta, None, None
+    options = Options(channel_dim, gamma_offset, _NUMBERS[activation])
+    return FILM(backend, (x, *parameters, residual), options)
+
+
+def _in_dtype(parameter, dtype: torch.dtype):
+    """gamma or beta in a dtype under autocast."""
+    if isinstance(parameter, tuple | list):
+        return tuple(_in_dtype(t, dtype) for t in parameter)
+    return autocast(parameter, dtype) if isinstance(parameter, Tensor) else parameter

@@ -396,9 +396,11 @@ def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
     return {"gamma_offset": argument(options.gamma_offset, dtype), "ACTIVATION": options.activation}
 
 
-def _check(x, gamma, beta, options: Options, **like_x: Tensor | None) -> None:
+def _check(x, gamma, beta, gamma_added, beta_added, options: Options, **like_x: Tensor | None) -> None:
     if not 0 < options.channel_dim < x.dim():
         raise RuntimeError(f"film: channel_dim: expected 1 to {x.dim() - 1}, got {options.channel_dim}")
+    if gamma_added is not None or beta_added is not None:  # the public function adds them
+        raise RuntimeError("film: gamma and beta: expected one tensor each in Triton, got two")
     B, C = x.shape[0], x.shape[options.channel_dim]
     for name, t in (("gamma", gamma), ("beta", beta)):
         if t is not None:
@@ -408,10 +410,10 @@ def _check(x, gamma, beta, options: Options, **like_x: Tensor | None) -> None:
             require("film", name, t, x.shape, x.dtype, x.device)
 
 
-def forward(x, gamma, beta, residual, *options):
+def forward(x, gamma, beta, gamma_added, beta_added, residual, *options):
     """film_fwd, see csrc/library.cpp."""
     options = Options(*options)
-    _check(x, gamma, beta, options, residual=residual)
+    _check(x, gamma, beta, gamma_added, beta_added, options, residual=residual)
     view = _View(x, options.channel_dim, (gamma, beta))
     y = torch.empty_like(view.x)
     if x.numel() == 0:
@@ -446,10 +448,10 @@ def _cut(tiles: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(blocks, steps), steps
 
 
-def backward(grad_output, x, gamma, beta, *options):
+def backward(grad_output, x, gamma, beta, gamma_added, beta_added, *options):
     """film_bwd, see csrc/library.cpp."""
     options = Options(*options)
-    _check(x, gamma, beta, options, grad_output=grad_output)
+    _check(x, gamma, beta, gamma_added, beta_added, options, grad_output=grad_output)
     view = _View(x, options.channel_dim, (gamma, beta))
     dx = torch.empty_like(view.x)
     grads = [
@@ -457,10 +459,10 @@ def backward(grad_output, x, gamma, beta, *options):
         for p in (gamma, beta)
     ]
     if x.numel() == 0:
-        return view.restored(dx, x), *(grad.zero_() for grad in grads)
+        return view.restored(dx, x), *(grad.zero_() for grad in grads), x.new_empty(0), x.new_empty(0)
     arguments = (view, view.like(grad_output), gamma, beta, dx, grads, _kernel_options(options, x.dtype))
     _tiled("film_bwd", view, lambda tile: _backward(tile, *arguments))
-    return view.restored(dx, x), *grads
+    return view.restored(dx, x), *grads, x.new_empty(0), x.new_empty(0)
 
 
 def _backward(tile, view, grad_output, gamma, beta, dx, grads, options):
@@ -501,13 +503,11 @@ def _add_up(partial: Tensor, out: Tensor) -> None:
     launch(film_bwd_kernel_sum, grid, partial, out, outputs, terms, P, C, Q, BLOCK_O=block_o, BLOCK_T=block_t)
 
 
+_PARAMETERS = "Tensor? gamma, Tensor? beta, Tensor? gamma_added, Tensor? beta_added"
+register(f"film_fwd_triton(Tensor x, {_PARAMETERS}, Tensor? residual, {schema(Options)}) -> Tensor", forward)
 register(
-    f"film_fwd_triton(Tensor x, Tensor? gamma, Tensor? beta, Tensor? residual, {schema(Options)}) -> Tensor",
-    forward,
-)
-register(
-    f"film_bwd_triton(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, {schema(Options)}) "
-    "-> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)",
+    f"film_bwd_triton(Tensor grad_output, Tensor x, {_PARAMETERS}, {schema(Options)}) "
+    "-> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor grad_beta_added)",
     backward,
 )
 
@@ -520,8 +520,8 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         x = torch.empty(shape, dtype=dtype, device="meta")
         C = shape[channel_dim]
         gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
-        forward(x, gamma, gamma, x, channel_dim, 1.0, activation)
-        backward(x, x, gamma, gamma, channel_dim, 1.0, activation)
+        forward(x, gamma, gamma, None, None, x, channel_dim, 1.0, activation)
+        backward(x, x, gamma, gamma, None, None, channel_dim, 1.0, activation)
 
     cases = (
         ((8, 256, 56, 56), 1, False, GELU),
