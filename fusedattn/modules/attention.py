@@ -234,11 +234,10 @@ class AdditiveAttention(nn.Module):
             keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
         query = self._heads(self.query_proj(query))
         key_exp, key_bound = keys.exponentials(query.dtype)
+        rows = (keys.key, keys.value, self._score_weight())
         result: Any = attend(
             query,
-            keys.key.to(query.dtype),
-            keys.value.to(query.dtype),
-            self._score_weight().to(query.dtype),
+            *(t if t.dtype is query.dtype else t.to(query.dtype) for t in rows),
             mask=_over_heads(keys.mask, self.num_heads),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,

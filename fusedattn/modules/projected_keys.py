@@ -67,7 +67,7 @@ class ProjectedKeys:
             or kept.key is not self.key
             or kept.version != _version(self.key)
             or kept.exp.dtype != accumulation_dtype(dtype)
-            or torch.promote_types(self.key.dtype, dtype) != dtype  # the cast rounds
+            or (self.key.dtype is not dtype and torch.promote_types(self.key.dtype, dtype) != dtype)  # it rounds
         ):
             return None, None
         return kept.exp, kept.bound
