@@ -1,13 +1,13 @@
-"""Inputs of additive attention that are refused, and how errors name them."""
+"""Inputs of additive attention that are refused, how errors name them, and a weight wider than the others."""
 
 import math
 
 import pytest
 import torch
 from device import BACKEND, DEVICE, cpu_alone, raw_op
-from test_additive_attention import INPUTS, make_inputs, shape
+from test_additive_attention import INPUTS, check, make_inputs, shape
 
-from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
+from fusedattn import AdditiveAttention, UnsupportedError, additive_attention, additive_attention_ref
 
 
 def tensor(*shape, dtype=torch.float32, device=None):
@@ -37,6 +37,12 @@ BAD_INPUTS = {
     "value_device": ("value", tensor(2, 5, 6, device="meta"), ValueError, f"value: expected .* on {DEVICE}"),
     "weight_width": ("weight", tensor(5), ValueError, r"weight: expected shape \(4,\) or \(1, 4\), got \(5,\)"),
     "weight_heads": ("weight", tensor(2, 4), ValueError, r"weight: expected shape \(4,\) or \(1, 4\)"),
+    "weight_dtype": (
+        "weight",
+        tensor(4, dtype=torch.float64),
+        ValueError,
+        f"weight: expected torch.float32 on {DEVICE}.* like query, got torch.float64",
+    ),
     "weight_scalar": ("weight", tensor(), ValueError, "weight: expected shape"),
     "mask_float": ("mask", tensor(3, 5), ValueError, "mask: expected a bool Tensor .*got torch.float32"),
     "mask_list": ("mask", [True], ValueError, "mask: expected a bool Tensor .*got list"),
@@ -170,3 +176,83 @@ def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
             given[wrong] = without_its_end(given[wrong])
     with pytest.raises(RuntimeError, match=wrong):
         raw_op("additive_attention_bwd")(*grads.values(), *arguments.values(), *options, *kept.values())
+
+
+# A float32 weight beside half precision: a parameter under manual casts
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.levels
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "sizes", [shape(2, 9, 7, 5, 4), shape(2, 33, 37, 6, 3, H=3), shape(2, 1, 70, 8, 4)], ids=str
+)
+def test_float32_weight_beside_half_precision(sizes, dtype):
+    """Results and gradients in each one's dtype; the weight is not rounded: lse and its gradient are float32's."""
+    *rows, weight = make_inputs(sizes)
+    rows = [t.to(dtype) for t in rows]
+    actual = check([*rows, weight], softcap=4.0, is_causal=True)
+    assert actual["grad_weight"].dtype == torch.float32 and actual["grad_query"].dtype == dtype
+
+    def lse_and_gradient(dtype):
+        leaf = weight.clone().requires_grad_()
+        _, lse = additive_attention(*(t.to(dtype) for t in rows), leaf, return_lse=True)
+        return lse, *torch.autograd.grad(lse.sum(), leaf)
+
+    torch.testing.assert_close(lse_and_gradient(dtype), lse_and_gradient(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_weight_of_another_dtype_is_refused(dtype):
+    *rows, weight = make_inputs(shape(1, 2, 3, 4, 5), dtype)
+    expected = "torch.float32" if dtype == torch.float32 else f"{dtype} or torch.float32"
+    with pytest.raises(ValueError, match=f"weight: expected {expected} on .* like query, got torch.float64"):
+        additive_attention(*rows, weight.double())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_float32_weight_inside_pytorch(backend):
+    *rows, weight = (t.requires_grad_() for t in make_inputs(shape(2, 3, 4, 5, 6, H=2), torch.bfloat16))
+    inputs = [*rows, weight.detach().float().requires_grad_()]
+
+    def step(*inputs):
+        context, weights = additive_attention(*inputs, return_weights=True, backend=backend)
+        return (
+            context,
+            weights,
+            *torch.autograd.grad(context.float().sum() + weights.float().square().sum(), inputs),
+        )
+
+    expected = step(*inputs)
+    assert [t.dtype for t in expected[-4:]] == [*[torch.bfloat16] * 3, torch.float32]
+    leaf = inputs[3]
+    compiled = torch.compile(
+        lambda *inputs: additive_attention(*inputs, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    (found,) = torch.autograd.grad(compiled(*inputs).float().sum(), leaf)
+    (wanted,) = torch.autograd.grad(additive_attention(*inputs, backend=backend).float().sum(), leaf)
+    torch.testing.assert_close(found, wanted)
+    penalty = torch.autograd.grad(
+        additive_attention(*inputs, backend=backend).float().square().sum(), leaf, create_graph=True
+    )
+    assert torch.autograd.grad(penalty[0].square().sum(), inputs[0])[0].dtype == torch.bfloat16
+
+
+def test_float32_weight_passes_opcheck():
+    *rows, weight = make_inputs(shape(2, 3, 4, 5, 6), torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (*rows, weight.float())]
+    forward = raw_op("additive_attention_fwd")
+    torch.library.opcheck(forward, (*inputs, *[None] * 4, False, 1.0, 0.0, True, False))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_module_whose_weight_stays_float32(normalize):
+    module = AdditiveAttention(4, 5, 6, num_heads=2, normalize=normalize).bfloat16()
+    module.weight.data = torch.randn(module.weight.shape)  # what bfloat16 would round
+    query, key = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 7, 5).bfloat16()
+    module(query, key).sum().backward()
+    assert module.weight.grad.dtype == torch.float32 and module.query_proj.weight.grad.dtype == torch.bfloat16
+    context, weights = module(query, module.project_keys(key), return_weights=True)
+    assert context.dtype == weights.dtype == torch.bfloat16

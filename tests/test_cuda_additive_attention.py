@@ -145,6 +145,20 @@ def test_matches_the_reference(module, sizes, dtype):
     check(module, make_inputs(sizes, dtype))
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", EVERY_KERNEL)
+def test_float32_weight_beside_half_precision(module, sizes, dtype):
+    *rows, weight = make_inputs(sizes)
+    actual = check(module, [*(t.to(dtype) for t in rows), weight])
+    assert actual["grad_weight"].dtype == torch.float32
+
+
+def test_gradient_of_a_float32_weight_without_keys(module):
+    *rows, weight = make_inputs(shape(2, 3, 0, 5, 4, H=2))
+    assert (check(module, [*(t.half() for t in rows), weight])["grad_weight"] == 0).all()
+
+
 @pytest.mark.parametrize(("Tq", "keep_scores"), [(1, True), (2, False)])
 def test_several_tiles_in_a_split(module, Tq, keep_scores):
     inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))  # as many heads as leave 2 of 528 blocks to each

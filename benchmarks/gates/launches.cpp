@@ -51,13 +51,14 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   p.B = B, p.H = 1, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = D;
   const RowsOf<S> queries(somewhere<S>(), Tq * D, Tq * D, D), keys(somewhere<S>(), Tk * D, Tk * D, D);
   p.query = queries, p.key = keys, p.value = keys;
-  p.weight = somewhere<S>();
+  p.weight = {somewhere<S>(), false};
   for (bool tf32 : {false, true})
     launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
                                      somewhere<T>(), nullptr, tf32);
   for (const T* scores : {static_cast<T*>(nullptr), somewhere<T>()}) {  // computed again, or kept
-    const AttentionGradients<S> grads = {queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
-                                         scores,  somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>()};
+    const AttentionGradients<S> grads = {
+        queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
+        scores,  somewhere<S>(), somewhere<S>(), somewhere<S>(), {somewhere<S>(), false}};
     launch_additive_attention_bwd<S>(p, grads, somewhere<T>(), nullptr);
   }
 }

@@ -546,7 +546,7 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     const auto grads =
         backward(in, dc, given(grad_lse), given(grad_weights), contiguous(lse, acc), contiguous(scores, acc));
     return {contiguous(grads.query, type), contiguous(grads.key, type), contiguous(grads.value, type),
-            contiguous(grads.weight, type)};
+            contiguous(grads.weight, weight.scalar_type())};
   };
   return type == ScalarType::Double ? run(0.0) : run(0.0f);
 }

@@ -37,13 +37,14 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
 
   Tensor dq = in.empty(in.shape(p.Tq, p.D), type), dk = in.empty(in.shape(p.Tk, p.D), type);
   Tensor dx = in.empty(in.shape(p.Tk, p.Dv), type);
-  Tensor dw = in.empty(in.flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D}, type);
+  Tensor dw =
+      in.empty(in.flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D}, in.weight.scalar_type());
   AttentionGradients<S> grads;
   grads.grad_context = dc ? in.view<S>(*dc) : RowsOf<S>(nullptr, 0, 0, 0);
   grads.grad_lse = gpu::data<T>(dl), grads.grad_weights = gpu::data<S>(dp);
   grads.context = in.view<S>(*c), grads.lse = gpu::data<T>(l), grads.scores = gpu::data<T>(s);
   grads.grad_query = gpu::mutable_data<S>(dq), grads.grad_key = gpu::mutable_data<S>(dk);
-  grads.grad_value = gpu::mutable_data<S>(dx), grads.grad_weight = gpu::mutable_data<S>(dw);
+  grads.grad_value = gpu::mutable_data<S>(dx), grads.grad_weight = in.numbers<S>(dw);
   const Tensor memory = in.empty(additive_attention_bwd_workspace(p, grads), acc);
   launch_additive_attention_bwd<S>(p, grads, gpu::mutable_data<T>(memory), in.device.stream());
   return {dq, dk, dx, dw};

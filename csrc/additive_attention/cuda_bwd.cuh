@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   }
 
   if (d < p.D) {
-    const T w = gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]);
+    const T w = p.weight_of(at.h, d);
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i)
       if (first_row + i < p.Tq)
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
       if (j < p.keys_end(at.b, (chunk.first_tile + tile) * BLOCK_Q))
         sum += chunk.key_parts[((head * chunk.tiles + tile) * chunk.keys + j) * chunk.channels + d];
     if (chunk.last)
-      grad_key[to] = gpu::to_storage<S>(4 * gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]) * sum);
+      grad_key[to] = gpu::to_storage<S>(4 * p.weight_of(at.h, d) * sum);
     else
       chunk.key_sums[to] = sum;
   }
@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
 template <typename S>
 __global__ void __launch_bounds__(BACKWARD_BLOCK)
     additive_attention_bwd_kernel_weight(const AttentionProblem<S> p, const gpu::Arithmetic<S>* parts,
-                                         int64_t tiles, int64_t channels, S* grad_weight) {
+                                         int64_t tiles, int64_t channels, Numbers<S> grad_weight) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   __syncthreads();
   if (warp != 0 || d >= p.D) return;
   for (int w = 1; w < BACKWARD_WARPS; ++w) sum += shared[w * gpu::WARP + lane];
-  grad_weight[h * p.D + d] = gpu::to_storage<S>(sum);
+  grad_weight.set(h * p.D + d, sum);
 }
 
 template <typename S>
@@ -451,17 +451,20 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& p, const Attention
                                    gpu::Arithmetic<S>* workspace, cudaStream_t stream,
                                    int64_t chunk_elements = BACKWARD_CHUNK) {
   using T = gpu::Arithmetic<S>;
-  const auto zero = [&](S* x, int64_t n) {
+  const auto zero = [&](auto* x, int64_t n) {
     if (n > 0)
-      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<S>, gpu::ceil_div(n, BACKWARD_BLOCK), BACKWARD_BLOCK, 0,
-                       stream, x, n);
+      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<std::remove_pointer_t<decltype(x)>>,
+                       gpu::ceil_div(n, BACKWARD_BLOCK), BACKWARD_BLOCK, 0, stream, x, n);
   };
   const int64_t values = p.heads() * p.Tk * p.Dv;
   const bool empty = p.heads() == 0 || p.Tq == 0 || p.Tk == 0;
   if (empty) {
     zero(grads.grad_query, p.heads() * p.Tq * p.D);
     zero(grads.grad_key, p.heads() * p.Tk * p.D);
-    zero(grads.grad_weight, p.H * p.D);
+    if (grads.grad_weight.wide)
+      zero(static_cast<T*>(grads.grad_weight.data), p.H * p.D);
+    else
+      zero(static_cast<S*>(grads.grad_weight.data), p.H * p.D);
   }
   if (empty || grads.grad_context.data == nullptr) zero(grads.grad_value, values);
   if (empty) return;

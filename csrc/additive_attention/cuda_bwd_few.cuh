@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     q[n] = exp_of_twice(x);
   }
   const int64_t own = d0 + threadIdx.x;
-  w[threadIdx.x] = own < p.D ? 4 * gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + own]) : T(0);
+  w[threadIdx.x] = own < p.D ? 4 * p.weight_of(at.h, own) : T(0);
   const T k_limit = ScoreRange<T>::PAIR - block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
 
   FewSums<T, QUERIES> sums = {};
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   __syncthreads();
   if (warp != 0 || d >= p.D) return;
   for (int other = 1; other < WARPS; ++other) sum += shared[other * gpu::WARP + lane];
-  const T w = gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]);
+  const T w = p.weight_of(at.h, d);
   grad_query[row * p.D + d] = gpu::to_storage<S>(4 * w * sum);
 }
 

@@ -83,15 +83,23 @@ struct AttentionInputs {
     return {gpu::data<S>(t), t.stride(0), flat ? 0 : t.stride(1), t.stride(-2)};
   }
 
+  // A weight, or its gradient.
+  template <typename S>
+  Numbers<S> numbers(const Tensor& t) const {
+    const bool wide = t.scalar_type() != query.scalar_type();
+    STD_TORCH_CHECK(!wide || t.scalar_type() == gpu::arithmetic_type<S>(),
+                    "additive_attention: weight must be of the dtype of query or, beside half precision, float32");
+    return {const_cast<void*>(t.const_data_ptr()), wide};
+  }
+
   template <typename S>
   AttentionProblem<S> problem() const {
-    for (const Tensor* t : {&key, &value, &weight})
-      STD_TORCH_CHECK(t->scalar_type() == query.scalar_type(),
-                      "additive_attention: key, value and weight must be of the dtype of query");
+    STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+                    "additive_attention: key and value must be of the dtype of query");
     AttentionProblem<S> p;
     p.B = B, p.H = H, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = Dv;
     p.query = view<S>(query), p.key = view<S>(key), p.value = view<S>(value);
-    p.weight = gpu::data<S>(weight), p.weight_stride_h = flat ? 0 : weight.stride(0);
+    p.weight = numbers<S>(weight), p.weight_stride_h = flat ? 0 : weight.stride(0);
     p.mask = gpu::data<bool>(mask);
     for (int64_t n = 0; n < 4; ++n)
       p.mask_stride[n] = !mask    ? 0

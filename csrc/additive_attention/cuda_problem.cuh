@@ -62,11 +62,29 @@ struct RowsOf {
   }
 };
 
+// Elements of type S or, where a weight is wider than the other inputs, of the arithmetic's.
+template <typename S>
+struct Numbers {
+  using T = gpu::Arithmetic<S>;
+  void* data = nullptr;
+  bool wide = false;
+
+  FUSEDATTN_DEVICE T get(int64_t n) const {
+    return wide ? static_cast<const T*>(data)[n] : gpu::to_arithmetic(static_cast<const S*>(data)[n]);
+  }
+  FUSEDATTN_DEVICE void set(int64_t n, T x) const {
+    if (wide)
+      static_cast<T*>(data)[n] = x;
+    else
+      static_cast<S*>(data)[n] = gpu::to_storage<S>(x);
+  }
+};
+
 template <typename S>
 struct AttentionProblem {
   int64_t B, H, Tq, Tk, D, Dv;
   RowsOf<S> query, key, value;
-  const S* weight;  // (H, D)
+  Numbers<S> weight;  // (H, D)
   int64_t weight_stride_h;
   const bool* mask;  // (B, H, Tq, Tk), true = may attend, or null
   int64_t mask_stride[4];
@@ -74,6 +92,9 @@ struct AttentionProblem {
   AttentionOptions options;
 
   FUSEDATTN_HOST_DEVICE int64_t heads() const { return B * H; }
+  FUSEDATTN_DEVICE gpu::Arithmetic<S> weight_of(int64_t h, int64_t d) const {
+    return weight.get(h * weight_stride_h + d);
+  }
   FUSEDATTN_HOST_DEVICE int64_t query_tiles() const { return gpu::ceil_div(Tq, BLOCK_Q); }
 
   // Keys at or after this one are invisible to every query of the tile that starts at i0.
@@ -97,7 +118,8 @@ struct AttentionGradients {
   const S* grad_weights;  // (B, H, Tq, Tk)
   RowsOf<S> context;
   const T *lse, *scores;
-  S *grad_query, *grad_key, *grad_value, *grad_weight;  // contiguous
+  S *grad_query, *grad_key, *grad_value;  // contiguous, as the next
+  Numbers<S> grad_weight;
 };
 
 // A head of a batch element: b, h, and its number among all.
@@ -267,14 +289,13 @@ struct WeightScale {
 
   template <typename S>
   FUSEDATTN_DEVICE WeightScale(const AttentionProblem<S>& p, const Head& at, T* shared) {
-    const S* w = p.weight + at.h * p.weight_stride_h;
     T largest = 0;
     for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x)
-      largest = gpu::max(largest, gpu::abs(gpu::to_arithmetic(w[d])));
+      largest = gpu::max(largest, gpu::abs(p.weight_of(at.h, d)));
     top = block_reduce(largest, shared, [](T a, T b) { return gpu::max(a, b); });
     if (!(top > 0) || !(top < INFINITE<T>) || !(1 / top < INFINITE<T>)) top = 1;
     T total = 0;
-    for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x) total += gpu::to_arithmetic(w[d]) / top;
+    for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x) total += p.weight_of(at.h, d) / top;
     sum = block_reduce(total, shared, [](T a, T b) { return a + b; });
     finite = sum - sum == 0;
   }
@@ -395,13 +416,12 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
 #pragma unroll
     for (int j = 0; j < TILE_K; ++j) score[i][j] = 0;
   const int64_t queries_end = lower(p.Tq, i0 + BLOCK_Q);
-  const S* w = p.weight + at.h * p.weight_stride_h;
   int64_t d0 = 0;
   do {  // once even without channels, for the barrier
     __syncthreads();
     if (threadIdx.x < BLOCK_D<T>) {
       const int64_t d = d0 + threadIdx.x;
-      memory.w[threadIdx.x] = d < p.D ? gpu::to_arithmetic(w[d]) / weight.top : T(0);
+      memory.w[threadIdx.x] = d < p.D ? p.weight_of(at.h, d) / weight.top : T(0);
     }
     T q_bound = 0, k_bound = 0;
     stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, [&](T x) {

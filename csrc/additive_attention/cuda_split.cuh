@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
   T q_bound = 0;
   T* to = steps + threadIdx.x;
   for (int64_t d = threadIdx.x; d < plan.channels; d += SPLIT_CHANNELS) {
-    *to = d < p.D ? gpu::to_arithmetic(p.weight[at.h * p.weight_stride_h + d]) / weight.top : T(0);
+    *to = d < p.D ? p.weight_of(at.h, d) / weight.top : T(0);
     to += SPLIT_CHANNELS;
     for (int i = 0; i < queries; ++i, to += SPLIT_CHANNELS) {
       const T x = i < Tq && d < p.D ? gpu::to_arithmetic(p.query.row(at.b, at.h, i)[d]) : T(0);

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedattn._dispatch import check_backend, not_scriptable
 from fusedattn.modules.projected_keys import ProjectedKeys
-from fusedattn.ops.additive_attention import attend
+from fusedattn.ops.additive_attention import accumulation_dtype, attend
 
 
 def _check(t: Tensor, name: str, *shape: str | int) -> None:
@@ -37,8 +37,17 @@ def _for_one_query(mask: Tensor | None) -> Tensor | None:
     return mask.unsqueeze(1)
 
 
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def _beside(query: Tensor, weight: Tensor) -> Tensor:
+    """weight in the dtype of query, but float32 beside half precision stays what it is."""
+    return weight if weight.dtype in (query.dtype, accumulation_dtype(query.dtype)) else weight.to(query.dtype)
+
+
 # torch.fx.symbolic_trace cannot follow what depends on sizes: it records these calls.
-for _function in ("_check", "_over_heads", "_for_one_query"):
+for _function in ("_check", "_over_heads", "_for_one_query", "_beside"):
     torch.fx.wrap(_function)
 
 
@@ -234,10 +243,11 @@ class AdditiveAttention(nn.Module):
             keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
         query = self._heads(self.query_proj(query))
         key_exp, key_bound = keys.exponentials(query.dtype)
-        rows = (keys.key, keys.value, self._score_weight())
         result: Any = attend(
             query,
-            *(t if t.dtype is query.dtype else t.to(query.dtype) for t in rows),
+            _cast(keys.key, query.dtype),
+            _cast(keys.value, query.dtype),
+            _beside(query, self._score_weight()),
             mask=_over_heads(keys.mask, self.num_heads),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,

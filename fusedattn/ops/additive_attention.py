@@ -72,7 +72,8 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     row = visible.any(-1, keepdim=True)
     # A row without a visible key is computed over zeros and masked afterwards: no NaN in any derivative.
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~row, 0.0)
-    weights = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    # A weight wider than the other inputs makes wider scores; results are in the dtype of those.
+    weights = torch.softmax(scores, -1).to(query.dtype).masked_fill(~visible, 0.0)
     lse = torch.logsumexp(scores.to(accumulation_dtype(scores.dtype)), -1)
     return weights @ value, lse.masked_fill(~row.squeeze(-1), float("-inf")), weights
 
@@ -241,9 +242,12 @@ def _check_inputs(query, key, value, weight) -> tuple:
             _fail(argument, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
     if not dtype.is_floating_point:
         _fail("query", "a floating-point dtype", dtype)
-    for argument, t in (("key", key), ("value", value), ("weight", weight)):
+    for argument, t in (("key", key), ("value", value)):
         if t.dtype != dtype or t.device != device:
             _fail(argument, f"{dtype} on {device} like query", f"{t.dtype} on {t.device}")
+    if weight.dtype not in (dtype, accumulation_dtype(dtype)) or weight.device != device:
+        expected = " or ".join(dict.fromkeys(map(str, (dtype, accumulation_dtype(dtype)))))
+        _fail("weight", f"{expected} on {device} like query", f"{weight.dtype} on {weight.device}")
     rank = query.dim()
     if rank != 3 and rank != 4:
         _fail("query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(query.shape))
@@ -368,7 +372,8 @@ def additive_attention(
             of query, key and value may be 1 where the others have more.
         key: (B, Tk, D) or (B, H, Tk, D), already projected.
         value: (B, Tk, Dv) or (B, H, Tk, Dv).
-        weight: (D,) or (H, D).
+        weight: (D,) or (H, D); of the dtype of the others, or float32 beside half-precision ones. The score takes
+            it unrounded, and its gradient is in its own dtype.
         mask: bool, broadcastable to (B, [H,] Tq, Tk); True = may attend. Default: no mask.
         key_lengths: integers (B,); keys at or after a length are invisible. On the CPU a length outside
             [0, Tk] raises; on a GPU, and while traced or transformed, lengths are clamped.

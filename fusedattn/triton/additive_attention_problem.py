@@ -174,7 +174,8 @@ def check(query, key, value, weight, mask, key_lengths, **others) -> None:
     dtype, device = query.dtype, query.device
     _require("key", key, (*lead, Tk, D), dtype, device)
     _require("value", value, (*lead, Tk, Dv), dtype, device)
-    _require("weight", weight, (D,) if rank == 3 else (H, D), dtype, device)
+    wide = arithmetic(dtype)
+    _require("weight", weight, (D,) if rank == 3 else (H, D), wide if weight.dtype == wide else dtype, device)
     if mask is not None:
         _require("mask", mask, (*lead, Tq, Tk), torch.bool, device)
     if key_lengths is not None:

@@ -22,6 +22,12 @@ RowsOf<S> rows(const Array& x) {
 }
 
 template <typename S>
+fusedattn::Numbers<S> numbers(const py::array& x) {
+  const bool wide = x.itemsize() != static_cast<py::ssize_t>(sizeof(S));
+  return {wide ? static_cast<void*>(data<fusedattn::gpu::Arithmetic<S>>(x)) : data<S>(x), wide};
+}
+
+template <typename S>
 AttentionProblem<S> problem(const py::array& query, const py::array& key, const py::array& value,
                             const py::array& weight, const Array& mask, const Array& key_lengths,
                             const py::tuple& options) {
@@ -29,7 +35,7 @@ AttentionProblem<S> problem(const py::array& query, const py::array& key, const 
   p.B = query.shape(0), p.H = query.shape(1), p.Tq = query.shape(2), p.D = query.shape(3);
   p.Tk = key.shape(2), p.Dv = value.shape(3);
   p.query = rows<S>(query), p.key = rows<S>(key), p.value = rows<S>(value);
-  p.weight = data<S>(weight), p.weight_stride_h = stride(weight, 0);
+  p.weight = numbers<S>(weight), p.weight_stride_h = stride(weight, 0);
   p.mask = data<bool>(mask);
   for (int n = 0; n < 4; ++n) p.mask_stride[n] = mask ? stride(*mask, n) : 0;
   p.key_lengths = data<int64_t>(key_lengths);
@@ -72,9 +78,9 @@ BINDINGS(additive_attention, module) {
           using T = fusedattn::gpu::Arithmetic<S>;
           const auto p = problem<S>(query, key, value, weight, mask, key_lengths, options);
           const fusedattn::AttentionGradients<S> grads = {
-              rows<S>(grad_context), data<T>(grad_lse),   data<S>(grad_weights), rows<S>(context),
-              data<T>(lse),          data<T>(scores),     data<S>(grad_query),   data<S>(grad_key),
-              data<S>(grad_value),   data<S>(grad_weight)};
+              rows<S>(grad_context), data<T>(grad_lse),      data<S>(grad_weights), rows<S>(context),
+              data<T>(lse),          data<T>(scores),        data<S>(grad_query),   data<S>(grad_key),
+              data<S>(grad_value),   numbers<S>(grad_weight)};
           auto memory = working_memory<T>(additive_attention_bwd_workspace(p, grads, chunk_elements));
           fusedattn::launch_additive_attention_bwd<S>(p, grads, memory.data(), nullptr, chunk_elements);
         });
