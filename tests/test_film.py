@@ -332,16 +332,16 @@ def test_raw_ops_pass_opcheck(channels_last):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("wrong", NAMES[1:])
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
-    inputs = make_inputs((2, 3, 5), 1)
-    x, options = inputs["x"], (1, 0.0, 0)
-    inputs[wrong] = inputs[wrong][:1]
-    with pytest.raises(RuntimeError, match=wrong):
-        raw_op("film_fwd")(*inputs.values(), *options)
-    gradient = inputs.pop("residual")
-    with pytest.raises(RuntimeError, match=wrong if wrong in inputs else "grad_output"):
-        raw_op("film_bwd")(gradient, *inputs.values(), *options)
-    with pytest.raises(RuntimeError, match="grad_output"):
-        raw_op("film_bwd")(x.double(), x, None, None, *options)
+    inputs, absent, options = make_inputs((2, 3, 5), 1), (None, None), (1, 0.0, 0)
+    inputs[wrong] = inputs[wrong][:, :2]
+    x, gamma, beta, residual = (inputs[name] for name in NAMES)
+    with pytest.raises(RuntimeError, match=f"film: .*{wrong}.*expected"):
+        raw_op("film_fwd")(x, gamma, beta, *absent, residual, *options)
+    message = f"film: .*{'grad_output' if wrong == 'residual' else wrong}.*expected"
+    with pytest.raises(RuntimeError, match=message):
+        raw_op("film_bwd")(residual, x, gamma, beta, *absent, *options)
+    with pytest.raises(RuntimeError, match="film: .*grad_output.*expected"):
+        raw_op("film_bwd")(x.double(), x, None, None, *absent, *options)
 
 
 @not_on_the_standin("Inductor makes no code for it")

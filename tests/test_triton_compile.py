@@ -26,8 +26,8 @@ def film_call(shape, channel_dim, activation=0, shared=False, dtype=torch.float3
     x = torch.empty(shape, dtype=dtype, device="meta")
     C = x.shape[channel_dim]
     gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
-    film.forward(x, gamma, None, None, channel_dim, 0.0, activation)
-    film.backward(x, x, gamma, None, channel_dim, 0.0, activation)
+    film.forward(x, gamma, *(None,) * 4, channel_dim, 0.0, activation)
+    film.backward(x, x, gamma, *(None,) * 3, channel_dim, 0.0, activation)
 
 
 @pytest.mark.parametrize("activation", range(film.ACTIVATIONS))
@@ -69,7 +69,7 @@ def test_pointers_into_less_than_2_gib_are_addressed_in_32_bits_on_amd():
     """As Triton's launcher has it there."""
     gamma = torch.empty(1, 2, device="meta")
     small, large = (
-        recorded(lambda: film.forward(torch.empty(1, 2, n, device="meta"), gamma, None, None, 1, 0.0, 0))[0]  # noqa: B023
+        recorded(lambda: film.forward(torch.empty(1, 2, n, device="meta"), gamma, *(None,) * 4, 1, 0.0, 0))[0]  # noqa: B023
         for n in (1 << 10, 1 << 28)
     )
     assert {"X", "Y", "GAMMA"} <= set(small.near)

@@ -145,5 +145,5 @@ def test_launchers_try_every_row_and_end_with_the_fastest(clock, monkeypatch, n)
     monkeypatch.setattr(film, "launch", lambda *_, num_warps, **__: launched.append(num_warps))
     x, warps = torch.empty(2, 3, n, device="meta"), [tile.warps for tile in _tiles.rows("film", _tiles.SM_90)]
     for _ in range(2):
-        film.forward(x, None, None, None, 1, 0.0, 0)
+        film.forward(x, *(None,) * 5, 1, 0.0, 0)
     assert launched == [*warps, min(warps), min(warps)]
