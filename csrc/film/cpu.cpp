@@ -129,6 +129,8 @@ class Values {
   }
   bool is_absent() const { return count_ == 0; }
   bool needs_room() const { return !is_direct_; }
+  // Not for one row alone, but for each of those that a kernel is called for.
+  bool needs_room_for_rows() const { return !is_direct_ && !line_repeats_; }
 
   // The values of some rows of a line, and the step from row to row.
   std::pair<const T*, int64_t> of(const FilmWalk::Offsets& at, int64_t rows, int64_t column, int64_t n,
@@ -194,10 +196,13 @@ struct Problem {
     return passes_caches(result, walk.rows() == 1 ? 64 : walk.row().size * size);
   }
 
-  // body(rows, offsets, first row) for all rows of a task, by lines and no more than `most` elements at once.
+  // body(rows, offsets, first row) for all rows of a task, by lines, and of no more elements at once than there is
+  // room for where rows need it.
   template <typename Body>
-  void for_each(const Cut::Task& task, int64_t most, const Body& body) const {
-    const int64_t line = walk.line(), at_once = std::max<int64_t>(1, most / task.columns);
+  void for_each(const Cut::Task& task, bool needs_room, const Body& body) const {
+    const bool limited = needs_room || gamma.needs_room_for_rows() || beta.needs_room_for_rows();
+    const int64_t line = walk.line();
+    const int64_t at_once = limited ? std::max<int64_t>(1, COLUMNS / task.columns) : MOST_ROWS;
     for (int64_t row = task.first; row < task.last;) {
       const FilmWalk::Offsets at = walk.at(row);
       const int64_t rows = std::min({line - at.in_line, task.last - row, at_once});
@@ -251,7 +256,7 @@ Tensor forward(const Layout& in, FilmType type, const FilmParameters& parameters
     const Buffer<T> room(needs_room ? 2 * COLUMNS : 0);
     for (int64_t n = first; n < last; ++n) {
       const Cut::Task task = cut.task(n);
-      p.for_each(task, needs_room ? COLUMNS : PIECE, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t) {
+      p.for_each(task, false, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t) {
         const int64_t element = (at.of[0] + task.column) * p.size;
         kernels().forward(type, options.activation, p.rows(task, rows, at, room.get(), streamed),
                           r == nullptr ? nullptr : r + element, out + element);
@@ -458,6 +463,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
       needs_room |= gradients->size() > 1 || !g.is_of_arithmetic();
     }
   }
+  const bool needs_rows = needs_room;
   needs_room |= p.gamma.needs_room() || p.beta.needs_room();
 
   const Tensor grad = like(in, grad_output, "grad_output");
@@ -471,7 +477,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
     T dropped[2];
     for (int64_t n = first; n < last; ++n) {
       const Cut::Task task = cut.task(n);
-      p.for_each(task, needs_room ? COLUMNS : PIECE, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t row) {
+      p.for_each(task, needs_rows, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t row) {
         T* const dz_x = of_gamma.empty() ? &dropped[0] : room.get() + 2 * COLUMNS;
         T* const dz = of_beta.empty() ? &dropped[1] : room.get() + 3 * COLUMNS;
         const Written<T> a(of_gamma, walk, task, at, row, p.gamma.is_vector, dz_x);

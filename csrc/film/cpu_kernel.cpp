@@ -260,18 +260,16 @@ void widen(FilmType type, int64_t n, int64_t step, const void* from, void* to, b
     constexpr int W = LANES<T>;
     const S* in = static_cast<const S*>(from);
     T* out = static_cast<T*>(to);
-    for (int64_t i = 0; i < n; i += W) {
+    int64_t i = 0;
+    if (step == 1) {  // whole vectors: what a masked store wrote, a load would wait for
+      for (; i + W <= n; i += W) store(out + i, added ? load(out + i) + load(in + i) : load(in + i));
+    }
+    for (; i < n; i += W) {
       const int64_t left = n - i < W ? n - i : W;
-      Vec<T> v;
-      if (step == 1) {
-        v = left == W ? load(in + i) : load_partial(in + i, left);
-      } else {
-        S lanes[W] = {};
-        for (int64_t l = 0; l < left; ++l) lanes[l] = in[(i + l) * step];
-        v = load(lanes);
-      }
-      if (added) v += load_partial(out + i, left);
-      store_partial(out + i, v, left);
+      S lanes[W] = {};
+      for (int64_t l = 0; l < left; ++l) lanes[l] = in[(i + l) * step];
+      const Vec<T> v = load(lanes);
+      store_partial(out + i, added ? load_partial(out + i, left) + v : v, left);
     }
   });
 }
