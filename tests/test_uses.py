@@ -1,13 +1,18 @@
-"""Uses that meet the package from outside: counted flops, results written in place, sharded parameters."""
+"""Uses from outside: counted flops, results written in place, sharded parameters, checkpoints, odd tensors."""
 
+import functools
 import subprocess
 import sys
+import warnings
 
+import numpy
 import pytest
 import torch
 import torch.distributed
+import torch.nn.utils.prune
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fusedattn import AdditiveAttention, FiLM, additive_attention, film
@@ -148,3 +153,120 @@ def test_fully_sharded_modules_train(name, mesh):
     module.reset_parameters()
     module(*inputs()).sum().backward()
     assert all(p.grad is not None and p.grad.full_tensor().isfinite().all() for p in module.parameters())
+
+
+# What else programs do
+
+
+def attention_and_inputs():
+    torch.manual_seed(0)
+    return AdditiveAttention(6, 6, 8, num_heads=2), torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_checkpointed_modules(name, use_reentrant):
+    make, inputs = MODULES[name]
+    module, (x, *others) = make(), inputs()
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(module(x, *others).square().sum(), x)
+    checkpoint(module, x, *others, use_reentrant=use_reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_selective_checkpointing_saves_our_operator():
+    module, query, key = attention_and_inputs()
+    operator, seen = torch.ops.fusedattn.additive_attention_fwd.default, []
+
+    def policy(context, called, *args, **kwargs):
+        seen.append(called)
+        return CheckpointPolicy.MUST_SAVE if called == operator else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    (expected,) = torch.autograd.grad(module(query, key).square().sum(), module.weight)
+    checkpoint(module, query, key, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    torch.testing.assert_close(module.weight.grad, expected)
+    assert operator in seen
+
+
+def test_saved_tensors_may_be_moved():
+    module, query, key = attention_and_inputs()
+    (expected,) = torch.autograd.grad(module(query, key).sum(), module.weight)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), torch.from_numpy):
+        module(query, key).sum().backward()
+    torch.testing.assert_close(module.weight.grad, expected)
+
+
+def test_tensors_with_a_negative_bit_and_read_only_memory():
+    negative = torch.randn(3, 5, 6, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    rows, weight = negative.unsqueeze(1), negative[0, 0]
+    expected = additive_attention(*rows.resolve_neg(), weight.resolve_neg())
+    torch.testing.assert_close(additive_attention(*rows, weight), expected)
+    torch.testing.assert_close(film(rows[0, 0], weight), film(rows[0, 0].resolve_neg(), weight.resolve_neg()))
+    array = numpy.ones((2, 3, 6), dtype="float32")
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of memory that must not be written
+        read_only = torch.from_numpy(array)
+    assert additive_attention(*[read_only] * 3, weight).isfinite().all()
+
+
+def test_pruned_and_parametrized_parameters():
+    module, query, key = attention_and_inputs()
+    torch.nn.utils.parametrizations.spectral_norm(module.query_proj)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight")
+    torch.nn.utils.prune.l1_unstructured(module.key_proj, "weight", 0.5)
+    module.eval()
+    found = module(query, key)
+    module.backend = "reference"
+    torch.testing.assert_close(found, module(query, key))
+
+
+def test_an_ensemble_of_stacked_modules():
+    modules = [attention_and_inputs()[0], AdditiveAttention(6, 6, 8, num_heads=2)]
+    _, query, key = attention_and_inputs()
+    parameters, _ = torch.func.stack_module_state(modules)
+
+    def run(parameters):
+        return torch.func.functional_call(modules[0], parameters, (query, key))
+
+    expected = torch.stack([module(query, key) for module in modules])
+    torch.testing.assert_close(torch.func.vmap(run)(parameters), expected)
+
+
+def test_default_dtype_and_device_are_not_those_of_the_inputs():
+    module, query, key = attention_and_inputs()
+    lengths, gamma = torch.tensor([5, 2]), torch.ones(6)
+    calls = (
+        lambda: module(query, key, is_causal=True, key_lengths=lengths),
+        lambda: film(query, gamma, channel_dim=2, gamma_offset=1.0, activation="silu"),
+    )
+    expected = [call() for call in calls]
+    for backend in ("auto", "reference"):
+        module.backend = backend
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                found = [call() for call in calls]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected)
+
+
+def test_inference_tensors():
+    module, query, key = attention_and_inputs()
+    expected = module(query, key)
+    with torch.inference_mode():
+        keys = module.project_keys(key)
+        torch.testing.assert_close(module(query, keys), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(module(query, keys), expected)
+
+
+def test_distributed_data_parallel(mesh):
+    module, query, key = attention_and_inputs()
+    (expected,) = torch.autograd.grad(module(query, key).sum(), module.weight)
+    parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    parallel(query, key).sum().backward()
+    torch.testing.assert_close(module.weight.grad, expected)
