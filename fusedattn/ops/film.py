@@ -196,7 +196,7 @@ def _check_like(name: str, t: Tensor, x: Tensor) -> None:
 
 
 def _check_parameter(name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, channel_dim: int) -> None:
-    if isinstance(t, tuple | list):
+    if isinstance(t, (tuple, list)):
         if len(t) != 2:
             _fail(name, "a Tensor or a pair of them", f"{len(t)} of them")
         for n, part in enumerate(t):
@@ -207,6 +207,8 @@ def _check_parameter(name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, ch
     _check_like(name, t, x)
     # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
     B, C, rank, shape = x.shape[0], x.shape[channel_dim], t.dim(), t.shape
+    if rank <= 2 and (rank == 0 or shape[-1] == C) and (rank < 2 or shape[0] == B):
+        return
     wanted = tuple(x.shape) if rank == x.dim() else (B, C)[2 - rank :] if rank <= 2 else None
     if wanted is None or any(n != w and n != 1 for n, w in zip(shape, wanted, strict=True)):
         shapes = {(C,), (B, C), tuple(x.shape)}
@@ -214,11 +216,14 @@ def _check_parameter(name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, ch
         _fail(name, f"shape {listed}, with 1 in place of any size", tuple(shape))
 
 
-def _has_one_per_channel(t: Tensor | None, x: Tensor, channel_dim: int) -> bool:
-    """Whether it has at most one value per channel and batch element."""
-    if t is None or t.dim() <= 2:
-        return True
-    return all(n == 1 for d, n in enumerate(t.shape) if d not in (0, channel_dim))
+def _have_one_per_channel(parameters: tuple[Tensor | None, ...], channel_dim: int) -> bool:
+    """Whether they have at most one value per channel and batch element."""
+    for t in parameters:
+        if t is None or t.dim() <= 2:
+            continue
+        if any(n != 1 for d, n in enumerate(t.shape) if d not in (0, channel_dim)):
+            return False
+    return True
 
 
 def _per_channel(t: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: int) -> Tensor | None:
@@ -317,13 +322,12 @@ def film(
     _check_inputs(x, gamma, beta, channel_dim, gamma_offset, activation, residual)
     channel_dim %= x.dim()
     gamma_added = beta_added = None
-    if isinstance(gamma, tuple | list):
+    if isinstance(gamma, (tuple, list)):
         gamma, gamma_added = gamma
-    if isinstance(beta, tuple | list):
+    if isinstance(beta, (tuple, list)):
         beta, beta_added = beta
     parameters = gamma, beta, gamma_added, beta_added
-    per_channel = all(_has_one_per_channel(t, x, channel_dim) for t in parameters)
-    unable = NO_REASONS if per_channel else _NOT_PER_CHANNEL
+    unable = NO_REASONS if _have_one_per_channel(parameters, channel_dim) else _NOT_PER_CHANNEL
     backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
     if backend in _ON_GPUS:
         gamma = _per_channel(gamma, gamma_added, x, channel_dim)
@@ -335,6 +339,6 @@ def film(
 
 def _in_dtype(parameter, dtype: torch.dtype):
     """gamma or beta in a dtype under autocast."""
-    if isinstance(parameter, tuple | list):
+    if isinstance(parameter, (tuple, list)):
         return tuple(_in_dtype(t, dtype) for t in parameter)
     return autocast(parameter, dtype) if isinstance(parameter, Tensor) else parameter
