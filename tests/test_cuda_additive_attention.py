@@ -9,6 +9,7 @@ import math
 
 import pytest
 import test_additive_attention as cases
+import test_masked_keys as masked
 import torch
 from cuda_emulator.arrays import array, name, poisoned
 from pairwise import in_dtypes, pairwise
@@ -187,6 +188,30 @@ def test_masks_and_their_combinations(module, sizes, kind, lengths, is_causal):
     if lengths:
         assert (actual["weights"][0, ..., 20:] == 0).all() and (actual["context"][1] == 0).all()
         assert (actual["lse"][1] == -math.inf).all()
+
+
+@pytest.mark.sanitized
+@pairwise(
+    sizes=[
+        shape(2, 1, 61, 5, 4),
+        shape(2, 3, 70, 40, 18, H=2),
+        shape(2, 20, 70, 40, 18, H=2),
+        shape(3, 70, 83, 6, 7),
+    ],
+    dtype=[torch.float32, torch.float16, torch.float64],
+    form=masked.FORMS,
+    places=masked.PLACES,
+    special=masked.SPECIALS,
+    keep_scores=[True, False],
+)
+def test_what_a_hidden_key_holds_does_not_matter(module, sizes, dtype, form, places, special, keep_scores):
+    kernel = functools.partial(emulated_attention, module, keep_scores=keep_scores)
+    masked.check_absent(sizes, dtype, form, places, special, kernel)
+
+
+def test_hidden_keys_with_tensor_cores_for_float32(module):
+    kernel = functools.partial(emulated_attention, module, tf32=True)
+    masked.check_absent(shape(2, 20, 70, 8, 70), torch.float32, "full", ("key", "value"), math.nan, kernel)
 
 
 def test_lengths_out_of_range_are_clamped(module):

@@ -52,6 +52,8 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   const RowsOf<S> queries(somewhere<S>(), Tq * D, Tq * D, D), keys(somewhere<S>(), Tk * D, Tk * D, D);
   p.query = queries, p.key = keys, p.value = keys;
   p.weight = {somewhere<S>(), false};
+  p.mask = somewhere<bool>();
+  p.mask_stride[0] = p.mask_stride[1] = Tq * Tk, p.mask_stride[2] = Tk, p.mask_stride[3] = 1;
   for (bool tf32 : {false, true})
     launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
                                      somewhere<T>(), nullptr, tf32);

@@ -24,6 +24,7 @@
 
 #include "cuda_bwd_few.cuh"
 #include "cuda_problem.cuh"
+#include "cuda_seen.cuh"
 
 namespace fusedattn {
 
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
       for (int e = 0; e < PACK; ++e) g_sum += pack.element[e];
       gpu::store_pack(memory.g + row * BLOCK_Q + column, pack);
     }
-    const bool exists = stages && j0 + key < keys_end;
+    const bool exists = stages && j0 + key < keys_end && p.sees(at.b, at.h, j0 + key);
     const auto keys =
         load_channels(p.key.row(at.b, at.h, exists ? j0 + key : j0), p.key.packed, d0 + channel, exists ? p.D : 0);
     T key_bound = 0;
@@ -439,18 +440,22 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK) additive_attention_bwd_kernel_
   if (at < n) x[at] = gpu::to_storage<S>(gpu::Arithmetic<S>(0));
 }
 
-// Elements of working memory.
+// Elements of working memory: of the plan, then what with_seen_keys takes.
 template <typename S>
 int64_t additive_attention_bwd_workspace(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
                                          int64_t chunk_elements = BACKWARD_CHUNK) {
-  return few_queries(p, grads) ? FewPlan<S>(p).size : BackwardPlan<S>(p, chunk_elements).size;
+  const int64_t planned = few_queries(p, grads) ? FewPlan<S>(p).size : BackwardPlan<S>(p, chunk_elements).size;
+  return planned + seen_workspace(p);
 }
 
 template <typename S>
-void launch_additive_attention_bwd(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const AttentionGradients<S>& grads,
                                    gpu::Arithmetic<S>* workspace, cudaStream_t stream,
                                    int64_t chunk_elements = BACKWARD_CHUNK) {
   using T = gpu::Arithmetic<S>;
+  const int64_t planned =
+      additive_attention_bwd_workspace(problem, grads, chunk_elements) - seen_workspace(problem);
+  const auto p = with_seen_keys<true>(problem, workspace + planned, stream);
   const auto zero = [&](auto* x, int64_t n) {
     if (n > 0)
       FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<std::remove_pointer_t<decltype(x)>>,

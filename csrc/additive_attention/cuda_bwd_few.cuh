@@ -246,12 +246,14 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
         sums.add(i, g.element[i], r, dk);
       }
     } else {
+      // Masked keys may hold NaN. Within the range they need no test, for their g is 0.
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i) {
         if (i >= Tq) break;
         const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
 #pragma unroll
-        for (int e = 0; e < PACK; ++e) r[e] = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
+        for (int e = 0; e < PACK; ++e)
+          r[e] = g.element[i] == 0 ? T(0) : reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
         sums.add(i, g.element[i], r, dk);
       }
     }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda_problem.cuh"
+#include "cuda_seen.cuh"
 #include "cuda_split.cuh"
 
 namespace fusedattn {
@@ -224,7 +225,8 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
 #pragma unroll
     for (int key = 0; key < BLOCK_K; key += Product::KEYS) {
       __syncthreads();
-      stage_rows<Product::LEADING_X, Product::KEYS>(p.value, at, j0 + key, keys_end, v0, p.Dv, memory.x);
+      stage_rows<Product::LEADING_X, Product::KEYS>(p.value, at, j0 + key, keys_end, v0, p.Dv, memory.x,
+                                                    SeenRows<S>{p, at});
       __syncthreads();
       const int depth = static_cast<int>(lower(Product::KEYS, keys_end - j0 - key));
       Product::multiply(memory.p, key, memory.x, depth, acc);
@@ -319,12 +321,17 @@ void launch_additive_attention_weights(const AttentionProblem<S>& p, const gpu::
                    stream, scores, lse, elements, p.Tk, weights);
 }
 
-// Elements of working memory: the sums of the context in half precision, or the parts of few queries.
+// Elements of working memory: the sums of the context in half precision, or the parts of few queries; then what
+// with_seen_keys takes.
 template <typename S>
-int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
+int64_t additive_attention_fwd_sums(const AttentionProblem<S>& p) {
   const SplitPlan<S> plan(p);
   if (plan.splits > 0) return plan.size(p);
   return sizeof(S) < sizeof(gpu::Arithmetic<S>) ? p.heads() * p.Tq * p.Dv : 0;
+}
+template <typename S>
+int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
+  return additive_attention_fwd_sums(p) + seen_workspace(p);
 }
 
 // Whether p . x runs on tensor cores. tf32: whether float32 may be rounded for them.
@@ -338,12 +345,13 @@ bool context_on_tensor_cores(bool tf32) {
 // scores). tf32: whether the product p . x of float32 may round its factors to TF32; few queries never do, which
 // would gain nothing where memory is the bound.
 template <typename S>
-void launch_additive_attention_fwd(const AttentionProblem<S>& p, S* context, gpu::Arithmetic<S>* lse,
+void launch_additive_attention_fwd(const AttentionProblem<S>& problem, S* context, gpu::Arithmetic<S>* lse,
                                    gpu::Arithmetic<S>* scores, S* weights, gpu::Arithmetic<S>* workspace,
                                    cudaStream_t stream, bool tf32 = false) {
   using T = gpu::Arithmetic<S>;
-  const int64_t tiles = p.query_tiles(), blocks = p.heads() * tiles;
+  const int64_t tiles = problem.query_tiles(), blocks = problem.heads() * tiles;
   if (blocks == 0) return;
+  const auto p = with_seen_keys<false>(problem, workspace + additive_attention_fwd_sums(problem), stream);
   const SplitPlan<S> plan(p);
   if (plan.splits > 0) {
     launch_additive_attention_split(p, plan, context, lse, scores, workspace, stream);

@@ -90,12 +90,20 @@ struct AttentionProblem {
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,) or null
   AttentionOptions options;
+  // (B, H, Tk): whether the mask lets some query see a key, or null. What else a key or its value holds is not
+  // looked at: it may be NaN. Set by with_seen_keys (cuda_seen.cuh).
+  const bool* seen = nullptr;
+  int64_t seen_stride[3] = {};
 
   FUSEDATTN_HOST_DEVICE int64_t heads() const { return B * H; }
   FUSEDATTN_DEVICE gpu::Arithmetic<S> weight_of(int64_t h, int64_t d) const {
     return weight.get(h * weight_stride_h + d);
   }
   FUSEDATTN_HOST_DEVICE int64_t query_tiles() const { return gpu::ceil_div(Tq, BLOCK_Q); }
+
+  FUSEDATTN_DEVICE bool sees(int64_t b, int64_t h, int64_t j) const {
+    return seen == nullptr || seen[b * seen_stride[0] + h * seen_stride[1] + j * seen_stride[2]];
+  }
 
   // Keys at or after this one are invisible to every query of the tile that starts at i0.
   FUSEDATTN_DEVICE int64_t keys_end(int64_t b, int64_t i0) const {
@@ -104,8 +112,8 @@ struct AttentionProblem {
       const int64_t length = key_lengths[b];
       end = length < 0 ? 0 : length < Tk ? length : Tk;
     }
-    if (options.is_causal && i0 + BLOCK_Q < end) end = i0 + BLOCK_Q;
-    return end;
+    const int64_t queries_end = i0 + BLOCK_Q < Tq ? i0 + BLOCK_Q : Tq;
+    return options.is_causal && queries_end < end ? queries_end : end;
   }
 };
 
@@ -186,13 +194,25 @@ FUSEDATTN_DEVICE void store_channels(S* row, bool whole, int64_t d, int64_t widt
     if (d + e < width) row[d + e] = pack.element[e];
 }
 
+// Of the rows to be staged those that are looked at; zeros stand for the others.
+struct EveryRow {
+  FUSEDATTN_DEVICE bool operator()(int64_t) const { return true; }
+};
+template <typename S>
+struct SeenRows {
+  const AttentionProblem<S>& p;
+  const Head& at;
+  FUSEDATTN_DEVICE bool operator()(int64_t j) const { return p.sees(at.b, at.h, j); }
+};
+
 // to[d][row] (rows of LEADING) = f(x[first + row][d0 + d]) for 64 rows and BLOCK_D channels; f(0) from `last` and
-// `width` on.
-template <typename S, typename F>
+// `width` on, and where rows are not `seen`.
+template <typename S, typename F, typename Seen = EveryRow>
 FUSEDATTN_DEVICE void stage_transposed(const RowsOf<S>& x, const Head& at, int64_t first, int64_t last, int64_t d0,
-                                       int64_t width, gpu::Arithmetic<S>* to, const F& f) {
+                                       int64_t width, gpu::Arithmetic<S>* to, const F& f,
+                                       const Seen& seen = EveryRow()) {
   const int lane = threadIdx.x % gpu::WARP, row = static_cast<int>(threadIdx.x) / gpu::WARP * 16 + lane / 2;
-  const bool exists = first + row < last;
+  const bool exists = first + row < last && seen(first + row);
   const S* source = x.row(at.b, at.h, exists ? first + row : first);
   constexpr int PACKS = BLOCK_D<gpu::Arithmetic<S>> / (2 * PACK);
   gpu::Pack<S, PACK> packs[PACKS];
@@ -215,15 +235,15 @@ FUSEDATTN_DEVICE To convert(S x) {
 }
 
 // to[row][v] (rows of `leading`) = x[first + row][v0 + v] for `rows` rows and 64 columns, zeros from `last` and
-// `width` on.
-template <int leading, int rows = 64, typename S, typename To>
+// `width` on, and where rows are not `seen`.
+template <int leading, int rows = 64, typename S, typename To, typename Seen = EveryRow>
 FUSEDATTN_DEVICE void stage_rows(const RowsOf<S>& x, const Head& at, int64_t first, int64_t last, int64_t v0,
-                                 int64_t width, To* to) {
+                                 int64_t width, To* to, const Seen& seen = EveryRow()) {
   const int v = static_cast<int>(threadIdx.x) % 16 * PACK;
 #pragma unroll
   for (int n = 0; n < rows / 8; ++n) {
     const int row = static_cast<int>(threadIdx.x) / 16 + 8 * n;
-    const bool exists = first + row < last;
+    const bool exists = first + row < last && seen(first + row);
     const S* source = x.row(at.b, at.h, exists ? first + row : first);
     const auto pack = load_channels(source, x.packed, v0 + v, exists ? width : 0);
     gpu::Pack<To, PACK> converted;
@@ -428,7 +448,10 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
       q_bound = gpu::max(q_bound, gpu::abs(x));
       return exp_of_twice(x);
     });
-    stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, [&](T x) {
+    const auto stage_keys = [&](const auto& f) {
+      stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, f, SeenRows<S>{p, at});
+    };
+    stage_keys([&](T x) {
       k_bound = gpu::max(k_bound, gpu::abs(x));
       return exp_of_twice(x);
     });
@@ -451,7 +474,7 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
       __syncthreads();
       const auto same = [](T x) { return x; };
       stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, same);
-      stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, same);
+      stage_keys(same);
       __syncthreads();
       score_channels_of_sums(memory, weight.finite, score);
     }

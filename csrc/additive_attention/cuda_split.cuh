@@ -161,6 +161,20 @@ FUSEDATTN_DEVICE T lane_sums(const T (&x)[N]) {
   }
 }
 
+// Of `keys` keys from j0 on those that some query sees, a bit each; asked by whole warps.
+template <typename S>
+FUSEDATTN_DEVICE uint64_t seen_in_split(const AttentionProblem<S>& p, const Head& at, int64_t j0, int keys) {
+  static_assert(SPLIT_KEYS == 2 * gpu::WARP, "two ballots");
+  const uint64_t existing = keys >= SPLIT_KEYS ? ~uint64_t{0} : (uint64_t{1} << keys) - 1;
+  if (p.seen == nullptr) return existing;
+  const int lane = threadIdx.x % gpu::WARP;
+  uint64_t bits = 0;
+  for (int first = gpu::WARP; first >= 0; first -= gpu::WARP)
+    bits = bits << gpu::WARP |
+           __ballot_sync(gpu::ALL_LANES, first + lane < keys && p.sees(at.b, at.h, j0 + first + lane));
+  return bits;
+}
+
 template <typename S, int QUERIES>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) == 8 ? 2 : 4)
     additive_attention_fwd_kernel_split(const AttentionProblem<S> p, const SplitPlan<S> plan,
@@ -203,10 +217,13 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
     const int keys = static_cast<int>(lower(SPLIT_KEYS, end - j0));
     const int scored = static_cast<int>(lower(keys, visible - j0 < 0 ? 0 : visible - j0));
     for (int key = warp * KEYS; key < scored; key += WARPS * KEYS) {
-      const S* rows[KEYS];  // that of the first key again where there is no second
+      const bool first = p.sees(at.b, at.h, j0 + key);
+      const bool second = KEYS > 1 && key + 1 < scored && p.sees(at.b, at.h, j0 + key + 1);
+      if (!first && !second) continue;
+      const S* rows[KEYS];  // that of the other key where one is not seen
 #pragma unroll
       for (int n = 0; n < KEYS; ++n)
-        rows[n] = p.key.row(at.b, at.h, j0 + (key + n < scored ? key + n : key)) + lane * PACK;
+        rows[n] = p.key.row(at.b, at.h, j0 + key + (!first || (n > 0 && second))) + lane * PACK;
       T key_sums[SUMS];
       score_keys<KEYS, QUERIES>(p, at, weight.finite, k_limit, rows, steps, stride, key_sums);
       const T sum = lane_sums<gpu::WARP>(key_sums);
@@ -244,15 +261,17 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
       }
     }
     __syncthreads();
+    const uint64_t seen_keys = seen_in_split(p, at, j0, scored);
     for (int64_t v = threadIdx.x; v < p.Dv; v += ATTENTION_BLOCK) {
       T acc[QUERIES] = {};
+      uint64_t seen = seen_keys;
       const S* value = p.value.row(at.b, at.h, j0) + v;
 #pragma unroll(QUERIES == 1 ? 2 : 1)
-      for (int key = 0; key < scored; key += PACK, value += PACK * p.value.stride_t) {
+      for (int key = 0; key < scored; key += PACK, seen >>= PACK, value += PACK * p.value.stride_t) {
         T x[PACK];
 #pragma unroll
         for (int e = 0; e < PACK; ++e)
-          x[e] = key + e < scored ? gpu::to_arithmetic(value[e * p.value.stride_t]) : T(0);
+          x[e] = seen & 1 << e ? gpu::to_arithmetic(value[e * p.value.stride_t]) : T(0);
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
           if (i >= Tq) break;
