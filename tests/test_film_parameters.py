@@ -289,3 +289,35 @@ def test_the_module_takes_a_condition_for_each_place():
             gamma, beta = gamma[:, None], beta[:, None]
         expected = torch.nn.functional.silu((gamma + 1) * x + beta)
         torch.testing.assert_close(module(x, condition), expected)
+
+
+# float32 gamma and beta beside half precision: parameters under manual casts
+
+
+@pytest.mark.parametrize("function", [film, film_ref] if not ON_A_GPU else [film_ref])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shapes", [((3,), (2, 3)), ((2, 3, 1), (2, 3, 50)), ((2, 1, 50), ())])
+def test_float32_parameters_are_not_rounded(function, half, shapes):
+    x, gamma, beta, grad = tensors([(2, 3, 50), *shapes, (2, 3, 50)])
+    x, grad = x.to(half), grad.to(half)
+    inputs = [x.requires_grad_(), *(t.float().requires_grad_() for t in (gamma, beta))]
+    y = function(*inputs, activation="silu")
+    grads = torch.autograd.grad(y, inputs, grad)
+    assert y.dtype == grads[0].dtype == half
+    assert grads[1].dtype == grads[2].dtype == torch.float32
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    y64 = film_ref(*doubles, activation="silu")
+    grads64 = torch.autograd.grad(y64, doubles, grad.double())
+    for name, found, exact in zip(("y", "x", "gamma", "beta"), (y, *grads), (y64, *grads64), strict=True):
+        # No worse than one rounding to its dtype of what is exact.
+        assert_close_to_reference(found, exact.to(found.dtype), exact, terms=300, name=name)
+
+
+def test_float32_parameters_beside_half_precision_need_kernels_that_take_them():
+    x, gamma = torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.randn(3)
+    with pytest.raises(UnsupportedError, match="triton: .*float32 beside half-precision x"):
+        film(x, gamma, backend="triton")
+    with pytest.raises(ValueError, match=r"gamma: expected dtype torch.bfloat16 or torch.float32"):
+        film(x, gamma.double())
+    with pytest.raises(ValueError, match=r"gamma: expected dtype torch.float32 on"):
+        film(x.float(), gamma.bfloat16())

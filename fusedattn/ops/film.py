@@ -27,6 +27,7 @@ from fusedattn._dispatch import NO_REASONS, autocast, autocast_enabled, choose, 
 from fusedattn._options import FilmOptions as Options
 
 Parameter = Tensor | tuple[Tensor, Tensor] | None
+HALF = (torch.float16, torch.bfloat16)
 
 # In the order of csrc/film/options.h.
 ACTIVATIONS = {
@@ -58,18 +59,27 @@ def _along(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return parameter.view(shape)
 
 
+def _is_wider(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
+    """Whether one of them has another dtype than x: float32 beside half precision."""
+    return any([t is not None and t.dtype is not x.dtype for t in parameters])
+
+
 def _reference(x, gamma, beta, gamma_added, beta_added, residual, options: Options):
+    wide = _is_wider(x, (gamma, beta, gamma_added, beta_added))
+
     def total(parameter, added):
         t = _along(parameter, x, options.channel_dim)
-        return t if added is None else t + _along(added, x, options.channel_dim)
+        t = t if added is None else t + _along(added, x, options.channel_dim)
+        return t.float() if wide else t
 
-    z = x
+    z = x.float() if wide else x
     if gamma is not None:
         z = (total(gamma, gamma_added) + options.gamma_offset) * z
     if beta is not None:
         z = z + total(beta, beta_added)
     y = _FUNCTIONS[options.activation](z)
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y.to(x.dtype) if wide else y
 
 
 @overridable
@@ -189,10 +199,13 @@ def _check_dense(name: str, t: Tensor | None) -> None:
         _fail(name, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
 
 
-def _check_like(name: str, t: Tensor, x: Tensor) -> None:
+def _check_like(name: str, t: Tensor, x: Tensor, wider: bool = False) -> None:
+    """``wider``: float32 will do beside half precision."""
     _check_dense(name, t)
-    if t.dtype is not x.dtype or t.device != x.device:
-        _fail(name, f"dtype {x.dtype} on {x.device} like x", f"{t.dtype} on {t.device}")
+    fits = t.dtype is x.dtype or (wider and t.dtype is torch.float32 and x.dtype in HALF)
+    if not fits or t.device != x.device:
+        dtypes = f"{x.dtype} or torch.float32" if wider and x.dtype in HALF else f"{x.dtype}"
+        _fail(name, f"dtype {dtypes} on {x.device} like x", f"{t.dtype} on {t.device}")
 
 
 def _check_parameter(name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, channel_dim: int) -> None:
@@ -204,7 +217,7 @@ def _check_parameter(name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, ch
                 raise TypeError(f"film: {name}[{n}]: expected a Tensor, got {type(part).__name__}")
             _check_parameter(f"{name}[{n}]", part, x, channel_dim)
         return
-    _check_like(name, t, x)
+    _check_like(name, t, x, wider=True)
     # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
     B, C, rank, shape = x.shape[0], x.shape[channel_dim], t.dim(), t.shape
     if rank <= 2 and (rank == 0 or shape[-1] == C) and (rank < 2 or shape[0] == B):
@@ -240,10 +253,13 @@ def _per_channel(t: Tensor | None, added: Tensor | None, x: Tensor, channel_dim:
     return t if other is None else t + other
 
 
-# What GPU kernels take is (C,) or (B, C).
+# What GPU kernels take is (C,) or (B, C), in the dtype of x.
 _ON_GPUS = ("cuda", "triton")
 _NOT_PER_CHANNEL = dict.fromkeys(
     _ON_GPUS, "gamma or beta has one value a place, its kernels of film take one per channel, (C,) or (B, C)"
+)
+_OF_ANOTHER_DTYPE = dict.fromkeys(
+    _ON_GPUS, "gamma or beta is float32 beside half-precision x, its kernels of film take them in the dtype of x"
 )
 
 
@@ -294,8 +310,9 @@ def film(
         gamma: by its rank (), (C,) or (B, C), or of x's rank with x's sizes, as (B, T, C). Any size may be 1:
             (1, C), (B, C, 1, 1), (B, 1, C), (B, 1, H, W), one gate per place over all channels. A pair of them
             stands for their broadcast sum, which is not made: ``(table[d], time_embedding)``. None is a factor of
-            1 (``gamma_offset`` is then not applied). Kernels on GPUs take what has one value per channel, of each
-            batch element or all.
+            1 (``gamma_offset`` is then not applied). In the dtype of x, or float32 beside half precision: it is
+            not rounded. Kernels on GPUs take what has one value per channel, of each batch element or all, in the
+            dtype of x.
         beta: in the shapes of gamma, not necessarily that of gamma; None for 0.
         channel_dim: any dimension but 0, negative ones count from the end. Default: 1.
         gamma_offset: 1.0 gives the (1 + gamma) form. Default: 0.0.
@@ -328,6 +345,8 @@ def film(
         beta, beta_added = beta
     parameters = gamma, beta, gamma_added, beta_added
     unable = NO_REASONS if _have_one_per_channel(parameters, channel_dim) else _NOT_PER_CHANNEL
+    if _is_wider(x, parameters):
+        unable = {**unable, **_OF_ANOTHER_DTYPE}
     backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
     if backend in _ON_GPUS:
         gamma = _per_channel(gamma, gamma_added, x, channel_dim)
