@@ -107,6 +107,7 @@ SPECIALS = [math.nan, math.inf, -math.inf, 1e38]
 PLACES = [("key",), ("value",), ("key", "value")]
 
 
+@pytest.mark.interpreted
 @pairwise(
     sizes=SIZES, dtype=[torch.float32, torch.float16, torch.float64], form=FORMS, places=PLACES, special=SPECIALS
 )
@@ -119,6 +120,7 @@ def test_what_a_hidden_key_holds_does_not_matter_to_the_reference(sizes, form, p
     check_absent(sizes, torch.float32, form, places, special, additive_attention_ref)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("sizes", [shape(1, 2, 700, 2, 3), shape(1, 17, 700, 2, 3)])
 @pytest.mark.parametrize("form", ["batch_keys", "queries_keys"])
 def test_keys_split_over_threads_or_programs(sizes, form):

@@ -245,7 +245,8 @@ def additive_attention_bwd_kernel_inputs(
         for n in tl.range(first, last):
             y = load_wide(y_at + n * stride_pt, in_d)
             g1 = tl.load(g + n * padded)
-            r1 = reciprocal_of_sum(x + y[None, :], NVIDIA)
+            # 0 where g is: a masked key may be NaN
+            r1 = tl.where((g1 == 0.0)[:, None], 0.0, reciprocal_of_sum(x + y[None, :], NVIDIA))
             if grad_weight is not None:
                 gr1 = g1[:, None] * r1
                 sums += gr1
@@ -278,7 +279,10 @@ class Rows(NamedTuple):
 
 def packed_rows(problem):
     """Queries and keys."""
-    return (Rows(x, *pack(x, problem.channels, PAD, by_row=True)) for x in (problem.query, problem.key))
+    return (
+        Rows(problem.query, *pack(problem.query, problem.channels, PAD, by_row=True)),
+        Rows(problem.key, *problem.pack_keys(PAD, by_row=True)),
+    )
 
 
 def query_gradient(problem, g_transposed, queries, keys, first):

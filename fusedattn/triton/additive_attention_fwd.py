@@ -11,6 +11,7 @@ from fusedattn.triton.additive_attention_problem import (
     UNSPECIALISED,
     at_most,
     batch_and_head,
+    in_sight,
     pack,
     programs_wanted,
     reciprocal_of_sum,
@@ -236,7 +237,7 @@ def _write_scores_by(tile, problem, out, first, end):
         return
     block_q, block_k = tile.extents_in(query.dtype)
     if block_k not in problem.key_packed:
-        problem.key_packed[block_k] = pack(problem.key, problem.channels, block_k)
+        problem.key_packed[block_k] = problem.pack_keys(block_k)
     key_exp, key_bound = problem.key_packed[block_k]
     query_exp, query_bound = pack(query, problem.channels, block_q)
     launch(
@@ -256,7 +257,7 @@ def _write_scores_by(tile, problem, out, first, end):
 def additive_attention_fwd_kernel_context(
     scores, value, key_lengths, context, lse,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
-    H, Tq, Tk, first_query, split_keys,
+    H, Tq, Tk, first_query, split_keys, seen, stride_sb, stride_sh, keys_end,
     IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TF32: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +280,7 @@ def additive_attention_fwd_kernel_context(
     columns = value + b * stride_vb + h * stride_vh + v.to(tl.int64)[None, :] * stride_vd
 
     first = split * split_keys
-    last = tl.minimum(first + split_keys, Tk)
+    last = tl.minimum(first + split_keys, keys_end)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
     if IS_CAUSAL:
@@ -294,6 +295,8 @@ def additive_attention_fwd_kernel_context(
         s = tl.load(
             rows + j[None, :], mask=in_q[:, None] & in_k[None, :], other=float("-inf")
         )  # [BLOCK_Q, BLOCK_K]
+        if seen is not None:
+            in_k = in_sight(seen, None, j, b, h, stride_sb, stride_sh, last)
         x = tl.load(columns + j[:, None] * stride_vt, mask=in_k[:, None] & in_v[None, :], other=0.0)
         new_top = tl.maximum(top, tl.max(s, 1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)

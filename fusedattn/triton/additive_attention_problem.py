@@ -23,7 +23,7 @@ UNSPECIALISED = [
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
-    "split_keys", "splits", *Options._fields,
+    "split_keys", "splits", "keys_end", "stride_sb", "stride_sh", *Options._fields,
 ]  # fmt: skip
 
 
@@ -63,14 +63,47 @@ def _exp_twice(x):
     return e
 
 
+@triton.jit
+def in_sight(seen, key_lengths, t, b, h, stride_sb, stride_sh, keys_end):
+    """Which of the keys t some query sees: what the others hold is not looked at, it may be NaN."""
+    visible = t < keys_end
+    if key_lengths is not None:
+        visible = visible & (t < tl.load(key_lengths + b))
+    if seen is not None:
+        at = seen + b * stride_sb + h * stride_sh + t
+        visible = visible & (tl.load(at, mask=visible, other=0) != 0)
+    return visible
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_seen_kernel(
+    mask, seen, stride_mb, stride_mh, stride_mq, stride_mk, H, Tq, Tk,
+    IS_CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Whether a mask lets some query see each key, (B, H, Tk). Grid: (key tiles * B * H,)."""
+    tiles = tl.cdiv(Tk, BLOCK_K)
+    bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
+    j = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = mask + b * stride_mb + h * stride_mh + j.to(tl.int64)[None, :] * stride_mk
+    found = tl.zeros((BLOCK_Q, BLOCK_K), tl.int32)
+    for start in tl.range(0, Tq, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
+        inside = (i < Tq)[:, None] & (j < Tk)[None, :]
+        if IS_CAUSAL:
+            inside = inside & (j[None, :] <= i[:, None])
+        found |= tl.load(columns + i.to(tl.int64)[:, None] * stride_mq, mask=inside, other=0).to(tl.int32)
+    tl.store(seen + bh * Tk + j, tl.max(found, 0).to(tl.uint8), mask=j < Tk)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_pack_kernel(
-    source, packed, bounds, stride_b, stride_h, stride_t, stride_d, H, T, tiles,
+    source, packed, bounds, key_lengths, stride_b, stride_h, stride_t, stride_d, H, T, tiles,
+    seen, stride_sb, stride_sh, keys_end,
     D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """exp(2x) as [tile, channel, row], or [row, channel], padded with 0; the largest |x| of every tile.
 
-    Grid: (tiles * B * H,).
+    Keys that no query sees are padding, too. Grid: (tiles * B * H,).
     """
     tile = tl.program_id(0) % tiles
     bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
@@ -78,10 +111,11 @@ def additive_attention_pack_kernel(
     t = tile * BLOCK_T + row
     at = source + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t
     packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
+    exists = in_sight(seen, key_lengths, t, b, h, stride_sb, stride_sh, keys_end)
     bound = tl.zeros((BLOCK_T,), bounds.dtype.element_ty)
     for start in range(0, CHANNELS, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        inside = (t[:, None] < T) & (d[None, :] < D)
+        inside = exists[:, None] & (d[None, :] < D)
         x = load_wide(at + d.to(tl.int64)[None, :] * stride_d, inside)
         bound = tl.maximum(bound, tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1))
         e = tl.where(inside, _exp_twice(x), 0.0)  # [BLOCK_T, BLOCK_D]
@@ -92,11 +126,15 @@ def additive_attention_pack_kernel(
     tl.store(bounds + bh * tiles + tile, tl.max(bound, 0))
 
 
-def _unexpanded(t):
+def _expanded(t, dim):
+    return t.shape[dim] == 1 or t.stride(dim) == 0
+
+
+def _unexpanded(t, dims=(0, 1)):
     """t with the expanded (stride 0) ones of its first two dimensions reduced to one element."""
-    for dim in (0, 1):
-        if t.shape[dim] > 1 and t.stride(dim) == 0:
-            t = t.narrow(dim, 0, 1)
+    for dim in dims:
+        if _expanded(t, dim):
+            t = t.narrow(dim, 0, min(1, t.shape[dim]))
     return t
 
 
@@ -110,17 +148,24 @@ def arithmetic(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def pack(t, channels, block, by_row=False):
-    """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded."""
-    t = _unexpanded(t)
+def pack(t, channels, block, by_row=False, key_lengths=None, sight=None):
+    """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded.
+
+    Of keys, ``key_lengths`` and ``sight`` of a Problem say which are seen: so that a batch or heads are not one
+    where that differs.
+    """
+    seen = None if sight is None else sight["seen"]
+    same = [dim for dim in (0, 1) if seen is None or _expanded(seen, dim)]
+    t = _unexpanded(t, [dim for dim in same if dim > 0 or key_lengths is None])
+    sight = sight or {"seen": None, "stride_sb": 0, "stride_sh": 0, "keys_end": t.shape[2]}
     (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
     empty = functools.partial(torch.empty, dtype=arithmetic(t.dtype), device=t.device)
     packed, bounds = empty(B, H, tiles, channels * block), empty(B, H, tiles)
     block_d = min(128, 8192 // block) // packed.itemsize  # whole sectors of a row; 16 numbers of float32 a thread
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
-        t, packed, bounds, *t.stride(), H, T, tiles,
-        D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row, num_warps=4,
+        t, packed, bounds, key_lengths, *t.stride(), H, T, tiles,
+        options=sight, D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row, num_warps=4,
     )  # fmt: skip
     return packed, bounds
 
@@ -204,6 +249,30 @@ class Problem:
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)
         self.few = self.Tq <= FEW_QUERIES
         self.key_packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by BLOCK_K
+        seen = None if self.mask is None else self._seen_keys()
+        b, h = (0, 0) if seen is None else seen.stride()[:2]
+        keys_end = min(self.Tq, self.Tk) if options.is_causal else self.Tk
+        self.sight = {"seen": seen, "stride_sb": b, "stride_sh": h, "keys_end": keys_end}
+        self.options |= self.sight
+
+    def _seen_keys(self):
+        """uint8 (B, H, Tk), the last contiguous: whether the mask lets some query see a key."""
+        mask = _unexpanded(self.mask)
+        if self.Tq == 1 or mask.stride(2) == 0:
+            seen = mask[:, :, 0]
+            seen = seen if seen.stride(2) == 1 else seen.contiguous()
+            return seen.expand(self.B, self.H, self.Tk)
+        (B, H), block_k = mask.shape[:2], 64
+        seen = torch.empty(B, H, self.Tk, dtype=torch.uint8, device=mask.device)
+        launch(
+            additive_attention_seen_kernel, (triton.cdiv(self.Tk, block_k) * B * H,),
+            mask, seen, *mask.stride(), H, self.Tq, self.Tk,
+            options=self.options, BLOCK_Q=32, BLOCK_K=block_k, num_warps=4,
+        )  # fmt: skip
+        return seen.expand(self.B, self.H, self.Tk)
+
+    def pack_keys(self, block, by_row=False):
+        return pack(self.key, self.channels, block, by_row, self.key_lengths, self.sight)
 
     def chunks(self, all_at_once):
         """(first, end) of the queries whose scores are held at the same time."""
