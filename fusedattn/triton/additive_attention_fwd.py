@@ -11,7 +11,6 @@ from fusedattn.triton.additive_attention_problem import (
     UNSPECIALISED,
     at_most,
     batch_and_head,
-    in_sight,
     pack,
     programs_wanted,
     reciprocal_of_sum,
@@ -286,6 +285,8 @@ def additive_attention_fwd_kernel_context(
     if IS_CAUSAL:
         last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
 
+    if seen is not None:
+        seen += b * stride_sb + h * stride_sh
     top = tl.full((BLOCK_Q,), float("-inf"), ARITHMETIC)
     total = tl.zeros((BLOCK_Q,), ARITHMETIC)
     acc = tl.zeros((BLOCK_Q, BLOCK_V), ARITHMETIC)
@@ -295,9 +296,14 @@ def additive_attention_fwd_kernel_context(
         s = tl.load(
             rows + j[None, :], mask=in_q[:, None] & in_k[None, :], other=float("-inf")
         )  # [BLOCK_Q, BLOCK_K]
+        # Values of unseen keys are not loaded, or dropped: one spills on AMD, the other elsewhere.
         if seen is not None:
-            in_k = in_sight(seen, None, j, b, h, stride_sb, stride_sh, last)
+            in_sight = tl.load(seen + j, mask=in_k, other=0) != 0
+            if NVIDIA:
+                in_k = in_k & in_sight
         x = tl.load(columns + j[:, None] * stride_vt, mask=in_k[:, None] & in_v[None, :], other=0.0)
+        if seen is not None and not NVIDIA:
+            x = tl.where(in_sight[:, None], x, 0.0)
         new_top = tl.maximum(top, tl.max(s, 1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = _exp_of_difference(s, safe_top[:, None])
