@@ -300,7 +300,7 @@ def additive_attention_fwd_kernel_context(
         if seen is not None:
             in_sight = tl.load(seen + j, mask=in_k, other=0) != 0
             if NVIDIA:
-                in_k = in_k & in_sight
+                in_k = in_sight
         x = tl.load(columns + j[:, None] * stride_vt, mask=in_k[:, None] & in_v[None, :], other=0.0)
         if seen is not None and not NVIDIA:
             x = tl.where(in_sight[:, None], x, 0.0)

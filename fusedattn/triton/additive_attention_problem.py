@@ -256,19 +256,22 @@ class Problem:
         self.options |= self.sight
 
     def _seen_keys(self):
-        """uint8 (B, H, Tk), the last contiguous: whether the mask lets some query see a key."""
+        """Integers (B, H, Tk), the last contiguous: whether the mask lets some query see a key."""
         mask = _unexpanded(self.mask)
         if self.Tq == 1 or mask.stride(2) == 0:
             seen = mask[:, :, 0]
             seen = seen if seen.stride(2) == 1 else seen.contiguous()
-            return seen.expand(self.B, self.H, self.Tk)
-        (B, H), block_k = mask.shape[:2], 64
-        seen = torch.empty(B, H, self.Tk, dtype=torch.uint8, device=mask.device)
-        launch(
-            additive_attention_seen_kernel, (triton.cdiv(self.Tk, block_k) * B * H,),
-            mask, seen, *mask.stride(), H, self.Tq, self.Tk,
-            options=self.options, BLOCK_Q=32, BLOCK_K=block_k, num_warps=4,
-        )  # fmt: skip
+        else:
+            (B, H), block_k = mask.shape[:2], 64
+            seen = torch.empty(B, H, self.Tk, dtype=torch.uint8, device=mask.device)
+            launch(
+                additive_attention_seen_kernel, (triton.cdiv(self.Tk, block_k) * B * H,),
+                mask, seen, *mask.stride(), H, self.Tq, self.Tk,
+                options=self.options, BLOCK_Q=32, BLOCK_K=block_k, num_warps=4,
+            )  # fmt: skip
+        if self.query.dtype == torch.float64:
+            # Triton 3.6 takes values that a narrow integer masks for narrow factors: such products refuse those.
+            seen = seen.to(torch.int64)
         return seen.expand(self.B, self.H, self.Tk)
 
     def pack_keys(self, block, by_row=False):
