@@ -27,8 +27,8 @@ BUGS = {
     ),
     "missing-barrier-between-tiles": (
         "additive_attention/cuda_fwd.cuh",
-        "p.Dv, memory.x);\n      __syncthreads();",
-        "p.Dv, memory.x);\n      if (!SHOWN) __syncthreads();",
+        "      __syncthreads();\n      const int depth",
+        "      if (!SHOWN) __syncthreads();\n      const int depth",
     ),
     "barrier-after-an-early-return": (
         "film/cuda_bwd.cuh",
