@@ -180,3 +180,14 @@ def test_a_query_that_does_not_see_a_nan_key_keeps_its_results(function):
     for result, expected in zip(results, clean, strict=True):
         torch.testing.assert_close(result[:, :7], expected[:, :7])
         assert result[:, 7:].isnan().any(-1).all() if result.dim() > 2 else result[:, 7:].isnan().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 7), (0, 2, 3, 7), (2, 0, 3, 7), (2, 0, 7), (2, 3, 0)])
+def test_a_mask_of_nothing(sizes):
+    """It is expanded from one that is not empty, but has no memory."""
+    *lead, Tq, Tk = sizes
+    inputs = [torch.randn(*lead, T, 4, requires_grad=True) for T in (Tq, Tk, Tk)]
+    context = additive_attention(*inputs, torch.ones(4), mask=torch.ones(Tq, Tk, dtype=torch.bool))
+    assert context.shape == (*lead, Tq, 4) and context.count_nonzero() == 0
+    for grad, t in zip(torch.autograd.grad(context.sum(), inputs), inputs, strict=True):
+        assert grad.shape == t.shape

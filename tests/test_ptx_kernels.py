@@ -111,6 +111,8 @@ def test_every_attention_kernel(arch, dtype, cases):
     with on_ptx(arch) as launches:
         for sizes in cases:
             check_attention(sizes, dtype)
+        B, _, Tq, Tk, *_ = SIZES["few_queries"].values()
+        check_attention("few_queries", dtype, mask=torch.ones(B, Tq, Tk, dtype=torch.bool).tril(3))
     files = (additive_attention_problem, additive_attention_fwd, additive_attention_bwd)
     assert set(launches.executed) == names_of_kernels(*files)
 

@@ -192,7 +192,8 @@ struct Inputs {
   // What the kernels ask of a mask before they look at keys and values: a byte of it costs D or Dv operations less
   // than a pair.
   void find_seen_keys() {
-    const int64_t heads = p.mask_stride[1] == 0 ? 1 : p.H, masks = (p.mask_stride[0] == 0 ? 1 : p.B) * heads;
+    const int64_t heads = p.mask_stride[1] == 0 ? 1 : p.H, batches = p.mask_stride[0] == 0 ? 1 : p.B;
+    const int64_t masks = p.B * p.H == 0 ? 0 : batches * heads;  // one that nobody has is nowhere in memory
     p.seen_stride[0] = p.mask_stride[0] == 0 ? 0 : heads, p.seen_stride[1] = p.mask_stride[1] == 0 ? 0 : 1;
     seen = Buffer<bool>(masks * p.Tk), seen_end = Buffer<int64_t>(masks);
     p.seen = seen.get(), p.seen_end = seen_end.get();
@@ -304,7 +305,8 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
   const auto& p = in.p;
   const int64_t blocks = ceil_div(chunk.queries, QUERY_BLOCK), tasks = chunk.heads * blocks;
   const int64_t splits = in.key_splits(tasks), part_keys = ceil_div(p.Tk, splits);
-  const Buffer<T> parts(splits > 1 ? tasks * splits * QUERY_BLOCK * p.Dv : 0);
+  const int64_t part_size = std::min(QUERY_BLOCK, chunk.queries) * p.Dv;
+  const Buffer<T> parts(splits > 1 ? tasks * splits * part_size : 0);
   const int64_t cost = std::min(QUERY_BLOCK, chunk.queries) * part_keys * p.Dv / 16;
   parallel<T>(tasks * splits, grain_for(cost), 0, [&](int64_t first, int64_t last, T*) {
     for (int64_t n = first; n < last; ++n) {
@@ -315,7 +317,7 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
       if (p.options.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
       const int64_t first_key = std::min(visible, n % splits * part_keys);
       const int64_t keys = std::min(visible - first_key, part_keys);
-      T* out = splits > 1 ? parts.get() + n * QUERY_BLOCK * p.Dv : context + (head * chunk.queries + r) * p.Dv;
+      T* out = splits > 1 ? parts.get() + n * part_size : context + (head * chunk.queries + r) * p.Dv;
       const bool* seen = p.seen == nullptr ? nullptr : p.seen_keys(b, h) + first_key;
       products<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk,
                            1, p.value.row(b, h, first_key), p.value.stride_t, seen, out, p.Dv, Output::WRITTEN);
@@ -324,12 +326,12 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
   if (splits == 1) return;
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t head = task / blocks, r = task % blocks * QUERY_BLOCK;
-    const int64_t size = std::min(QUERY_BLOCK, chunk.queries - r) * p.Dv, stride = QUERY_BLOCK * p.Dv;
+    const int64_t size = std::min(QUERY_BLOCK, chunk.queries - r) * p.Dv;
     T* out = context + (head * chunk.queries + r) * p.Dv;
     parallel<T>(size, 4096, 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t e = first; e < last; ++e) {
         T sum = 0;
-        for (int64_t s = 0; s < splits; ++s) sum += parts.get()[(task * splits + s) * stride + e];
+        for (int64_t s = 0; s < splits; ++s) sum += parts.get()[(task * splits + s) * part_size + e];
         out[e] = sum;
       }
     });
