@@ -208,8 +208,8 @@ class Loop(WideCase):
         return {"eager": Stepwise(decoder_step)}
 
     def fused(self) -> Function:
-        module = fusedattn.BahdanauAttention(self.D, self.values, self.D)
-        module.query_proj, module.key_proj = nn.Identity(), nn.Identity()
+        module = fusedattn.BahdanauAttention(self.D, self.D, self.D)
+        module.query_proj, module.key_proj, module.value_dim = nn.Identity(), nn.Identity(), self.values
         return Bound(DecoderLoop(module), "attention.weight")
 
 
@@ -225,7 +225,7 @@ class DecoderLoop(nn.Module):
 
     def forward(self, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys = self.attention.project_keys(key, value)
-        return torch.stack([self.attention(query, keys)[0] for query in queries])
+        return torch.stack([self.attention(query, keys, return_weights=False) for query in queries])
 
 
 class ModuleCase(WideCase):

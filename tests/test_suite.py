@@ -147,24 +147,13 @@ def test_the_strongest_rival_computes_the_same():
 
 
 WIDE = {case.name: (group, case) for group, cases in wide.CASES.items() for case in cases}
-QUICK_TO_CHECK = [
-    "loop (1, 40, 128), values 128, 30 steps float32",
-    "loop (64, 50, 512), values 512, 20 steps bfloat16",
-    "attention (1, 8, 8, 64) float32",
-    "attention (64, 1, 512, 64) 8 heads bfloat16",
-    "film (1, 16, 4) float32",
-    "film (4096, 1024) shared float32",
-    "film (64, 128, 14, 14) relu residual bfloat16",
-    "module FiLM (64, 128, 14, 14), condition 256 float32",
-    "module AdditiveAttention (16, 64, 64, 512) 8 heads float32",
-]
 
 
 def test_wide_has_forty_cases_and_more_and_their_names_differ():
     assert len(WIDE) == sum(map(len, wide.CASES.values())) >= 40
 
 
-@pytest.mark.parametrize("name", QUICK_TO_CHECK)
+@pytest.mark.parametrize("name", WIDE)
 def test_wide_cases_agree_with_code_by_hand(name):
     case = WIDE[name][1].reduced()
     functions = contenders.of(case, compile=False)
