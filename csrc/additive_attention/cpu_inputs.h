@@ -1,0 +1,294 @@
+// The inputs of additive attention on the CPU: checked, in the dtype of the arithmetic, cut into chunks, and the
+// loops over them (cpu_kernel.h).
+//
+// Query rows are processed in chunks, so that only chunk x Tk scores exist between phases (besides the kept
+// scores, which the caller asks for only where they are smaller than query and key). Work is cut by shape alone
+// and partial sums are added in a fixed order: results are the same bits for any number of threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "common/cpu_level.h"
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "cpu_kernel.h"
+#include "formula.h"
+
+namespace fusedattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Elements of the score buffer of one chunk: small enough for the cache, large enough for all cores.
+constexpr int64_t CHUNK_ELEMENTS = 1 << 20;
+
+// Tasks of which there should be as many, or keys are split.
+constexpr int64_t SPLIT_TASKS = 64;
+
+template <typename T>
+constexpr bool IS_DOUBLE = sizeof(T) == sizeof(double);
+
+// The kernels of cpu_kernel_fwd.cpp, cpu_kernel_bwd.cpp and cpu_kernel_product.cpp for this machine.
+template <typename T>
+const AttentionFwdKernels<T>& fwd() {
+  if constexpr (IS_DOUBLE<T>)
+    return FUSEDATTN_LEVEL_TABLE(attention_fwd_f64);
+  else
+    return FUSEDATTN_LEVEL_TABLE(attention_fwd_f32);
+}
+template <typename T>
+const AttentionBwdKernels<T>& bwd() {
+  if constexpr (IS_DOUBLE<T>)
+    return FUSEDATTN_LEVEL_TABLE(attention_bwd_f64);
+  else
+    return FUSEDATTN_LEVEL_TABLE(attention_bwd_f32);
+}
+template <typename T>
+const AttentionProducts<T>& products() {
+  if constexpr (IS_DOUBLE<T>)
+    return FUSEDATTN_LEVEL_TABLE(attention_products_f64);
+  else
+    return FUSEDATTN_LEVEL_TABLE(attention_products_f32);
+}
+
+template <typename T>
+constexpr ScalarType scalar_type() {
+  return IS_DOUBLE<T> ? ScalarType::Double : ScalarType::Float;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// body(first, last, scratch) over [0, tasks); grain is how many tasks are worth a thread.
+template <typename T, typename Body>
+void parallel(int64_t tasks, int64_t grain, int64_t scratch_size, const Body& body) {
+  parallel_for(tasks, grain, [&](int64_t first, int64_t last) {
+    const Buffer<T> scratch(scratch_size);
+    body(first, last, scratch.get());
+  });
+}
+
+// Tasks of `cost` elementary steps each: below some 16,000 steps a second thread costs more than it brings.
+inline int64_t grain_for(int64_t cost) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cost, 1)); }
+
+inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t n = 0;
+  for (int64_t size : shape) same = same && t.size(n++) == size;
+  STD_TORCH_CHECK(same, "additive_attention: ", name, " does not have the shape that the other inputs ask for");
+}
+
+// In dtype `type`, with a contiguous last dimension; a copy only where it must be.
+inline Tensor prepared(const Tensor& t, ScalarType type) {
+  const bool contiguous_rows = t.size(-1) <= 1 || t.stride(-1) == 1;
+  return t.scalar_type() == type && contiguous_rows ? t : contiguous(t, type);
+}
+
+template <typename T>
+View<const T> view(const Tensor& t) {
+  if (t.dim() == 3) return {t.const_data_ptr<T>(), t.stride(0), 0, t.stride(1)};
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Inputs in the arithmetic dtype, the problem that points into them, and its working memory.
+template <typename T>
+struct Inputs {
+  Tensor query, key, value;
+  OptionalTensor mask, key_lengths, key_exp;
+  Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
+  Buffer<bool> seen;
+  Buffer<int64_t> seen_end;
+  AttentionProblem<T> p;
+  int64_t chunk_rows, chunk_heads;
+  bool flat;  // no dimension of heads
+
+  Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
+         const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
+         const OptionalTensor& key_bound, const AttentionOptions& options)
+      : query(prepared(query_, scalar_type<T>())),
+        key(prepared(key_, scalar_type<T>())),
+        value(prepared(value_, scalar_type<T>())),
+        mask(mask_),
+        key_lengths(key_lengths_),
+        key_exp(key_exp_) {
+    flat = query.dim() == 3;
+    STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
+                    "additive_attention: query, key and value must all have 3 or all 4 dimensions");
+    p.B = query.size(0), p.H = flat ? 1 : query.size(1), p.Tq = query.size(-2), p.D = query.size(-1);
+    p.Tk = key.size(-2), p.Dv = value.size(-1);
+    check_sizes();
+    check_shape(key, "key", shape({p.Tk, p.D}));
+    check_shape(value, "value", shape({p.Tk, p.Dv}));
+    check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
+    p.query = view<T>(query), p.key = view<T>(key), p.value = view<T>(value);
+    p.options = options;
+    p.key_exp = nullptr, p.key_bound = 0;
+    if (key_exp) {
+      check_shape(*key_exp, "key_exp", shape({p.Tk, p.D}));
+      STD_TORCH_CHECK(key_exp->is_contiguous() && key_exp->scalar_type() == scalar_type<T>(),
+                      "additive_attention: key_exp must be contiguous, in the dtype of the arithmetic");
+      STD_TORCH_CHECK(key_bound && key_bound->numel() == 1 && key_bound->scalar_type() == scalar_type<T>(),
+                      "additive_attention: key_bound must be one element in the dtype of key_exp");
+      p.key_bound = *key_bound->template const_data_ptr<T>();
+      if (p.key_bound <= KEY_EXP_BOUND) p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
+    }
+    p.mask = nullptr, p.seen = nullptr;
+    if (mask) {
+      check_shape(*mask, "mask", shape({p.Tq, p.Tk}));
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
+      p.mask = mask->template const_data_ptr<bool>();
+      for (int64_t n = 0; n < 4; ++n)
+        p.mask_stride[n] = !flat ? mask->stride(n) : n == 0 ? mask->stride(0) : n == 1 ? 0 : mask->stride(n - 1);
+      find_seen_keys();
+    }
+    p.key_lengths = nullptr;
+    if (key_lengths) {
+      check_shape(*key_lengths, "key_lengths", {p.B});
+      STD_TORCH_CHECK(key_lengths->scalar_type() == ScalarType::Long,
+                      "additive_attention: key_lengths must be of dtype int64");
+      key_lengths = contiguous(*key_lengths, ScalarType::Long);
+      p.key_lengths = key_lengths->template const_data_ptr<int64_t>();
+    }
+    const int64_t lanes = fwd<T>().lanes;
+    p.D_padded = ceil_div(p.D, lanes) * lanes;
+    set_weight(prepared(weight_, scalar_type<T>()));
+
+    const int64_t per_head = std::max<int64_t>(p.Tq * p.Tk, 1), heads = std::max<int64_t>(p.B * p.H, 1);
+    const int64_t fitting = CHUNK_ELEMENTS / std::max<int64_t>(p.Tk, 1) / QUERY_BLOCK * QUERY_BLOCK;
+    chunk_rows = std::min(p.Tq, std::max(fitting, QUERY_BLOCK));
+    chunk_heads = chunk_rows < p.Tq ? 1 : std::min(heads, std::max<int64_t>(1, CHUNK_ELEMENTS / per_head));
+    query_exp = Buffer<T>(chunk_heads * chunk_rows * p.D_padded);
+    query_bound = Buffer<T>(chunk_heads * chunk_rows);
+    p.query_exp = query_exp.get(), p.query_bound = query_bound.get();
+  }
+
+  void set_weight(const Tensor& source) {
+    weight = Buffer<T>(p.H * p.D_padded), weight_scaled = Buffer<T>(p.H * p.D_padded);
+    weight_max = Buffer<T>(p.H), weight_sum = Buffer<T>(p.H);
+    for (int64_t h = 0; h < p.H; ++h) {
+      const T* w = source.const_data_ptr<T>() + (flat ? 0 : h * source.stride(0));
+      T* padded = weight.get() + h * p.D_padded;
+      T* scaled = weight_scaled.get() + h * p.D_padded;
+      T top = 0;
+      for (int64_t d = 0; d < p.D; ++d) top = std::max(top, std::abs(w[d]));
+      if (!(top > 0) || !std::isfinite(top) || !std::isfinite(1 / top)) top = 1;
+      double sum = 0;
+      for (int64_t d = 0; d < p.D_padded; ++d) {
+        padded[d] = d < p.D ? w[d] : 0;
+        scaled[d] = padded[d] / top;
+        sum += scaled[d];
+      }
+      weight_max.get()[h] = top, weight_sum.get()[h] = static_cast<T>(sum);
+    }
+    p.weight = weight.get(), p.weight_scaled = weight_scaled.get();
+    p.weight_max = weight_max.get(), p.weight_sum = weight_sum.get();
+  }
+
+  // What the kernels ask of a mask before they look at keys and values: a byte of it costs D or Dv operations less
+  // than a pair.
+  void find_seen_keys() {
+    const int64_t heads = p.mask_stride[1] == 0 ? 1 : p.H, batches = p.mask_stride[0] == 0 ? 1 : p.B;
+    const int64_t masks = p.B * p.H == 0 ? 0 : batches * heads;  // one that nobody has is nowhere in memory
+    p.seen_stride[0] = p.mask_stride[0] == 0 ? 0 : heads, p.seen_stride[1] = p.mask_stride[1] == 0 ? 0 : 1;
+    seen = Buffer<bool>(masks * p.Tk), seen_end = Buffer<int64_t>(masks);
+    p.seen = seen.get(), p.seen_end = seen_end.get();
+    parallel_for(masks, grain_for(p.Tq * p.Tk / 16), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        bool* of_keys = seen.get() + n * p.Tk;
+        see(p.mask + n / heads * p.mask_stride[0] + n % heads * p.mask_stride[1], of_keys);
+        int64_t end = p.Tk;
+        while (end > 0 && !of_keys[end - 1]) --end;
+        seen_end.get()[n] = end;
+      }
+    });
+  }
+
+  // Of one mask.
+  void see(const bool* rows, bool* of_keys) const {
+    std::fill_n(of_keys, p.Tk, false);
+    const int64_t step = p.mask_stride[3];
+    for (int64_t i = p.mask_stride[2] == 0 ? std::max<int64_t>(p.Tq - 1, 0) : 0; i < p.Tq; ++i) {
+      const bool* row = rows + i * p.mask_stride[2];
+      const int64_t keys = p.options.is_causal ? std::min(p.Tk, i + 1) : p.Tk;
+      if (step == 1)  // vectorised
+        for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j];
+      else
+        for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j * step];
+      if (i % 16 == 15 && std::find(of_keys, of_keys + p.Tk, false) == of_keys + p.Tk) return;
+    }
+  }
+
+  // An expanded tensor may have any size: what is computed from these must stay below 2^63.
+  void check_sizes() const {
+    int64_t work = 1;
+    bool fits = true;
+    for (int64_t size : {p.B, p.H, p.Tq, p.Tk, std::max(p.D, p.Dv)})
+      fits = fits && !__builtin_mul_overflow(work, std::max<int64_t>(size, 1), &work);
+    STD_TORCH_CHECK(fits && work < int64_t{1} << 56,
+                    "additive_attention: query, key and value: expected sizes with "
+                    "B H Tq Tk max(D, Dv) below 2^56, got B = ",
+                    p.B, ", H = ", p.H, ", Tq = ", p.Tq, ", Tk = ", p.Tk, ", D = ", p.D, ", Dv = ", p.Dv);
+  }
+
+  // (B, H, ...), or (B, ...) without heads.
+  std::vector<int64_t> shape(std::initializer_list<int64_t> rest) const {
+    std::vector<int64_t> sizes{p.B};
+    if (!flat) sizes.push_back(p.H);
+    sizes.insert(sizes.end(), rest);
+    return sizes;
+  }
+
+  Tensor empty(std::initializer_list<int64_t> rest) const {
+    return fusedattn::empty(shape(rest), scalar_type<T>());
+  }
+
+  int64_t rows() const { return p.B * p.H * p.Tq; }
+
+  // body(chunk, first row of the chunk among all B H Tq rows)
+  template <typename Body>
+  void for_each_chunk(const Body& body) const {
+    for (int64_t head = 0; head < p.B * p.H; head += chunk_heads)
+      for (int64_t i = 0; i < p.Tq; i += chunk_rows)
+        body(Chunk{head, std::min(chunk_heads, p.B * p.H - head), i, std::min(chunk_rows, p.Tq - i)},
+             head * p.Tq + i);
+  }
+
+  void prepare_queries(const Chunk& chunk) const {
+    parallel<T>(chunk.heads * chunk.queries, grain_for(p.D), 0, [&](int64_t first, int64_t last, T*) {
+      for (int64_t row = first; row < last; ++row) fwd<T>().prepare_query(p, chunk, row);
+    });
+  }
+
+  // body(head, first key of a block, scratch)
+  template <typename Body>
+  void for_each_key_block(const Chunk& chunk, int64_t cost, const Body& body) const {
+    const int64_t blocks = ceil_div(p.Tk, KEY_BLOCK);
+    parallel<T>(chunk.heads * blocks, grain_for(KEY_BLOCK * chunk.queries * cost / 4),
+                score_scratch(p, fwd<T>().lanes), [&](int64_t first, int64_t last, T* scratch) {
+                  for (int64_t task = first; task < last; ++task)
+                    body(task / blocks, task % blocks * KEY_BLOCK, scratch);
+                });
+  }
+
+  void score(const Chunk& chunk, T* scores) const {
+    for_each_key_block(chunk, p.D, [&](int64_t head, int64_t first_key, T* scratch) {
+      fwd<T>().score(p, chunk, head, first_key, scores, scratch);
+    });
+  }
+
+  // Into how many parts to cut the keys of each of `tasks` tasks, so that every core has work: whatever their
+  // number, for on it would hang how results are rounded.
+  int64_t key_splits(int64_t tasks) const {
+    if (tasks >= SPLIT_TASKS || p.Tk < 8 * KEY_BLOCK) return 1;
+    return std::min(ceil_div(SPLIT_TASKS, std::max<int64_t>(tasks, 1)), p.Tk / (4 * KEY_BLOCK));
+  }
+};
+
+}  // namespace
+}  // namespace fusedattn
