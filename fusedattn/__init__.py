@@ -8,6 +8,7 @@ from fusedattn.modules.film import FiLM
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
 from fusedattn.ops.film import film, film_ref
+from fusedattn.ops.norm_film import norm_film, norm_film_ref
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,6 @@ __all__ = [
     "empty_cache",
     "film",
     "film_ref",
+    "norm_film",
+    "norm_film_ref",
 ]

@@ -12,7 +12,17 @@ class AdditiveAttentionOptions(NamedTuple):
 class FilmOptions(NamedTuple):
     channel_dim: int
     gamma_offset: float
-    activation: int  # index into ACTIVATIONS of ops/film.py
+    activation: int  # index into ACTIVATIONS of _conditioning.py
+
+
+class NormFilmOptions(NamedTuple):
+    norm: int  # index into NORMS of ops/norm_film.py
+    num_groups: int  # of group norm
+    training: bool  # statistics are those of the input
+    eps: float
+    channel_dim: int
+    gamma_offset: float
+    activation: int  # as in FilmOptions
 
 
 def schema(bundle: type[Any]) -> str:

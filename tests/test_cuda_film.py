@@ -13,7 +13,7 @@ from cuda_emulator.arrays import array, name, poisoned
 from pairwise import in_dtypes
 from torch.autograd import Function
 
-from fusedattn.ops.film import ACTIVATIONS
+from fusedattn._conditioning import ACTIVATIONS
 
 # Runs (N > 1) with head, packs and tail; rows by packs and by single channels, in several pieces.
 EVERY_KERNEL = [(1, 2, 5, 129), (2, 9, 1064, 1), (1, 300, 24, 1), (3, 5, 7, 1)]

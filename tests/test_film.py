@@ -15,7 +15,7 @@ from pairwise import in_dtypes
 from tolerance import assert_close_to_reference
 
 from fusedattn import FiLM, UnsupportedError, film, film_ref
-from fusedattn.ops.film import ACTIVATIONS
+from fusedattn._conditioning import ACTIVATIONS
 
 pytestmark = pytest.mark.levels
 

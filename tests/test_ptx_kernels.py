@@ -22,7 +22,7 @@ import triton
 from ptx.launcher import on_ptx
 
 from fusedattn import additive_attention, film
-from fusedattn.ops.film import ACTIVATIONS
+from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import additive_attention_bwd, additive_attention_fwd, additive_attention_problem
 from fusedattn.triton import film as film_kernels
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fusedattn import AdditiveAttention, FiLM, additive_attention, film
-from fusedattn.ops.film import ACTIVATIONS
+from fusedattn._conditioning import ACTIVATIONS
 
 # Flops
 

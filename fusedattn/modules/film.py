@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusedattn._conditioning import ACTIVATIONS
 from fusedattn._dispatch import check_backend, not_scriptable
-from fusedattn.ops.film import ACTIVATIONS, film
+from fusedattn.ops.film import film
 
 
 @torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
