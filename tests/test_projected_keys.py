@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -166,12 +167,14 @@ def test_export_of_a_step(step):
 
 def test_no_number_is_read_from_the_keys(step):
     """So that projecting traces, and works on fake tensors."""
-    module, _, memory, _ = step
+    module, query, memory, lengths = step
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         keys = module.project_keys(mode.from_tensor(memory))
         assert keys.key.shape == (3, 7, 8)
     graph = make_fx(lambda m: module.project_keys(m).key)(memory)
     torch.testing.assert_close(graph(memory), module.project_keys(memory).key)
+    graph = make_fx(lambda q, m, n: module(q, module.project_keys(m, key_lengths=n)))(query, memory, lengths)
+    torch.testing.assert_close(graph(query, memory, lengths), module(query, memory, key_lengths=lengths))
 
 
 @not_on_the_standin("Dynamo does not trace a tensor that is a subclass of its kind")
@@ -196,3 +199,97 @@ def test_a_deep_copy_attends_like_its_original(step):
     with torch.no_grad():
         keys = module.project_keys(memory, key_lengths=lengths)
         torch.testing.assert_close(module(query, copy.deepcopy(keys)), module(query, keys))
+
+
+# Keys that no query sees
+
+HIDING = {
+    "lengths": {"key_lengths": torch.tensor([7, 4, 2])},
+    "mask": {"mask": torch.arange(7) < torch.tensor([[7], [4], [2]])},
+    "holes": {
+        "mask": torch.arange(7) % 2 == torch.tensor([[0], [1], [0]]),
+        "key_lengths": torch.tensor([7, 4, 3]),
+    },
+}
+
+
+def visible(hiding):
+    """(3, 7) of the hiding above."""
+    lengths = hiding.get("key_lengths", torch.tensor([7] * 3))
+    return hiding.get("mask", torch.tensor(True)) & (torch.arange(7) < lengths[:, None])
+
+
+@pytest.mark.parametrize("content", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("num_heads, width", [(1, 8), (1, 32), (2, 64)])
+@pytest.mark.parametrize("hiding", HIDING)
+def test_hidden_keys_may_hold_anything(hiding, num_heads, width, content):
+    torch.manual_seed(0)
+    hiding = {name: t.to(DEVICE) for name, t in HIDING[hiding].items()}
+    module = AdditiveAttention(5, 6, width, num_heads=num_heads)
+    query, memory = torch.randn(3, 4, 5), torch.randn(3, 7, 6)
+    seen = visible(hiding).unsqueeze(-1)
+    given = {name: t.unsqueeze(1) if name == "mask" else t for name, t in hiding.items()}
+    results = []
+    for hidden in (0.0, content):
+        leaf = torch.where(seen, memory, hidden).requires_grad_()
+        keys = module.project_keys(leaf, **given)
+        bound = keys.exponentials(torch.float32)[1]
+        assert (bound is not None) == KEPT
+        if KEPT:
+            assert bound == torch.where(seen, module.key_proj(leaf), 0.0).abs().max()
+        context = module(query, keys)
+        gradients = torch.autograd.grad(context.sin().sum(), (module.weight, module.query_proj.weight))
+        results.append([context, *gradients])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not KEPT, reason="exponentials are kept on the CPU alone")
+@pytest.mark.parametrize("edited", ["mask", "key_lengths"])
+def test_keys_shown_later_do_without_exponentials(step, edited):
+    """Of them nothing is known."""
+    module, query, memory, lengths = step
+    memory[:, -1] = 1e4
+    mask = torch.arange(7) < lengths[:, None]
+    keys = module.project_keys(memory, **{"mask": {"mask": mask}, "key_lengths": {"key_lengths": lengths}}[edited])
+    assert at_hand(keys)
+    (mask if edited == "mask" else lengths).fill_(7)
+    assert not at_hand(keys)
+    torch.testing.assert_close(module(query, keys), module(query, memory))
+
+
+@pytest.mark.skipif(not KEPT, reason="exponentials are kept on the CPU alone")
+def test_inference_mode_notices_edits_too(step):
+    """Its tensors have no versions."""
+    module, query, memory, lengths = step
+    with torch.inference_mode():
+        keys = module.project_keys(memory, key_lengths=lengths)
+        assert at_hand(keys)
+        torch.testing.assert_close(module(query, keys), module(query, memory, key_lengths=lengths))
+        expected = module(query, memory[[2, 0, 1]], key_lengths=lengths)
+        keys.key.copy_(keys.key[[2, 0, 1]])
+        keys.value.copy_(keys.value[[2, 0, 1]])
+        assert not at_hand(keys)
+        torch.testing.assert_close(module(query, keys), expected)
+        hidden = torch.where(torch.arange(7)[:, None] < lengths[:, None, None], memory, 1e4)
+        keys = module.project_keys(hidden, key_lengths=lengths.clone())  # what they hide might be shown unnoticed
+        assert keys.exponentials(torch.float32)[1] > 1e3
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=str)
+def test_copies_of_edited_keys_do_without_exponentials(step, way):
+    module, query, memory, _ = step
+    with torch.no_grad():
+        keys = module.project_keys(memory)
+        keys.key.mul_(-1)
+        copied = way(keys)
+        assert not at_hand(copied)
+        torch.testing.assert_close(module(query, copied), module(query, ProjectedKeys(keys.key, keys.value)))
+
+
+def test_masks_that_do_not_fit_are_named_when_keys_are_projected(step):
+    module, _, memory, _ = step
+    if KEPT:
+        with pytest.raises(
+            ValueError, match=r"additive_attention: mask: expected a shape broadcastable to \(3, 1, 7\)"
+        ):
+            module.project_keys(memory, mask=torch.ones(3, 6, dtype=torch.bool))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedattn._dispatch import check_backend, not_scriptable
-from fusedattn.modules.projected_keys import ProjectedKeys
+from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
 from fusedattn.ops.additive_attention import accumulation_dtype, attend
 
 
@@ -17,15 +17,6 @@ def _check(t: Tensor, name: str, *shape: str | int) -> None:
     """Raises unless t has as many dimensions as ``shape`` and its last width."""
     if t.dim() != len(shape) or t.shape[-1] != shape[-1]:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
-
-
-def _over_heads(mask: Tensor | None, num_heads: int) -> Tensor | None:
-    """A mask (B, Tq, Tk) as one for every head, and that of a single head (B, 1, Tq, Tk) without it."""
-    if mask is None:
-        return None
-    if num_heads == 1:
-        return mask.squeeze(1) if mask.dim() == 4 else mask
-    return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
 def _for_one_query(mask: Tensor | None) -> Tensor | None:
@@ -47,7 +38,7 @@ def _beside(query: Tensor, weight: Tensor) -> Tensor:
 
 
 # torch.fx.symbolic_trace cannot follow what depends on sizes: it records these calls.
-for _function in ("_check", "_over_heads", "_for_one_query", "_beside"):
+for _function in ("_check", "over_heads", "_for_one_query", "_beside"):
     torch.fx.wrap(_function)
 
 
@@ -248,7 +239,7 @@ class AdditiveAttention(nn.Module):
             _cast(keys.key, query.dtype),
             _cast(keys.value, query.dtype),
             _beside(query, self._score_weight()),
-            mask=_over_heads(keys.mask, self.num_heads),
+            mask=over_heads(keys.mask, self.num_heads > 1),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
             softcap=self.softcap,

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from fusedattn.ops.additive_attention import accumulation_dtype
+from fusedattn.ops.additive_attention import accumulation_dtype, seen_keys
 
 
 class _Exponentials(NamedTuple):
-    """exp(2 key) and max ``|key|`` of a tensor as it was at one version."""
+    """exp(2 key), and max ``|key|`` of the keys that some query sees, of tensors as they were at one version."""
 
     exp: Tensor
     bound: Tensor
     key: Tensor
-    version: int | None
+    versions: tuple[int | None, ...]
 
 
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
+def _version(t: Tensor | None) -> int | None:
+    return None if t is None or t.is_inference() else t._version
+
+
+def over_heads(mask: Tensor | None, has_heads: bool) -> Tensor | None:
+    """A mask (B, Tq, Tk) as one for every head, and that of a single head (B, 1, Tq, Tk) without it."""
+    if mask is None:
+        return None
+    if not has_heads:
+        return mask.squeeze(1) if mask.dim() == 4 else mask
+    return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +43,9 @@ class ProjectedKeys:
     a list or tensor of indices, or a bool mask), one is repeated by ``keys.expand(B)``, and ``keys.to(...)`` moves
     or casts. A pytree of these four.
 
-    On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the tensor
-    and version that they were computed from: keys that were replaced or edited in place do without.
+    On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the
+    tensors and versions that they were computed from: keys that were replaced or edited in place, or whose mask or
+    lengths were, do without, and so do copies. Keys that no query sees may hold anything.
     """
 
     key: Tensor
@@ -45,18 +55,31 @@ class ProjectedKeys:
 
     _exponentials = None  # no field: neither part of the pytree nor cast, moved or replaced with the others
 
+    def _versions(self) -> tuple[int | None, ...]:
+        return _version(self.key), _version(self.mask), _version(self.key_lengths)
+
     def _keep(self, exp: Tensor, bound: Tensor) -> ProjectedKeys:
-        object.__setattr__(self, "_exponentials", _Exponentials(exp, bound, self.key, _version(self.key)))
+        object.__setattr__(self, "_exponentials", _Exponentials(exp, bound, self.key, self._versions()))
         return self
 
     def with_exponentials(self) -> ProjectedKeys:
         """Computes and keeps the exponentials, where the kernels use them: on the CPU, outside of transforms."""
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not transformed and self.key.device.type == "cpu" and self.key.numel():
-            with torch.no_grad():
-                wide = self.key.to(accumulation_dtype(self.key.dtype)).contiguous()
-                self._keep(torch.exp(2 * wide), torch.linalg.vector_norm(wide, torch.inf))
-        return self
+        if transformed or self.key.device.type != "cpu" or not self.key.numel():
+            return self
+        keys = self
+        if self.key.is_inference():  # such a tensor has no version, an edit of it would go unnoticed
+            with torch.inference_mode(False):
+                keys = replace(self, key=self.key.clone())
+        # An unnoticed edit of those could show keys that were hidden.
+        mask, lengths = (None if t is None or t.is_inference() else t for t in (self.mask, self.key_lengths))
+        with torch.no_grad():
+            wide = keys.key.to(accumulation_dtype(keys.key.dtype)).contiguous()
+            bounds = torch.linalg.vector_norm(wide, torch.inf, dim=-1)
+            if mask is not None or lengths is not None:
+                seen = seen_keys(wide, over_heads(mask, wide.dim() == 4), lengths)
+                bounds = bounds.masked_fill(~seen, 0.0)
+            return keys._keep((2 * wide).exp_(), bounds.amax())
 
     def exponentials(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """(exp(2 key), max ``|key|``) if they are those of ``key`` cast to ``dtype``, else (None, None)."""
@@ -65,12 +88,16 @@ class ProjectedKeys:
             kept is None
             or torch.compiler.is_compiling()
             or kept.key is not self.key
-            or kept.version != _version(self.key)
+            or kept.versions != self._versions()
             or kept.exp.dtype != accumulation_dtype(dtype)
             or (self.key.dtype is not dtype and torch.promote_types(self.key.dtype, dtype) != dtype)  # it rounds
         ):
             return None, None
         return kept.exp, kept.bound
+
+    def __getstate__(self) -> dict[str, Tensor | None]:
+        # Without the exponentials: a copy of an edited tensor may have the version that they belong to.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __getitem__(self, index: Any) -> ProjectedKeys:
         """The batch elements that ``index`` chooses; the batch stays a dimension."""

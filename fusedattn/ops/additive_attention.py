@@ -292,6 +292,18 @@ def _check_mask(mask, full, device):
         _fail("mask", f"a shape broadcastable to {_shape(*full)}", tuple(mask.shape))
 
 
+def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor:
+    """bool (B, [H,] Tk): the keys that some query may attend to, by a mask of any number of queries."""
+    *lead, Tk = key.shape[:-1]
+    if mask is not None:
+        Tq = mask.shape[-2] if mask.dim() > 1 else 1
+        _check_mask(mask, (*lead, Tq, Tk), key.device)
+        mask = mask.any(-2, keepdim=True) if mask.dim() > 1 else mask
+    if key_lengths is not None:
+        _check_lengths(key_lengths, key.shape[0], Tk, key.device)
+    return _visible_keys((*lead, 1, Tk), key.device, mask, key_lengths, is_causal=False).squeeze(-2)
+
+
 def _broadcasts(t: Tensor, lead: tuple) -> bool:
     return all(m == 1 or m == n for m, n in zip(t.shape[:-2], lead, strict=True))
 
@@ -320,7 +332,8 @@ def _check_lengths(key_lengths, B, Tk, device):
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    compiling = torch.compiler.is_compiling()
+    return compiling or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
