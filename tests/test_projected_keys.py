@@ -265,7 +265,14 @@ def test_inference_mode_notices_edits_too(step):
         keys = module.project_keys(memory, key_lengths=lengths)
         assert at_hand(keys)
         torch.testing.assert_close(module(query, keys), module(query, memory, key_lengths=lengths))
+        for index in ([2, 0, 1], slice(0, 3)):
+            chosen = keys[index]
+            assert at_hand(chosen)
+            chosen.key.add_(1)
+            assert not at_hand(chosen)
+            chosen.key.sub_(1)
         expected = module(query, memory[[2, 0, 1]], key_lengths=lengths)
+        keys = module.project_keys(memory, key_lengths=lengths)
         keys.key.copy_(keys.key[[2, 0, 1]])
         keys.value.copy_(keys.value[[2, 0, 1]])
         assert not at_hand(keys)

@@ -103,6 +103,9 @@ class ProjectedKeys:
         """The batch elements that ``index`` chooses; the batch stays a dimension."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0) or isinstance(index, tuple):
             raise IndexError(f"ProjectedKeys: expected a slice or a list of batch elements, got {index!r}")
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():  # as in with_exponentials
+            with torch.inference_mode(False), torch.no_grad():
+                return self[index]
         parts = (None if t is None else t[index] if batched else t for t, batched in self._parts())
         keys = ProjectedKeys(*parts)  # type: ignore[arg-type]
         if kept := self._valid():
