@@ -1,4 +1,5 @@
 // Every operator schema of the library, and nothing else. Kernels register themselves in their own files.
+// output_mask of a backward operator: bit n asks for its n-th result, which else has shape (0,).
 #include <torch/csrc/stable/library.h>
 
 #include "additive_attention/options.h"
@@ -22,7 +23,7 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "additive_attention_bwd(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, Tensor query, "
       "Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
       "Tensor? key_bound, " FUSEDATTN_ATTENTION_OPTIONS
-      ", Tensor context, Tensor lse, Tensor scores) "
+      ", Tensor context, Tensor lse, Tensor scores, int output_mask) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
 
   // x (B, ...) with C channels at channel_dim, residual like x or None. gamma and beta, each the sum of one or two
@@ -34,6 +35,6 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
   m.def(
       "film_bwd(Tensor grad_output, Tensor x, Tensor? gamma, Tensor? beta, Tensor? gamma_added, "
       "Tensor? beta_added, " FUSEDATTN_FILM_OPTIONS
-      ") -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor "
+      ", int output_mask) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor "
       "grad_beta_added)");
 }

@@ -4,11 +4,12 @@ An op has a reference and, for each family of backends, two raw operators::
 
     reference(*tensors, options)                           -> outputs
     <op>_fwd(*tensors, *options, *flags)                   -> outputs, then what only backward reads
-    <op>_bwd(*grads, *inputs, *others, *options, *kept)    -> gradients of inputs
+    <op>_bwd(*grads, *inputs, *others, *options, *kept, output_mask)    -> gradients of inputs
 
 Tensors are inputs (differentiable), others (no gradient) and added (their gradient is that of the first output);
 any may be None. grads are those of the outputs, kept is what backward reads of the forward pass. Options are
-numbers that both passes take; flags go to forward alone. An output that was not asked for has shape (0,).
+numbers that both passes take; flags go to forward alone. An output that was not asked for has shape (0,); bit n of
+output_mask asks for the gradient of input n.
 
 :class:`Op` makes of them::
 
@@ -79,7 +80,8 @@ class Op:
         outputs: what forward returns, by name; ``kept`` names those that backward reads.
         hidden: outputs, the last ones, that have no gradient: they are for backward alone.
         reference: (\\*tensors, options) -> outputs, in plain PyTorch, differentiable to any order.
-        fwd_fake, bwd_fake: results of the raw operators by shape and dtype, from the same arguments.
+        fwd_fake, bwd_fake: results of the raw operators by shape and dtype, from the same arguments; of backward
+            all of them, without output_mask.
         fold: see :class:`Fold`.
         flops: (\\*shapes of the inputs) -> operations in forward's products of matrices; backward has twice those.
     """
@@ -123,7 +125,7 @@ class Op:
         found, fakes = _tuple(self.reference(*tensors, options)), _tuple(self.fwd_fake(*arguments))
         absent = (fake.new_empty(0) for fake in fakes[len(found) :])  # what only backward reads
         outputs = (
-            *(t if _asked_for(fake) else t.new_empty(0) for t, fake in zip(found, fakes, strict=False)),
+            *(t if asked_for(fake) else t.new_empty(0) for t, fake in zip(found, fakes, strict=False)),
             *absent,
         )
         return outputs if len(outputs) > 1 else outputs[0]
@@ -143,18 +145,23 @@ class Op:
         return arguments[:a], self.options(*arguments[a:b]), arguments[b:]
 
     def bwd_parts(self, arguments: tuple) -> tuple[tuple, tuple, tuple, tuple]:
-        """(grads, tensors, options, kept) of backward's arguments."""
+        """(grads, tensors, options, kept) of backward's arguments, of which output_mask is the last."""
         a = len(self.outputs) - len(self.hidden)
         b = a + len(self.inputs) + len(self.others)
         c = b + len(self.options._fields)
-        return arguments[:a], arguments[a:b], self.options(*arguments[b:c]), arguments[c:]
+        return arguments[:a], arguments[a:b], self.options(*arguments[b:c]), arguments[c:-1]
+
+    def _masked_bwd_fake(self, *arguments):
+        grads = _tuple(self.bwd_fake(*arguments[:-1]))
+        return tuple(grad if arguments[-1] >> n & 1 else grad.new_empty(0) for n, grad in enumerate(grads))
 
 
 def _tuple(outputs) -> tuple:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _asked_for(output: Tensor) -> bool:
+def asked_for(output: Tensor) -> bool:
+    """Whether an output is none of the empty ones in place of what was not."""
     return output.dim() != 1 or output.shape[0] != 0
 
 
@@ -180,7 +187,7 @@ class _Operators:
         )
         for operator, fake, function in (
             (self.fwd, op.fwd_fake, self.Forward),
-            (self.bwd, op.bwd_fake, self.Backward),
+            (self.bwd, op._masked_bwd_fake, self.Backward),
         ):
             torch.library.register_fake(operator.name(), fake)
             kernel = partial(_carry_derivative, operator, function)
@@ -209,10 +216,10 @@ class _Operators:
         ctx.save_for_backward(*arguments[:read], *[outputs[k] for k in self._kept])
         ctx.options = arguments[tensors : self._numbers]
         ctx.added = [t is not None for t in arguments[read:tensors]]
-        ctx.asked_for = [_asked_for(t) for t in outputs[: self._visible]]
+        ctx.asked_for = [asked_for(t) for t in outputs[: self._visible]]
         if len(outputs) > self._visible or not all(ctx.asked_for):
-            asked_for = ctx.asked_for + [False] * (len(outputs) - self._visible)
-            ctx.mark_non_differentiable(*(t for t, asked in zip(outputs, asked_for, strict=True) if not asked))
+            every = ctx.asked_for + [False] * (len(outputs) - self._visible)
+            ctx.mark_non_differentiable(*(t for t, asked in zip(outputs, every, strict=True) if not asked))
         ctx.set_materialize_grads(False)
 
     def _first_derivative(self, ctx, *grads):
@@ -223,15 +230,19 @@ class _Operators:
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # once: checkpointing unpacks at every look
         tensors, kept = saved[: self._read], saved[self._read :]
-        if forward_ad._current_level >= 0:
+        asked = ctx.needs_input_grad[: len(op.inputs)]
+        mask = sum([1 << n for n, needed in enumerate(asked) if needed])
+        if not mask:  # what is added alone
+            found = [None] * len(op.inputs)
+        elif forward_ad._current_level >= 0:
             gradients, present, primals = self._through_reference(grads, tensors, ctx.options)
             found = [None] * len(op.inputs)
             for k, grad in zip(present, gradients(*primals), strict=True):
                 found[k] = grad
         else:
-            arguments = (*grads, *tensors, *ctx.options, *kept)
+            arguments = (*grads, *tensors, *ctx.options, *kept, mask)
             found = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
-            found = [None if t is None else grad for grad, t in zip(found, tensors, strict=False)]
+            found = [grad if needed else None for grad, needed in zip(found, asked, strict=True)]
         found += [None] * len(op.others) + [grads[0] if added else None for added in ctx.added]
         return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
 
@@ -288,11 +299,11 @@ class _Operators:
 
     def _vmap_backward(self, info, in_dims, *arguments):
         grads, tensors, options, kept = self.op.bwd_parts(arguments)
-        a, b, c = len(grads), len(grads) + len(tensors), len(arguments) - len(kept)
+        a, b, c = len(grads), len(grads) + len(tensors), len(arguments) - len(kept) - 1
         fold = self.op.fold(info.batch_size, tensors, in_dims[a:b])
         grads = (fold.output(t, dim) for t, dim in zip(grads, in_dims[:a], strict=True))
-        kept = (fold.output(t, dim).contiguous() for t, dim in zip(kept, in_dims[c:], strict=True))
-        found = self.TransformedBackward.apply(*grads, *fold.folded(), *options, *kept)
+        kept = (fold.output(t, dim).contiguous() for t, dim in zip(kept, in_dims[c:-1], strict=True))
+        found = self.TransformedBackward.apply(*grads, *fold.folded(), *options, *kept, arguments[-1])
         return fold.gradients_apart(_tuple(found))
 
 

@@ -216,12 +216,13 @@ class Fold(_autograd.Fold):
         dx, *found = grads
         results, dims = [self._apart(dx)], [0]
         for grad, t, dim in zip(found, self.tensors[1:], self.dims[1:], strict=False):
-            if t is not None:
+            asked = _autograd.asked_for(grad)
+            if asked:
                 shape = list(t.shape if dim is None else t.movedim(dim, 0).shape[1:])
                 grad = self._apart(grad)
                 if len(shape) < 2 or shape[0] == 1:  # one for the whole batch
                     grad = grad.sum(1)
                 grad = grad.reshape(self.N, *shape)
             results.append(grad)
-            dims.append(None if t is None else 0)
+            dims.append(0 if asked else None)
         return tuple(results), tuple(dims)

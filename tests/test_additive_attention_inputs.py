@@ -155,7 +155,7 @@ def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
     with pytest.raises(RuntimeError, match=wrong):
         forward(*arguments.values(), *options, True, True)
     with pytest.raises(RuntimeError, match=wrong):
-        backward(context, lse, weights, *arguments.values(), *options, context, lse, scores)
+        backward(context, lse, weights, *arguments.values(), *options, context, lse, scores, 0b1111)
 
 
 reads_context = pytest.mark.skipif(DEVICE != "cuda" and BACKEND != "triton", reason="the CPU does not read it")
@@ -175,7 +175,7 @@ def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
         if wrong in given:
             given[wrong] = without_its_end(given[wrong])
     with pytest.raises(RuntimeError, match=wrong):
-        raw_op("additive_attention_bwd")(*grads.values(), *arguments.values(), *options, *kept.values())
+        raw_op("additive_attention_bwd")(*grads.values(), *arguments.values(), *options, *kept.values(), 0b1111)
 
 
 # A float32 weight beside half precision: a parameter under manual casts

@@ -51,6 +51,22 @@ def op(request):
     return wrap(fused), wrap(reference), tuple(inputs().values())
 
 
+# First derivatives
+
+
+def test_gradients_of_some_inputs_are_the_same_bits(op):
+    fused, _, inputs = op
+    inputs = [t.requires_grad_() for t in inputs]
+    grad = torch.randn_like(fused(*inputs))
+    every = torch.autograd.grad(fused(*inputs), inputs, grad)
+    for mask in range(1, 1 << len(inputs)):
+        asked = [bool(mask >> n & 1) for n in range(len(inputs))]
+        some = [t if a else t.detach() for t, a in zip(inputs, asked, strict=True)]
+        wanted = [t for t, a in zip(some, asked, strict=True) if a]
+        found = torch.autograd.grad(fused(*some), wanted, grad)
+        assert all(map(torch.equal, found, (g for g, a in zip(every, asked, strict=True) if a)))
+
+
 # Forward mode
 
 

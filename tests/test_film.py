@@ -326,7 +326,9 @@ def test_raw_ops_pass_opcheck(channels_last):
     ):
         torch.library.opcheck(raw_op("film_fwd").default, args, test_utils=utils)
         backward = (torch.randn_like(args[0]), *args[:5], *args[6:])
-        torch.library.opcheck(raw_op("film_bwd").default, backward, test_utils=utils)
+        for output_mask in (0b11111, 0b00010, 0b11101):
+            arguments = (*backward, output_mask)
+            torch.library.opcheck(raw_op("film_bwd").default, arguments, test_utils=utils)
 
 
 @pytest.mark.interpreted
@@ -339,9 +341,9 @@ def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
         raw_op("film_fwd")(x, gamma, beta, *absent, residual, *options)
     message = f"film: .*{'grad_output' if wrong == 'residual' else wrong}.*expected"
     with pytest.raises(RuntimeError, match=message):
-        raw_op("film_bwd")(residual, x, gamma, beta, *absent, *options)
+        raw_op("film_bwd")(residual, x, gamma, beta, *absent, *options, 0b111)
     with pytest.raises(RuntimeError, match="film: .*grad_output.*expected"):
-        raw_op("film_bwd")(x.double(), x, None, None, *absent, *options)
+        raw_op("film_bwd")(x.double(), x, None, None, *absent, *options, 0b111)
 
 
 @not_on_the_standin("Inductor makes no code for it")

@@ -495,7 +495,9 @@ def test_opcheck(kept, dtype, H):
     context, lse, weights, scores = forward(*inputs, kept, kept)
     grads = (torch.randn_like(context), torch.randn_like(lse) if kept else None, torch.randn_like(weights))
     saved = (context, lse, scores)
-    torch.library.opcheck(backward.default, (*grads[:2], grads[2] if kept else None, *inputs, *saved))
+    for output_mask in (0b1111, 0b0001, 0b1110):
+        arguments = (*grads[:2], grads[2] if kept else None, *inputs, *saved, output_mask)
+        torch.library.opcheck(backward.default, arguments)
 
 
 def test_opcheck_of_the_least():

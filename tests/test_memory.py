@@ -285,7 +285,7 @@ def test_errors_of_torch_itself_keep_their_message():
         lambda: film(x, channel_dim=2),
         lambda: film(x[0].expand(1 << 40, 2), activation="silu"),
         lambda: torch.ops.fusedattn.film_bwd(
-            x, x, None, None, None, None, channel_dim=2, gamma_offset=0.0, activation=0
+            x, x, None, None, None, None, channel_dim=2, gamma_offset=0.0, activation=0, output_mask=1
         ),
     ):
         with pytest.raises(RuntimeError, match=r"tried to allocate \d{13} bytes"):

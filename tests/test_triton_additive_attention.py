@@ -119,7 +119,9 @@ def test_operators_are_well_formed():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(fwd, (*arguments, True, True), test_utils=tests)
     context, lse, weights, scores = fwd(*arguments, True, True)
-    torch.library.opcheck(bwd, (context, lse, weights, *arguments, context, lse, scores), test_utils=tests)
+    for output_mask in (0b1111, 0b0001, 0b0110, 0b1000):
+        backward = (context, lse, weights, *arguments, context, lse, scores, output_mask)
+        torch.library.opcheck(bwd, backward, test_utils=tests)
 
 
 def test_unsupported_inputs():

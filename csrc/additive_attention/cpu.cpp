@@ -71,6 +71,7 @@ Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool 
   return {contiguous(context, type), lse, contiguous(weights, type), scores};
 }
 
+// Those not asked for are (0,).
 template <typename T>
 struct Gradients {
   Tensor query, key, value, weight;
@@ -85,13 +86,13 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
   const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
   const int64_t strips = rowwise ? 1 : p.D_padded / fwd<T>().lanes;
   const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
-  T* grad_key = grads.key.template mutable_data_ptr<T>();
+  T* grad_key = grads.key.numel() == 0 ? nullptr : grads.key.template mutable_data_ptr<T>();
   const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
   const auto visible = [&](int64_t head) {
     const int64_t n = chunk.first_head + head;
     return p.visible_keys(n / p.H, n % p.H);
   };
-  for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0; ++head) {
+  for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0 && grad_key != nullptr; ++head) {
     T* rows = grad_key + (chunk.first_head + head) * p.Tk * p.D;
     std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, T(0));  // padding is not looked at below
   }
@@ -110,6 +111,7 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
                                             grad_key, dw, scratch);
                 }
               });
+  if (grads.query.numel() == 0) return;
   T* grad_query = grads.query.template mutable_data_ptr<T>();
   parallel<T>(chunk.heads * chunk.queries, grain_for(p.D * splits), 0, [&](int64_t first, int64_t last, T*) {
     for (int64_t row = first; row < last; ++row) {
@@ -128,17 +130,22 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
 
 template <typename T>
 Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
-                      const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores) {
+                      const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores,
+                      OutputMask asked) {
   auto& p = in.p;
   const ScalarType acc = scalar_type<T>();
-  const Gradients<T> grads{in.empty({p.Tq, p.D}), in.empty({p.Tk, p.D}), in.empty({p.Tk, p.Dv}),
-                           in.flat ? empty({p.D}, acc) : empty({p.H, p.D}, acc)};
+  const auto none = [&] { return empty({0}, acc); };
+  const Gradients<T> grads{asked[0] ? in.empty({p.Tq, p.D}) : none(), asked[1] ? in.empty({p.Tk, p.D}) : none(),
+                           asked[2] ? in.empty({p.Tk, p.Dv}) : none(),
+                           !asked[3] ? none()
+                           : in.flat ? empty({p.D}, acc)
+                                     : empty({p.H, p.D}, acc)};
   const auto first_output = [](const Tensor& t) {
     return passes_caches(t, t.size(-1) * t.element_size()) ? Output::STREAMED : Output::WRITTEN;
   };
   p.key_output = first_output(grads.key), p.value_output = first_output(grads.value);
   T* grad_value = grads.value.template mutable_data_ptr<T>();
-  if (p.Tq == 0 || grads.query.numel() == 0) {
+  if (p.Tq == 0 || p.D == 0 || p.B * p.H == 0) {
     Tensor key = grads.key, value = grads.value;
     torch::stable::zero_(key);
     torch::stable::zero_(value);
@@ -180,7 +187,7 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
             p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
       }
     });
-    if (grad_context) {
+    if (grad_context && asked[2]) {
       // dvalue = p^T dcontext, blocks of keys.
       const View<const T> dc = view<T>(*grad_context);
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T*) {
@@ -192,13 +199,15 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
                              chunk.first_query > 0 ? Output::ADDED : p.value_output);
       });
     }
-    backward_scores(in, chunk, first_row, g.get(), splits, grads, partial_query.get(), partial_weight.get());
+    if (asked[0] || asked[1] || asked[3])
+      backward_scores(in, chunk, first_row, g.get(), splits, grads, partial_query.get(), partial_weight.get());
   });
   if (!grad_context) {
     Tensor value = grads.value;
     torch::stable::zero_(value);
   }
 
+  if (!asked[3]) return grads;
   // dw = sum of g - 2 sum of g r
   T* grad_weight = grads.weight.template mutable_data_ptr<T>();
   for (int64_t h = 0; h < p.H; ++h) {
@@ -236,7 +245,7 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
                                const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
                                const OptionalTensor& key_lengths, const OptionalTensor& key_exp,
                                const OptionalTensor& key_bound, const AttentionOptions& options, const Tensor&,
-                               const Tensor& lse, const Tensor& scores) {
+                               const Tensor& lse, const Tensor& scores, OutputMask asked) {
   const ScalarType type = query.scalar_type();
   const auto run = [&](auto zero) -> Forward {
     using T = decltype(zero);
@@ -253,8 +262,8 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
                     "additive_attention: lse and scores must be in the dtype of the arithmetic");
     OptionalTensor dc;
     if (grad_context) dc = prepared(*grad_context, acc);
-    const auto grads =
-        backward(in, dc, given(grad_lse), given(grad_weights), contiguous(lse, acc), contiguous(scores, acc));
+    const auto grads = backward(in, dc, given(grad_lse), given(grad_weights), contiguous(lse, acc),
+                                contiguous(scores, acc), asked);
     return {contiguous(grads.query, type), contiguous(grads.key, type), contiguous(grads.value, type),
             contiguous(grads.weight, weight.scalar_type())};
   };

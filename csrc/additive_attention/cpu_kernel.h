@@ -99,7 +99,8 @@ struct AttentionBwdKernels {
   T (*grad_scores)(const AttentionProblem<T>&, const T* scores, T lse, T grad_lse, T* p, T* g);
 
   // The joint backward of one head over keys first_key .. last_key. Rowwise form: all channels, and
-  // grad_query, grad_weight are D_padded wide partial sums. Strip form: channels d .. d + lanes.
+  // grad_query, grad_weight are D_padded wide partial sums. Strip form: channels d .. d + lanes. Without grad_key
+  // (null) keys are read and nothing as large is written.
   void (*backward_rows)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
                         int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch);
   void (*backward_strip)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t d, int64_t first_key,

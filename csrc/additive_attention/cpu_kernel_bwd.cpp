@@ -108,7 +108,7 @@ void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const P
   const T* key = exponentials ? p.key_exp + (at.n * p.Tk + j) * p.D : p.key.row(at.b, at.h, j);
   const int64_t key_row = exponentials ? p.D : p.key.stride_t;
   const T* w = p.weight + at.h * p.D_padded;
-  T* dk = grad_key + (at.n * p.Tk + j) * p.D;
+  T* dk = grad_key == nullptr ? nullptr : grad_key + (at.n * p.Tk + j) * p.D;
   const bool* seen = p.seen_keys(at.b, at.h);
   const T* row[KEYS];
   for (int c = 0; c < KEYS; ++c) row[c] = seen == nullptr || seen[j + c] ? key + c * key_row : zeros;
@@ -131,6 +131,7 @@ void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const P
                                    sum, dwd);
     }
     store(dw + d, load(dw + d) + dwd);
+    if (dk == nullptr) continue;
     const Vec<T> w4 = 4 * load(w + d);
     for (int c = 0; c < KEYS; ++c) write<T>(dk + c * p.D + d, w4 * sum[c], n, output);
   }
@@ -177,6 +178,7 @@ FUSEDATTN_INLINE void backward_strip_keys(const AttentionProblem<T>& p, const Ch
   for (int c = 0; c < KEYS; ++c) kd[c] = load(k + (j + c) * W);
   backward_column<sum_form, KEYS>(q, kd, g + j, p.Tk, higher(0, j + diagonal), chunk.queries, dq, sum, dwd);
   dw += dwd;  // block by block: a long sum in one register would lose bits
+  if (dk == nullptr) return;
   const Output output = chunk.first_query > 0 ? Output::ADDED : Output::WRITTEN;
   for (int c = 0; c < KEYS; ++c) write<T>(dk + (j + c) * p.D, w4 * sum[c], n, output);
 }
@@ -226,7 +228,7 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
   }
 
   g += head * chunk.queries * p.Tk + first_key;
-  T* dk = grad_key + (at.n * p.Tk + first_key) * p.D + d;
+  T* dk = grad_key == nullptr ? nullptr : grad_key + (at.n * p.Tk + first_key) * p.D + d;
   const Vec<T> w4 = 4 * load(p.weight + at.h * p.D_padded + d);
   const int64_t diagonal = p.options.is_causal ? first_key - chunk.first_query : -p.Tk;
   Vec<T> dw = load(grad_weight + d);

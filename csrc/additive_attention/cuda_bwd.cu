@@ -23,7 +23,7 @@ OptionalTensor checked(const AttentionInputs& in, const OptionalTensor& t, const
 template <typename S>
 Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                    const OptionalTensor& grad_weights, const Tensor& context, const Tensor& lse,
-                   const Tensor& scores) {
+                   const Tensor& scores, OutputMask asked) {
   using T = gpu::Arithmetic<S>;
   const ScalarType type = in.query.scalar_type(), acc = gpu::arithmetic_type<S>();
   const AttentionProblem<S> p = in.problem<S>();
@@ -35,19 +35,21 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
   OptionalTensor s;
   if (scores.numel() > 0) s = checked(in, scores, "scores", in.shape(p.Tq, p.Tk), acc);
 
-  Tensor dq = in.empty(in.shape(p.Tq, p.D), type), dk = in.empty(in.shape(p.Tk, p.D), type);
-  Tensor dx = in.empty(in.shape(p.Tk, p.Dv), type);
+  // The two small ones are made in any case.
+  const auto none = [&] { return in.empty(0, type); };
+  Tensor dq = in.empty(in.shape(p.Tq, p.D), type), dk = asked[1] ? in.empty(in.shape(p.Tk, p.D), type) : none();
+  Tensor dx = asked[2] ? in.empty(in.shape(p.Tk, p.Dv), type) : none();
   Tensor dw =
       in.empty(in.flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D}, in.weight.scalar_type());
   AttentionGradients<S> grads;
   grads.grad_context = dc ? in.view<S>(*dc) : RowsOf<S>(nullptr, 0, 0, 0);
   grads.grad_lse = gpu::data<T>(dl), grads.grad_weights = gpu::data<S>(dp);
   grads.context = in.view<S>(*c), grads.lse = gpu::data<T>(l), grads.scores = gpu::data<T>(s);
-  grads.grad_query = gpu::mutable_data<S>(dq), grads.grad_key = gpu::mutable_data<S>(dk);
-  grads.grad_value = gpu::mutable_data<S>(dx), grads.grad_weight = in.numbers<S>(dw);
+  grads.grad_query = gpu::mutable_data<S>(dq), grads.grad_key = asked[1] ? gpu::mutable_data<S>(dk) : nullptr;
+  grads.grad_value = asked[2] ? gpu::mutable_data<S>(dx) : nullptr, grads.grad_weight = in.numbers<S>(dw);
   const Tensor memory = in.empty(additive_attention_bwd_workspace(p, grads), acc);
   launch_additive_attention_bwd<S>(p, grads, gpu::mutable_data<T>(memory), in.device.stream());
-  return {dq, dk, dx, dw};
+  return {asked[0] ? dq : none(), dk, dx, asked[3] ? dw : none()};
 }
 
 Gradients additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
@@ -55,10 +57,10 @@ Gradients additive_attention_bwd(const OptionalTensor& grad_context, const Optio
                                  const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
                                  const OptionalTensor& key_lengths, const OptionalTensor&, const OptionalTensor&,
                                  const AttentionOptions& options, const Tensor& context, const Tensor& lse,
-                                 const Tensor& scores) {
+                                 const Tensor& scores, OutputMask asked) {
   const AttentionInputs in(query, key, value, weight, mask, key_lengths, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
-    return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores);
+    return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores, asked);
   });
 }
 

@@ -457,7 +457,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
       additive_attention_bwd_workspace(problem, grads, chunk_elements) - seen_workspace(problem);
   const auto p = with_seen_keys<true>(problem, workspace + planned, stream);
   const auto zero = [&](auto* x, int64_t n) {
-    if (n > 0)
+    if (n > 0 && x != nullptr)
       FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<std::remove_pointer_t<decltype(x)>>,
                        gpu::ceil_div(n, BACKWARD_BLOCK), BACKWARD_BLOCK, 0, stream, x, n);
   };
@@ -528,10 +528,11 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
                          chunk.heads * chunk.tiles * (plan.channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
                          JointMemory<T>::SIZE * sizeof(T), stream, p, grads, chunk);
         const int64_t key_blocks = gpu::ceil_div(chunk.heads * p.Tk * p.D, BACKWARD_BLOCK);
-        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_keys<S>, key_blocks < 65536 ? key_blocks : 65536,
-                         BACKWARD_BLOCK, 0, stream, p, chunk, grads.grad_key);
+        if (grads.grad_key != nullptr)
+          FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_keys<S>, key_blocks < 65536 ? key_blocks : 65536,
+                           BACKWARD_BLOCK, 0, stream, p, chunk, grads.grad_key);
       }
-      if (grads.grad_context.data != nullptr && p.Dv > 0)
+      if (grads.grad_context.data != nullptr && grads.grad_value != nullptr && p.Dv > 0)
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_values<S>,
                          chunk.heads * (chunk.keys / BLOCK_K) * gpu::ceil_div(p.Dv, 64), ATTENTION_BLOCK,
                          2 * BLOCK_Q * BLOCK_K * sizeof(T), stream, p, grads.grad_context, chunk,

@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
   const Head at(p, blockIdx.x / parts.splits);
   const int64_t begin = blockIdx.x % parts.splits * parts.keys, end = lower(begin + parts.keys, p.Tk);
   const int64_t visible = p.keys_end(at.b, 0), columns = grads.grad_context.data == nullptr ? 0 : p.Dv;
+  const int64_t written = grads.grad_value == nullptr ? 0 : columns;
   const bool packed = RowsOf<S>(grads.grad_value, 0, 0, p.Dv).packed;
   const auto load_gradient = [&](int i, int64_t v) {
     return load_channels(grads.grad_context.row(at.b, at.h, i), grads.grad_context.packed, v, columns);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
       if (j < end) parts.g[(at.n * p.Tk + j) * QUERIES + i] = pair.g;
     }
     __syncwarp();
-    for (int64_t v = lane * PACK; v < columns; v += SPLIT_CHANNELS) {
+    for (int64_t v = lane * PACK; v < written; v += SPLIT_CHANNELS) {
       T dx[FEW_KEYS][PACK] = {};
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i) {
@@ -210,14 +211,14 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   const S* key = p.key.row(at.b, at.h, begin + warp) + d;
   const auto g_of = [&](int64_t j) { return parts.g + (at.n * p.Tk + j) * QUERIES; };
   const T* g_of_key = g_of(begin + warp);
-  S* grad_key = grads.grad_key + (at.n * p.Tk + begin + warp) * p.D + d;
+  int64_t out = (at.n * p.Tk + begin + warp) * p.D + d;                       // in grad_key, which may be null
   const int channels = d < p.D ? static_cast<int>(lower(PACK, p.D - d)) : 0;  // of the lane's
   const bool whole = channels == PACK && p.key.packed;
   const bool whole_grad = channels == PACK && RowsOf<S>(grads.grad_key, 0, 0, p.D).packed;
   constexpr T zeros[PACK] = {};
   const T* const g_end = g_of(end);
   const T* const g_seen = g_of(lower(end, visible));
-  for (; g_of_key < g_seen; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, grad_key += WARPS * p.D) {
+  for (; g_of_key < g_seen; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, out += WARPS * p.D) {
     T dk[PACK] = {};
     const auto g = gpu::load_pack<QUERIES>(g_of_key);
     T k[PACK], r[PACK];
@@ -257,13 +258,14 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
         sums.add(i, g.element[i], r, dk);
       }
     }
+    if (grads.grad_key == nullptr) continue;
     const auto weights = gpu::load_pack<PACK>(w + lane * PACK);
 #pragma unroll
     for (int e = 0; e < PACK; ++e) dk[e] *= weights.element[e];
-    store_channels(grad_key, whole_grad, 0, channels, dk);
+    store_channels(grads.grad_key + out, whole_grad, 0, channels, dk);
   }
-  for (; g_of_key < g_end; g_of_key += WARPS * QUERIES, grad_key += WARPS * p.D)
-    store_channels(grad_key, whole_grad, 0, channels, zeros);
+  for (; g_of_key < g_end && grads.grad_key != nullptr; g_of_key += WARPS * QUERIES, out += WARPS * p.D)
+    store_channels(grads.grad_key + out, whole_grad, 0, channels, zeros);
 
   // The warps add up in shared memory, one after the other.
   const auto add_to = [&](T* to, const T(&x)[PACK]) {

@@ -126,7 +126,7 @@ struct AttentionGradients {
   const S* grad_weights;  // (B, H, Tq, Tk)
   RowsOf<S> context;
   const T *lse, *scores;
-  S *grad_query, *grad_key, *grad_value;  // contiguous, as the next
+  S *grad_query, *grad_key, *grad_value;  // contiguous, as the next; the last two may be null: not asked for
   Numbers<S> grad_weight;
 };
 

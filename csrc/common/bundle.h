@@ -1,7 +1,9 @@
-// Bundles of options (<op>/options.h), plain structs of scalars, made member by member without naming one.
+// Bundles of options (<op>/options.h), plain structs of scalars, made member by member without naming one; and
+// which results are asked for.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -28,5 +30,11 @@ template <typename Bundle, typename Next>
 Bundle make_bundle(Next next) {
   return make_bundle<Bundle>(next, std::make_index_sequence<MEMBERS<Bundle>>());
 }
+
+// Which gradients backward is asked for: bit n for the n-th of its results, which has shape (0,) if it is not.
+struct OutputMask {
+  int64_t bits;
+  bool operator[](int n) const { return (bits >> n & 1) != 0; }
+};
 
 }  // namespace fusedattn

@@ -434,15 +434,19 @@ void gather_sums(FilmWalk& walk) {
                    [&](const FilmWalk::Dim& a, const FilmWalk::Dim& b) { return place(a) < place(b); });
 }
 
+// Where the gradient of parameter n, in the order of FilmParameters, is among the results.
+constexpr int RESULT[FILM_PARAMETERS] = {1, 3, 2, 4};
+
 template <typename T>
 Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const FilmParameters& parameters,
-                   const FilmOptions& options) {
+                   const FilmOptions& options, OutputMask asked) {
   FilmWalk walk = in.walk(parameters);
   gather_sums(walk);
   const Problem<T> p(in, type, parameters, options, walk);
   std::vector<Gradient<T>> of_gamma, of_beta;
   for (int n = 0; n < FILM_PARAMETERS; ++n)
-    if (parameters[n]) (n < 2 ? of_gamma : of_beta).emplace_back(in, walk, *parameters[n], GRADIENTS + n);
+    if (parameters[n] && asked[RESULT[n]])
+      (n < 2 ? of_gamma : of_beta).emplace_back(in, walk, *parameters[n], GRADIENTS + n);
 
   const int64_t columns = std::min(p.columns(), walk.row().size);
   int64_t wanted = std::max<int64_t>(1, PIECE / columns);
@@ -464,27 +468,31 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
     }
   }
   const bool needs_rows = needs_room;
-  needs_room |= p.gamma.needs_room() || p.beta.needs_room();
+  // A sum that nobody asked for goes where the next overwrites it: a number, or as many as a vector has.
+  const bool drops_gamma = of_gamma.empty(), drops_beta = of_beta.empty();
+  needs_room |= p.gamma.needs_room() || p.beta.needs_room() || (drops_gamma && p.gamma.is_vector) ||
+                (drops_beta && p.beta.is_vector);
 
   const Tensor grad = like(in, grad_output, "grad_output");
-  Tensor dx = empty_like(in);
+  Tensor dx = asked[0] ? empty_like(in) : empty({0}, in.x.scalar_type());
   const char* dy = static_cast<const char*>(grad.const_data_ptr());
   char* out = static_cast<char*>(dx.mutable_data_ptr());
-  const bool streamed = p.streams(dx);
+  const bool streamed = asked[0] && p.streams(dx);
   parallel_for(cut.tasks, cut.grain, [&](int64_t first, int64_t last) {
     const Buffer<T> room(needs_room ? 4 * COLUMNS : 0);
-    // Sums of an absent parameter go nowhere.
+    const Buffer<char> unasked(asked[0] ? 0 : columns * p.size);
     T dropped[2];
     for (int64_t n = first; n < last; ++n) {
       const Cut::Task task = cut.task(n);
       p.for_each(task, needs_rows, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t row) {
-        T* const dz_x = of_gamma.empty() ? &dropped[0] : room.get() + 2 * COLUMNS;
-        T* const dz = of_beta.empty() ? &dropped[1] : room.get() + 3 * COLUMNS;
+        T* const dz_x = drops_gamma && !p.gamma.is_vector ? &dropped[0] : room.get() + 2 * COLUMNS;
+        T* const dz = drops_beta && !p.beta.is_vector ? &dropped[1] : room.get() + 3 * COLUMNS;
         const Written<T> a(of_gamma, walk, task, at, row, p.gamma.is_vector, dz_x);
         const Written<T> b(of_beta, walk, task, at, row, p.beta.is_vector, dz);
         const int64_t element = (at.of[0] + task.column) * p.size;
         kernels().backward(type, options.activation, p.rows(task, rows, at, room.get(), streamed, !p.cheap()),
-                           dy + element, out + element, {a.to, b.to, a.step, b.step, a.is_fresh, b.is_fresh});
+                           dy + element, asked[0] ? out + element : unasked.get(),
+                           {a.to, b.to, a.step, b.step, a.is_fresh, b.is_fresh, asked[0]});
         if (a.only == nullptr)
           for (const Gradient<T>& g : of_gamma) g.take(task, at, row, rows, a.to, a.step, p.gamma.is_vector);
         if (b.only == nullptr)
@@ -496,7 +504,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
   std::vector<Tensor> found{dx};
   size_t next[2] = {0, 0};
   for (int n = 0; n < FILM_PARAMETERS; ++n) {
-    if (!parameters[n]) {
+    if (!parameters[n] || !asked[RESULT[n]]) {
       found.push_back(empty({0}, in.x.scalar_type()));
       continue;
     }
@@ -521,22 +529,21 @@ Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTens
 
 Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
                    const OptionalTensor& beta, const OptionalTensor& gamma_added, const OptionalTensor& beta_added,
-                   const FilmOptions& options) {
+                   const FilmOptions& options, OutputMask asked) {
   const FilmType type = storage_type(x.scalar_type());
-  const auto zeros = [&](const OptionalTensor& t) {
-    Tensor zero =
-        t ? torch::stable::empty_like(*t) : torch::stable::empty(std::vector<int64_t>{0}, x.scalar_type());
+  const auto zeros = [&](int n, const OptionalTensor& t) {
+    Tensor zero = t && asked[n] ? torch::stable::empty_like(*t) : empty({0}, x.scalar_type());
     torch::stable::zero_(zero);
     return zero;
   };
   if (x.numel() == 0)
-    return {torch::stable::empty_like(x), zeros(gamma), zeros(beta), zeros(gamma_added), zeros(beta_added)};
+    return {zeros(0, x), zeros(1, gamma), zeros(2, beta), zeros(3, gamma_added), zeros(4, beta_added)};
   const Layout in(x, options);
   const FilmParameters parameters{gamma, gamma_added, beta, beta_added};
   auto [dx, dgamma, dgamma_added, dbeta, dbeta_added] =
-      type == FilmType::DOUBLE ? backward<double>(grad_output, in, type, parameters, options)
-                               : backward<float>(grad_output, in, type, parameters, options);
-  return {in.restored(dx, x), dgamma, dbeta, dgamma_added, dbeta_added};
+      type == FilmType::DOUBLE ? backward<double>(grad_output, in, type, parameters, options, asked)
+                               : backward<float>(grad_output, in, type, parameters, options, asked);
+  return {asked[0] ? in.restored(dx, x) : dx, dgamma, dbeta, dgamma_added, dbeta_added};
 }
 
 }  // namespace

@@ -162,7 +162,7 @@ struct Rows {
       Sums<T, beta_is_vector> dz(to.beta, to.beta_step, r, to.beta_is_fresh);
       const S* x = static_cast<const S*>(t.x) + r * t.step;
       const S* dy = static_cast<const S*>(grad) + r * t.step;
-      S* dx = static_cast<S*>(out) + r * t.step;
+      S* dx = static_cast<S*>(out) + (to.keeps_dx ? r * t.step : 0);
       const auto step = [&](int64_t i, int which) {
         const Vec<T> in = load(x + i), a = scale(i);
         Vec<T> g = load(dy + i);

@@ -29,6 +29,7 @@ struct FilmSums {
   void *gamma, *beta;
   int64_t gamma_step, beta_step;
   bool gamma_is_fresh, beta_is_fresh;  // else the sums over all rows are added to what is there
+  bool keeps_dx = true;                // else its rows take the place of each other: nobody asked for it
 };
 
 struct FilmKernels {

@@ -11,20 +11,24 @@
 namespace fusedattn {
 namespace {
 
-Tensor empty_as(const Tensor& like, const OptionalTensor& shape) {
-  if (!shape) return torch::stable::new_empty(like, std::vector<int64_t>{0});
+Tensor empty_as(const Tensor& like, const OptionalTensor& shape, bool asked = true) {
+  if (!shape || !asked) return torch::stable::new_empty(like, std::vector<int64_t>{0});
   return torch::stable::new_empty(like, std::vector<int64_t>(shape->sizes().begin(), shape->sizes().end()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(
-    const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
-    const OptionalTensor& gamma_added, const OptionalTensor& beta_added, const FilmOptions& options) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
+                                                            const OptionalTensor& gamma,
+                                                            const OptionalTensor& beta,
+                                                            const OptionalTensor& gamma_added,
+                                                            const OptionalTensor& beta_added,
+                                                            const FilmOptions& options, OutputMask asked) {
   require_one_tensor(gamma_added, beta_added);
-  Tensor dgamma = empty_as(x, gamma), dbeta = empty_as(x, beta);
+  const auto none = [&] { return empty_as(x, {}); };
+  Tensor dgamma = empty_as(x, gamma, asked[1]), dbeta = empty_as(x, beta, asked[2]);
   if (x.numel() == 0) {
     torch::stable::zero_(dgamma);
     torch::stable::zero_(dbeta);
-    return {torch::stable::empty_like(x), dgamma, dbeta, empty_as(x, {}), empty_as(x, {})};
+    return {asked[0] ? torch::stable::empty_like(x) : none(), dgamma, dbeta, none(), none()};
   }
   const FilmInputs in(x, gamma, beta, options);
   in.device.require(grad_output, "film", "grad_output");
@@ -37,11 +41,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(
     const Tensor sums =
         torch::stable::new_empty(x, std::vector<int64_t>{2 * film_bwd_parts(problem)}, gpu::arithmetic_type<S>());
     launch_film_bwd<S>(problem, gpu::data<S>(dy), gpu::mutable_data<S>(dx),
-                       gamma ? gpu::mutable_data<S>(dgamma) : nullptr,
-                       beta ? gpu::mutable_data<S>(dbeta) : nullptr, gpu::mutable_data<gpu::Arithmetic<S>>(sums),
-                       in.device.stream());
+                       gamma && asked[1] ? gpu::mutable_data<S>(dgamma) : nullptr,
+                       beta && asked[2] ? gpu::mutable_data<S>(dbeta) : nullptr,
+                       gpu::mutable_data<gpu::Arithmetic<S>>(sums), in.device.stream());
   });
-  return {in.layout.restored(dx, x), dgamma, dbeta, empty_as(x, {}), empty_as(x, {})};
+  return {asked[0] ? in.layout.restored(dx, x) : none(), dgamma, dbeta, none(), none()};
 }
 
 }  // namespace

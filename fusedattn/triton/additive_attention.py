@@ -108,7 +108,9 @@ def additive_attention_bwd(
     grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound, *rest
 ):  # fmt: skip
     """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
-    *options, context, lse, scores = rest
+    *options, context, lse, scores, output_mask = rest
+    asked = [bool(output_mask >> n & 1) for n in range(4)]
+    of_query, of_key, of_value, of_weight = asked
     inputs = (query, key, value, weight)
     Tq, Tk, Dv, wide = query.shape[-2], key.shape[-2], value.shape[-1], arithmetic(query.dtype)
     check(
@@ -123,7 +125,7 @@ def additive_attention_bwd(
         scores=(scores if scores.numel() else None, (Tq, Tk), wide),
     )
     if not (lse.numel() and key.shape[-2]):
-        return tuple(t.new_zeros(t.shape) for t in inputs)
+        return tuple(t.new_zeros(t.shape if a else 0) for t, a in zip(inputs, asked, strict=True))
     with on_device_of(query):
         problem = Problem(*inputs, mask, key_lengths, Options(*options))
         B, H = problem.B, problem.H
@@ -137,7 +139,7 @@ def additive_attention_bwd(
         if grad_lse is not None:
             grad_lse = grad_lse.reshape(B, H, Tq)
         grad_query = torch.empty(B, H, Tq, problem.D, dtype=query.dtype, device=query.device)
-        totals = None
+        totals: dict = {}  # by input: sums over the chunks of queries
         for first, end in problem.chunks(kept or grad_weights is not None):
             part = slice(first, end)
             s, row_lse = scores, lse[:, :, part].contiguous()
@@ -154,20 +156,26 @@ def additive_attention_bwd(
             dc = None if grad_context is None else grad_context[:, :, part]
             g, g_transposed = score_gradient(problem, s, row_lse, context[:, :, part], dc, grad_weights, shift)
             rows = queries.part(first, end)
-            dq, dw = query_gradient(problem, g_transposed, rows, keys, first)
-            grad_query[:, :, part] = dq
-            sums = [key_gradient(problem, g, rows, keys, first), dw]
-            if dc is not None:
-                sums.append(value_gradient(problem, s, row_lse, dc, first))
-            totals = sums if totals is None else [total.add_(x) for total, x in zip(totals, sums, strict=True)]
-    grad_key, grad_weight, *grad_value = totals
-    grads = (grad_query, grad_key, grad_value[0] if grad_value else value.new_zeros(value.shape), grad_weight)
-    return tuple(grad.to(t.dtype).view(t.shape) for grad, t in zip(grads, inputs, strict=True))
+            sums = {}
+            if of_query or of_weight:
+                grad_query[:, :, part], sums["weight"] = query_gradient(problem, g_transposed, rows, keys, first)
+            if of_key:
+                sums["key"] = key_gradient(problem, g, rows, keys, first)
+            if of_value and dc is not None:
+                sums["value"] = value_gradient(problem, s, row_lse, dc, first)
+            totals = {name: totals[name].add_(x) if name in totals else x for name, x in sums.items()}
+    if of_value and grad_context is None:
+        totals["value"] = value.new_zeros(value.shape)
+    grads = (grad_query, totals.get("key"), totals.get("value"), totals.get("weight"))
+    return tuple(
+        grad.to(t.dtype).view(t.shape) if a else t.new_empty(0)
+        for grad, t, a in zip(grads, inputs, asked, strict=True)
+    )
 
 
 register(
     f"additive_attention_bwd_triton(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, {_INPUTS}, "
-    f"{schema(Options)}, Tensor context, Tensor lse, Tensor scores) "
+    f"{schema(Options)}, Tensor context, Tensor lse, Tensor scores, int output_mask) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
     additive_attention_bwd,
 )
@@ -210,4 +218,4 @@ def _typical_call(B, Tq, Tk, D, dtype, masked):
     options = Options(is_causal=masked, scale=1.0, softcap=5.0 if masked else 0.0)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
-    additive_attention_bwd(*grads, *inputs, *options, context, lse, scores)
+    additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b1111)

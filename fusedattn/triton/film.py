@@ -448,21 +448,25 @@ def _cut(tiles: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(blocks, steps), steps
 
 
-def backward(grad_output, x, gamma, beta, gamma_added, beta_added, *options):
+def backward(grad_output, x, gamma, beta, gamma_added, beta_added, *rest):
     """film_bwd, see csrc/library.cpp."""
+    *options, output_mask = rest
     options = Options(*options)
     _check(x, gamma, beta, gamma_added, beta_added, options, grad_output=grad_output)
     view = _View(x, options.channel_dim, (gamma, beta))
     dx = torch.empty_like(view.x)
+    of_x, *asked = [bool(output_mask >> n & 1) for n in range(3)]
     grads = [
-        x.new_empty(0) if p is None else torch.empty(p.shape, dtype=p.dtype, device=x.device)
-        for p in (gamma, beta)
+        torch.empty(p.shape, dtype=p.dtype, device=x.device) if a and p is not None else None
+        for p, a in zip((gamma, beta), asked, strict=True)
     ]
-    if x.numel() == 0:
-        return view.restored(dx, x), *(grad.zero_() for grad in grads), x.new_empty(0), x.new_empty(0)
-    arguments = (view, view.like(grad_output), gamma, beta, dx, grads, _kernel_options(options, x.dtype))
-    _tiled("film_bwd", view, lambda tile: _backward(tile, *arguments))
-    return view.restored(dx, x), *grads, x.new_empty(0), x.new_empty(0)
+    if x.numel():
+        arguments = (view, view.like(grad_output), gamma, beta, dx, grads, _kernel_options(options, x.dtype))
+        _tiled("film_bwd", view, lambda tile: _backward(tile, *arguments))
+    else:
+        grads = [None if grad is None else grad.zero_() for grad in grads]
+    found = (view.restored(dx, x) if of_x else None, *grads, None, None)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in found)
 
 
 def _backward(tile, view, grad_output, gamma, beta, dx, grads, options):
@@ -479,9 +483,9 @@ def _backward(tile, view, grad_output, gamma, beta, dx, grads, options):
         partial_shape = (B, pieces, C, 1)
     arithmetic = torch.float64 if view.x.dtype == torch.float64 else torch.float32
     sums = []  # the gradient itself where one program holds all of a sum
-    for p, grad in zip((gamma, beta), grads, strict=True):
-        if p is None or grad.numel() == math.prod(partial_shape):
-            sums.append(None if p is None else grad)
+    for grad in grads:
+        if grad is None or grad.numel() == math.prod(partial_shape):
+            sums.append(grad)
         else:
             sums.append(torch.empty(partial_shape, dtype=arithmetic, device=dx.device))
     pointers = grad_output, view.x, gamma, beta, dx, *sums
@@ -506,7 +510,7 @@ def _add_up(partial: Tensor, out: Tensor) -> None:
 _PARAMETERS = "Tensor? gamma, Tensor? beta, Tensor? gamma_added, Tensor? beta_added"
 register(f"film_fwd_triton(Tensor x, {_PARAMETERS}, Tensor? residual, {schema(Options)}) -> Tensor", forward)
 register(
-    f"film_bwd_triton(Tensor grad_output, Tensor x, {_PARAMETERS}, {schema(Options)}) "
+    f"film_bwd_triton(Tensor grad_output, Tensor x, {_PARAMETERS}, {schema(Options)}, int output_mask) "
     "-> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor grad_beta_added)",
     backward,
 )
@@ -521,7 +525,7 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         C = shape[channel_dim]
         gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
         forward(x, gamma, gamma, None, None, x, channel_dim, 1.0, activation)
-        backward(x, x, gamma, gamma, None, None, channel_dim, 1.0, activation)
+        backward(x, x, gamma, gamma, None, None, channel_dim, 1.0, activation, 0b111)
 
     cases = (
         ((8, 256, 56, 56), 1, False, GELU),
