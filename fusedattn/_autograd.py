@@ -37,7 +37,7 @@ _SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
 _IMPLEMENTATIONS = torch.library.Library("fusedattn", "IMPL")
 # Around a call whose derivative is taken care of: the dispatcher would come back to Python for the operator's own,
 # which doubles the cost of a small call.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class Fold:
@@ -99,12 +99,12 @@ class Op:
     kept: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     flops: Callable[..., int] | None = None
-    _operators: dict[str, "_Operators"] = field(init=False, default_factory=dict)
+    operators: dict[str, "Operators"] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         errors = {"": _library.EXTENSION_ERROR, "_triton": _library.TRITON_ERROR}
-        made = {suffix: _Operators(self, suffix) for suffix, error in errors.items() if error is None}
-        self._operators.update((name, made[suffix]) for name, suffix in _SUFFIXES.items() if suffix in made)
+        made = {suffix: Operators(self, suffix) for suffix, error in errors.items() if error is None}
+        self.operators.update((name, made[suffix]) for name, suffix in _SUFFIXES.items() if suffix in made)
         if self.flops is not None:
             for operators in made.values():
                 _flops.count(operators.fwd.overloadpacket, partial(self._fwd_flops, self.flops))
@@ -114,11 +114,11 @@ class Op:
         """Runs forward on a backend, with every derivative that may be asked for; the reference takes no flags."""
         if backend == "reference" or forward_ad._current_level >= 0:
             return self.reference(*tensors, options)
-        return self._operators[backend](*tensors, *options, *flags)
+        return self.operators[backend](*tensors, *options, *flags)
 
     def decompositions(self) -> dict[torch._ops.OpOverload, Callable]:
         """Forward by each family of backends as the reference's ATen operators."""
-        return {operators.fwd: self._decomposed for operators in self._operators.values()}
+        return {operators.fwd: self._decomposed for operators in self.operators.values()}
 
     def _decomposed(self, *arguments):
         tensors, options, _ = self.fwd_parts(arguments)
@@ -165,7 +165,7 @@ def asked_for(output: Tensor) -> bool:
     return output.dim() != 1 or output.shape[0] != 0
 
 
-class _Operators:
+class Operators:
     """The raw operators of one family of backends, and the Functions that make them differentiable."""
 
     def __init__(self, op: Op, suffix: str):
@@ -180,7 +180,7 @@ class _Operators:
         self._visible = len(op.outputs) - len(op.hidden)
         self._kept = [op.outputs.index(name) for name in op.kept]
         self.Forward, self.TransformedForward = _functions(
-            self.fwd, self._save_forward, self._first_derivative, self._vmap_forward
+            self.fwd, self.save_forward, self.first_derivative, self._vmap_forward
         )
         self.Backward, self.TransformedBackward = _functions(
             self.bwd, self._save_backward, self._second_derivative, self._vmap_backward
@@ -205,32 +205,34 @@ class _Operators:
             return operator(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)
-        with _below_autograd():  # a Function costs more than a small problem
-            return operator(*arguments)
+        with below_autograd():  # a Function costs more than a small problem
+            return operator._op(*arguments)  # which is what the operator calls
 
     # First derivative: by <op>_bwd
 
-    def _save_forward(self, ctx, arguments, outputs):
+    def save_forward(self, ctx, arguments, outputs):
         outputs = _tuple(outputs)
         read, tensors = self._read, self._tensors
         ctx.save_for_backward(*arguments[:read], *[outputs[k] for k in self._kept])
         ctx.options = arguments[tensors : self._numbers]
         ctx.added = [t is not None for t in arguments[read:tensors]]
-        ctx.asked_for = [asked_for(t) for t in outputs[: self._visible]]
-        if len(outputs) > self._visible or not all(ctx.asked_for):
-            every = ctx.asked_for + [False] * (len(outputs) - self._visible)
-            ctx.mark_non_differentiable(*(t for t, asked in zip(outputs, every, strict=True) if not asked))
+        ctx.asked_for = asked = [asked_for(t) for t in outputs[: self._visible]]
+        if len(outputs) > self._visible or False in asked:
+            unasked = [t for t, wanted in zip(outputs, asked, strict=False) if not wanted]
+            ctx.mark_non_differentiable(*unasked, *outputs[self._visible :])
         ctx.set_materialize_grads(False)
 
-    def _first_derivative(self, ctx, *grads):
-        op = self.op
+    def first_derivative(self, ctx, *grads):
         # torch.compile gives zeros for placeholders.
         grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=False)]
         if not any([grad is not None for grad in grads]):
             return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # once: checkpointing unpacks at every look
+        return self.gradients(ctx, grads, ctx.saved_tensors, ctx.needs_input_grad[: len(self.op.inputs)])
+
+    def gradients(self, ctx, grads, saved, asked) -> tuple:
+        """What backward returns of those asked for, from what :meth:`save_forward` saved."""
+        op = self.op
         tensors, kept = saved[: self._read], saved[self._read :]
-        asked = ctx.needs_input_grad[: len(op.inputs)]
         mask = sum([1 << n for n, needed in enumerate(asked) if needed])
         if not mask:  # what is added alone
             found = [None] * len(op.inputs)
@@ -241,8 +243,8 @@ class _Operators:
                 found[k] = grad
         else:
             arguments = (*grads, *tensors, *ctx.options, *kept, mask)
-            found = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
-            found = [grad if needed else None for grad, needed in zip(found, asked, strict=True)]
+            every = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
+            found = [grad if needed else None for grad, needed in zip(every, asked, strict=True)]
         found += [None] * len(op.others) + [grads[0] if added else None for added in ctx.added]
         return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
 
@@ -320,8 +322,8 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
     """
 
     def quick(ctx, *arguments):
-        with _below_autograd():
-            outputs = operator(*arguments)
+        with below_autograd():
+            outputs = operator._op(*arguments)
         save(ctx, arguments, outputs)
         return outputs
 
@@ -340,14 +342,23 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
     parameters = [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_ONLY) for a in operator._schema.arguments]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
-    def function(**methods):
-        name = operator._opname  # shown by grad_fn
-        return type(name, (Function,), {method: staticmethod(f) for method, f in methods.items()})
-
+    name = operator._opname  # shown by grad_fn
     return (
-        function(forward=quick, backward=backward),
-        function(forward=forward, setup_context=setup_context, backward=backward, vmap=vmap_rule),
+        quick_function(name, quick, backward),
+        function(name, forward=forward, setup_context=setup_context, backward=backward, vmap=vmap_rule),
     )
+
+
+def function(name: str, **methods) -> type[Function]:
+    return type(name, (Function,), {method: staticmethod(f) for method, f in methods.items()})
+
+
+def quick_function(name: str, forward, backward) -> type[Function]:
+    """A Function in its form with a ctx, for calls outside of ``torch.func``: what ``Function.apply`` does for its
+    sake, to every argument, is left out."""
+    quick = function(name, forward=forward, backward=backward)
+    quick.apply = torch._C._FunctionBase.__dict__["apply"]  # type: ignore[method-assign]
+    return quick
 
 
 def _carry_derivative(operator, function, keyset, *arguments):
@@ -356,5 +367,5 @@ def _carry_derivative(operator, function, keyset, *arguments):
         raise NotImplementedError(f"{operator}: forward-mode derivatives are those of the public function")
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return function.apply(*arguments)
-    with _below_autograd():
+    with below_autograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedattn._dispatch import check_backend, not_scriptable
+from fusedattn._steps import are_recorded
 from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
 from fusedattn.ops.additive_attention import accumulation_dtype, attend
 
@@ -225,20 +226,27 @@ class AdditiveAttention(nn.Module):
             (B, Tq, out_dim), or the width of the concatenated contexts without an output projection.
         """
         _check(query, "AdditiveAttention: query", "B", "Tq", self.query_dim)
+        query = self._heads(self.query_proj(query))
+        token = None
         if isinstance(key, ProjectedKeys):
             for name, given in (("value", value), ("mask", mask), ("key_lengths", key_lengths)):
                 if given is not None:
                     raise ValueError(f"AdditiveAttention: {name}: pass it to project_keys, not with ProjectedKeys")
-            keys = key
+            keys = key.in_dtype(query.dtype)
+            if are_recorded():
+                weight, token = keys.shared().with_weight((self.weight, self.weight_g), self._score_weight)
+            else:
+                weight = self._score_weight()
         else:
-            keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
-        query = self._heads(self.query_proj(query))
+            key, value = self._project(key, value)
+            keys = ProjectedKeys(_cast(key, query.dtype), _cast(value, query.dtype), mask, key_lengths)
+            weight = self._score_weight()
         key_exp, key_bound = keys.exponentials(query.dtype)
         result: Any = attend(
             query,
-            _cast(keys.key, query.dtype),
-            _cast(keys.value, query.dtype),
-            _beside(query, self._score_weight()),
+            keys.key,
+            keys.value,
+            _beside(query, weight),
             mask=over_heads(keys.mask, self.num_heads > 1),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
@@ -247,6 +255,7 @@ class AdditiveAttention(nn.Module):
             backend=self.backend,
             key_exp=key_exp,
             key_bound=key_bound,
+            token=token,
         )
         context = result[0] if return_weights else result
         if self.num_heads > 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from fusedattn import _steps
 from fusedattn.ops.additive_attention import accumulation_dtype, seen_keys
 
 
@@ -43,6 +44,10 @@ class ProjectedKeys:
     a list or tensor of indices, or a bool mask), one is repeated by ``keys.expand(B)``, and ``keys.to(...)`` moves
     or casts. A pytree of these four.
 
+    Steps over the same keys (or over their first batch elements, ``keys[:n]``) leave the gradients of key, value and
+    weight to one joint backward pass after all of them: the memory for it is that of the steps' queries, contexts
+    and scores. Compiled and transformed steps, and causal ones, make their own.
+
     On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the
     tensors and versions that they were computed from: keys that were replaced or edited in place, or whose mask or
     lengths were, do without, and so do copies. Keys that no query sees may hold anything.
@@ -53,7 +58,10 @@ class ProjectedKeys:
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
 
-    _exponentials = None  # no field: neither part of the pytree nor cast, moved or replaced with the others
+    # No fields: neither part of the pytree nor cast, moved or replaced with the others.
+    _exponentials = None
+    _shared = None
+    _cast = None
 
     def _versions(self) -> tuple[int | None, ...]:
         return _version(self.key), _version(self.mask), _version(self.key_lengths)
@@ -95,8 +103,29 @@ class ProjectedKeys:
             return None, None
         return kept.exp, kept.bound
 
+    def shared(self) -> _steps.Shared:
+        """What makes the gradients of key and value, and of the weight beside them, once for all steps."""
+        if self._shared is None:
+            object.__setattr__(self, "_shared", _steps.Shared(self.key, self.value))
+        return self._shared  # type: ignore[return-value]
+
+    def in_dtype(self, dtype: torch.dtype) -> ProjectedKeys:
+        """With key and value in a dtype, cast once for all steps."""
+        if self.key.dtype is dtype and self.value.dtype is dtype:
+            return self
+        state = dtype, torch.is_grad_enabled(), *self._versions(), _version(self.value)
+        if self._cast is not None and self._cast[0] == state and _steps.are_recorded():
+            return self._cast[1]
+        keys = ProjectedKeys(self.key.to(dtype), self.value.to(dtype), self.mask, self.key_lengths)
+        exp, bound = self.exponentials(dtype)
+        if exp is not None:
+            keys._keep(exp, bound)  # type: ignore[arg-type]
+        if _steps.are_recorded():
+            object.__setattr__(self, "_cast", (state, keys))
+        return keys
+
     def __getstate__(self) -> dict[str, Tensor | None]:
-        # Without the exponentials: a copy of an edited tensor may have the version that they belong to.
+        # Without what belongs to a version: a copy of an edited tensor may have that, too.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __getitem__(self, index: Any) -> ProjectedKeys:
@@ -110,6 +139,8 @@ class ProjectedKeys:
         keys = ProjectedKeys(*parts)  # type: ignore[arg-type]
         if kept := self._valid():
             keys._keep(kept.exp[index].contiguous(), kept.bound)  # a bound of all is one of some
+        if isinstance(index, slice) and not index.start and index.step in (None, 1) and _steps.are_recorded():
+            object.__setattr__(keys, "_shared", self.shared())  # steps may have fewer batch elements at the end
         return keys
 
     def expand(self, batch: int) -> ProjectedKeys:

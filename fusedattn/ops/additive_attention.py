@@ -28,7 +28,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd
+from fusedattn import _autograd, _steps
 from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable, tf32_allowed
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn._typing import attention_function
@@ -342,9 +342,10 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     Recomputing them costs a third of the backward pass; memory stays linear in Tq + Tk either way. A compiled
     program recomputes where its sizes change from call to call: it would be compiled anew to compare them.
     """
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
     transformed = torch._C._are_functorch_transforms_active()  # an outer level may ask for gradients
-    wanted = torch.is_grad_enabled() and (transformed or any(t.requires_grad for t in (query, key, *others)))
-    if not wanted or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if not transformed and not any([t.requires_grad for t in (query, key, *others)]):
         return False
     (Tq, D), Tk = query.shape[-2:], key.shape[-2]
     if torch.compiler.is_compiling():
@@ -459,8 +460,10 @@ def attend(
     backend: str = "auto",
     key_exp: Tensor | None = None,
     key_bound: Tensor | None = None,
+    token: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand."""
+    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand, and as
+    a step of a loop (``token``, see ``_steps.py``)."""
     for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
@@ -480,6 +483,7 @@ def attend(
                 backend=backend,
                 key_exp=key_exp if inputs[1].dtype == key.dtype else None,
                 key_bound=key_bound,
+                token=token,
             )
     if not _fits(query, key, value, weight):
         lead = _check_inputs(query, key, value, weight)
@@ -507,7 +511,10 @@ def attend(
     tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound)
     options = Options(is_causal, scale, 0.0 if softcap is None or softcap == math.inf else softcap)
     flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
-    context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)
+    if token is None:
+        context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)
+    else:
+        context, lse, weights, *_ = _steps.attend(ATTENTION, backend, tensors, options, flags, token)
     return _requested(context, lse, weights, return_weights, return_lse)
 
 

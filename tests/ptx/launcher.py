@@ -117,8 +117,8 @@ def _register_for_cpu_tensors() -> torch.library.Library:
     """The raw operators' kernels for GPUs also for tensors of the CPU, whose launches end up here."""
     for op in (FILM, ATTENTION):
         importlib.import_module(f"fusedattn.triton.{op.name}")
-        if "triton" not in op._operators:  # a torch built for the CPU
-            op._operators["triton"] = _autograd._Operators(op, "_triton")
+        if "triton" not in op.operators:  # a torch built for the CPU
+            op.operators["triton"] = _autograd.Operators(op, "_triton")
     library = torch.library.Library("fusedattn", "IMPL")  # what it registers lives as long as it
     on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for op in torch._C._dispatch_get_all_op_names():
