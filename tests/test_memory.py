@@ -163,10 +163,11 @@ def kept():
     fusedattn.empty_cache()
 
 
-def gradients_of(size, D=256):
+def gradients_of(size, D=256, dtype=torch.float32):
     """A function that makes new gradients of one query; those of key and value take ``size`` MiB each."""
-    key = torch.zeros(1, 1, D).expand(1, size * MIB // (4 * D), D)
-    inputs = [t.requires_grad_() for t in (torch.zeros(1, 1, D), key, key.detach(), torch.zeros(D))]
+    row = torch.zeros(1, 1, D, dtype=dtype)
+    key = row.expand(1, size * MIB // row.nbytes, D)
+    inputs = [t.requires_grad_() for t in (row.clone(), key, key.detach(), row[0, 0].clone())]
     return lambda: torch.autograd.grad(additive_attention(*inputs).sum(), inputs)
 
 
@@ -177,6 +178,12 @@ def test_no_more_is_kept_than_was_in_use_at_once(kept):
         gradients_of(size)()
     found, at_once = kept(), time.monotonic() - start < 5  # what lies idle for longer is given back
     assert found < 170 and (found > 130 or not at_once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_not_copied_to_single(dtype, kept):
+    gradients_of(32, dtype=dtype)()
+    assert 60 < kept() < 76  # the gradients alone
 
 
 def test_what_was_made_once_is_given_back(kept):

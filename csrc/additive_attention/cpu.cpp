@@ -8,15 +8,16 @@ namespace fusedattn {
 namespace {
 
 // context = p . value, rows by blocks of queries; keys are split where there are too few of those.
-template <typename T>
-void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T* context) {
+template <typename S, typename T = Arithmetic<S>>
+void contexts(const Inputs<S>& in, const Chunk& chunk, const T* probabilities, S* context) {
   const auto& p = in.p;
   const int64_t blocks = ceil_div(chunk.queries, QUERY_BLOCK), tasks = chunk.heads * blocks;
   const int64_t splits = in.key_splits(tasks), part_keys = ceil_div(p.Tk, splits);
   const int64_t part_size = std::min(QUERY_BLOCK, chunk.queries) * p.Dv;
   const Buffer<T> parts(splits > 1 ? tasks * splits * part_size : 0);
   const int64_t cost = std::min(QUERY_BLOCK, chunk.queries) * part_keys * p.Dv / 16;
-  parallel<T>(tasks * splits, grain_for(cost), 0, [&](int64_t first, int64_t last, T*) {
+  const int64_t unrounded_size = IS_NARROW<S> ? part_size : 0;
+  parallel<T>(tasks * splits, grain_for(cost), unrounded_size, [&](int64_t first, int64_t last, T* scratch) {
     for (int64_t n = first; n < last; ++n) {
       const int64_t task = n / splits, head = task / blocks, r = task % blocks * QUERY_BLOCK;
       const int64_t b = (chunk.first_head + head) / p.H, h = (chunk.first_head + head) % p.H;
@@ -25,78 +26,154 @@ void contexts(const Inputs<T>& in, const Chunk& chunk, const T* probabilities, T
       if (p.options.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
       const int64_t first_key = std::min(visible, n % splits * part_keys);
       const int64_t keys = std::min(visible - first_key, part_keys);
-      T* out = splits > 1 ? parts.get() + n * part_size : context + (head * chunk.queries + r) * p.Dv;
+      S* const rows_out = context + (head * chunk.queries + r) * p.Dv;
+      T* out = splits > 1 ? parts.get() + n * part_size : unrounded(rows_out, scratch);
       const bool* seen = p.seen == nullptr ? nullptr : p.seen_keys(b, h) + first_key;
-      products<T>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk,
+      products<S>().matmul(rows, p.Dv, keys, probabilities + (head * chunk.queries + r) * p.Tk + first_key, p.Tk,
                            1, p.value.row(b, h, first_key), p.value.stride_t, seen, out, p.Dv, Output::WRITTEN);
+      if (splits == 1) round_into(rows_out, out, rows * p.Dv);
     }
   });
   if (splits == 1) return;
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t head = task / blocks, r = task % blocks * QUERY_BLOCK;
     const int64_t size = std::min(QUERY_BLOCK, chunk.queries - r) * p.Dv;
-    T* out = context + (head * chunk.queries + r) * p.Dv;
+    S* const rows_out = context + (head * chunk.queries + r) * p.Dv;
+    T* const part = parts.get() + task * splits * part_size;
     parallel<T>(size, 4096, 0, [&](int64_t first, int64_t last, T*) {
+      T* out = unrounded(rows_out, part);  // over the first part, of which nothing is read twice
       for (int64_t e = first; e < last; ++e) {
         T sum = 0;
-        for (int64_t s = 0; s < splits; ++s) sum += parts.get()[(task * splits + s) * part_size + e];
+        for (int64_t s = 0; s < splits; ++s) sum += part[s * part_size + e];
         out[e] = sum;
       }
+      round_into(rows_out + first, out + first, last - first);
     });
   }
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-template <typename T>
-Forward forward(const Inputs<T>& in, ScalarType type, bool return_weights, bool keep_scores) {
+template <typename S, typename T = Arithmetic<S>>
+Forward forward(const Inputs<S>& in, bool return_weights, bool keep_scores) {
   const auto& p = in.p;
   const ScalarType acc = scalar_type<T>();
-  Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq});
-  Tensor weights = return_weights ? in.empty({p.Tq, p.Tk}) : empty({0}, type);
-  Tensor scores = keep_scores ? in.empty({p.Tq, p.Tk}) : empty({0}, acc);
+  Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq}, acc);
+  Tensor weights = return_weights ? in.empty({p.Tq, p.Tk}) : empty({0}, scalar_type<S>());
+  Tensor scores = keep_scores ? in.empty({p.Tq, p.Tk}, acc) : empty({0}, acc);
   const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
-  const Buffer<T> buffer(return_weights ? 0 : buffer_size);
+  const Buffer<T> buffer(return_weights && !IS_NARROW<S> ? 0 : buffer_size);
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
-    T* probabilities = return_weights ? weights.template mutable_data_ptr<T>() + first_row * p.Tk : buffer.get();
+    S* const returned = mutable_data_of<S>(weights) + first_row * p.Tk;
+    T* probabilities = return_weights ? unrounded(returned, buffer.get()) : buffer.get();
     T* s = keep_scores ? scores.template mutable_data_ptr<T>() + first_row * p.Tk : probabilities;
     in.prepare_queries(chunk);
     in.score(chunk, s);
     T* chunk_lse = lse.template mutable_data_ptr<T>() + first_row;
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
-      fwd<T>().softmax(last - first, p.Tk, s + first * p.Tk, probabilities + first * p.Tk, chunk_lse + first);
+      T* rows = probabilities + first * p.Tk;
+      fwd<S>().softmax(last - first, p.Tk, s + first * p.Tk, rows, chunk_lse + first);
+      if (return_weights) round_into(returned + first * p.Tk, rows, (last - first) * p.Tk);
     });
-    contexts(in, chunk, probabilities, context.template mutable_data_ptr<T>() + first_row * p.Dv);
+    contexts(in, chunk, probabilities, mutable_data_of<S>(context) + first_row * p.Dv);
   });
-  return {contiguous(context, type), lse, contiguous(weights, type), scores};
+  return {context, lse, weights, scores};
 }
 
 // Those not asked for are (0,).
-template <typename T>
 struct Gradients {
   Tensor query, key, value, weight;
 };
 
+// The gradient of keys or values, `size` elements of each head.
+template <typename S>
+class HeadGradients {
+ public:
+  using T = Arithmetic<S>;
+  HeadGradients(const Tensor& gradient, int64_t width, const Inputs<S>& in)
+      : rows_(gradient.numel() == 0 ? nullptr : mutable_data_of<S>(gradient)),
+        size_(in.p.Tk * width),
+        queries_(in.p.Tq),
+        sums_(IS_NARROW<S> && in.chunk_rows < queries_ && asked() ? size_ : 0),
+        streamed_(passes_caches(gradient, width * gradient.element_size())) {}
+
+  bool asked() const { return rows_ != nullptr; }
+
+  // Of a head of the chunk. Where there are several chunks of queries, each has one head.
+  GradientRows<S> rows(const Chunk& chunk, int64_t head) const {
+    if (!asked()) return {};
+    S* const rows = rows_ + (chunk.first_head + head) * size_;
+    const bool added = chunk.first_query > 0;
+    const bool unfinished = IS_NARROW<S> && chunk.first_query + chunk.queries < queries_;
+    return {unrounded(rows, sums_.get()), rows, added, unfinished, streamed_ && !added && !unfinished};
+  }
+
+ private:
+  S* rows_;
+  int64_t size_, queries_;
+  Buffer<T> sums_;
+  bool streamed_;
+};
+
+// The rows of grad_context that belong to a chunk, in the type of the arithmetic.
+template <typename S>
+class ContextGradients {
+ public:
+  using T = Arithmetic<S>;
+  ContextGradients(const Tensor& grad_context, const Inputs<S>& in)
+      : given_(view<S>(grad_context)),
+        H_(in.p.H),
+        width_(in.p.Dv),
+        wide_(IS_NARROW<S> ? in.chunk_heads * in.chunk_rows * width_ : 0) {}
+
+  void take(const Chunk& chunk) const {
+    if constexpr (IS_NARROW<S>)
+      parallel<T>(chunk.heads * chunk.queries, grain_for(width_ / 16), 0, [&](int64_t first, int64_t last, T*) {
+        for (int64_t row = first; row < last; ++row)
+          fwd<S>().widen(width_, given(chunk, row / chunk.queries) + row % chunk.queries * given_.stride_t,
+                         wide_.get() + row * width_, false);
+      });
+  }
+  // Of a head of the chunk that was taken.
+  const T* rows(const Chunk& chunk, int64_t head) const {
+    if constexpr (IS_NARROW<S>)
+      return wide_.get() + head * chunk.queries * width_;
+    else
+      return given(chunk, head);
+  }
+  int64_t stride() const { return IS_NARROW<S> ? width_ : given_.stride_t; }
+
+ private:
+  const S* given(const Chunk& chunk, int64_t head) const {
+    const int64_t n = chunk.first_head + head;
+    return given_.row(n / H_, n % H_, chunk.first_query);
+  }
+
+  View<const S> given_;
+  int64_t H_, width_;
+  Buffer<T> wide_;
+};
+
 // The joint backward of one chunk. `partial_weight` has one D_padded row per head and split.
-template <typename T>
-void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row, const T* g, int64_t splits,
-                     const Gradients<T>& grads, T* partial_query, T* partial_weight) {
+template <typename S, typename T = Arithmetic<S>>
+void backward_scores(const Inputs<S>& in, const Chunk& chunk, int64_t first_row, const T* g, int64_t splits,
+                     const Tensor& grad_query, const HeadGradients<S>& grad_key, T* partial_query,
+                     T* partial_weight) {
   const auto& p = in.p;
   if (p.D == 0) return;
   const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
-  const int64_t strips = rowwise ? 1 : p.D_padded / fwd<T>().lanes;
+  const int64_t strips = rowwise ? 1 : p.D_padded / fwd<S>().lanes;
   const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
-  T* grad_key = grads.key.numel() == 0 ? nullptr : grads.key.template mutable_data_ptr<T>();
   const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
   const auto visible = [&](int64_t head) {
     const int64_t n = chunk.first_head + head;
     return p.visible_keys(n / p.H, n % p.H);
   };
-  for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0 && grad_key != nullptr; ++head) {
-    T* rows = grad_key + (chunk.first_head + head) * p.Tk * p.D;
-    std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, T(0));  // padding is not looked at below
+  for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0 && grad_key.asked(); ++head) {
+    S* rows = grad_key.rows(chunk, head).rows;
+    std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, S{});  // padding is not looked at below
   }
-  parallel<T>(chunk.heads * splits * strips, grain_for(cost), backward_scratch(p, chunk, fwd<T>().lanes),
+  parallel<T>(chunk.heads * splits * strips, grain_for(cost), backward_scratch(p, chunk, fwd<S>().lanes),
               [&](int64_t first, int64_t last, T* scratch) {
                 for (int64_t task = first; task < last; ++task) {
                   const int64_t head = task / (splits * strips), split = task / strips % splits;
@@ -104,47 +181,47 @@ void backward_scores(const Inputs<T>& in, const Chunk& chunk, int64_t first_row,
                   const int64_t end = std::min(visible(head), begin + part_keys);
                   T* dq = partial_query + (head * splits + split) * chunk.queries * p.D_padded;
                   T* dw = partial_weight + ((chunk.first_head + head) * splits + split) * p.D_padded;
+                  const GradientRows<S> dk = grad_key.rows(chunk, head);
                   if (rowwise)
-                    bwd<T>().backward_rows(p, chunk, head, begin, end, g, dq, grad_key, dw, scratch);
+                    bwd<S>().backward_rows(p, chunk, head, begin, end, g, dq, dk, dw, scratch);
                   else
-                    bwd<T>().backward_strip(p, chunk, head, task % strips * fwd<T>().lanes, begin, end, g, dq,
-                                            grad_key, dw, scratch);
+                    bwd<S>().backward_strip(p, chunk, head, task % strips * fwd<S>().lanes, begin, end, g, dq, dk,
+                                            dw, scratch);
                 }
               });
-  if (grads.query.numel() == 0) return;
-  T* grad_query = grads.query.template mutable_data_ptr<T>();
-  parallel<T>(chunk.heads * chunk.queries, grain_for(p.D * splits), 0, [&](int64_t first, int64_t last, T*) {
+  if (grad_query.numel() == 0) return;
+  const int64_t rows = chunk.heads * chunk.queries, unrounded_size = IS_NARROW<S> ? p.D : 0;
+  parallel<T>(rows, grain_for(p.D * splits), unrounded_size, [&](int64_t first, int64_t last, T* scratch) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t head = row / chunk.queries, i = row % chunk.queries;
       const T* w = p.weight + (chunk.first_head + head) % p.H * p.D_padded;
-      T* out = grad_query + (first_row + row) * p.D;
+      S* const row_out = mutable_data_of<S>(grad_query) + (first_row + row) * p.D;
+      T* out = unrounded(row_out, scratch);
       for (int64_t d = 0; d < p.D; ++d) {
         T sum = 0;
         for (int64_t s = 0; s < splits; ++s)
           sum += partial_query[((head * splits + s) * chunk.queries + i) * p.D_padded + d];
         out[d] = 4 * w[d] * sum;
       }
+      round_into(row_out, out, p.D);
     }
   });
 }
 
-template <typename T>
-Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
-                      const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores,
-                      OutputMask asked) {
-  auto& p = in.p;
+template <typename S, typename T = Arithmetic<S>>
+Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+                   const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores, OutputMask asked) {
+  const auto& p = in.p;
   const ScalarType acc = scalar_type<T>();
-  const auto none = [&] { return empty({0}, acc); };
-  const Gradients<T> grads{asked[0] ? in.empty({p.Tq, p.D}) : none(), asked[1] ? in.empty({p.Tk, p.D}) : none(),
-                           asked[2] ? in.empty({p.Tk, p.Dv}) : none(),
-                           !asked[3] ? none()
-                           : in.flat ? empty({p.D}, acc)
-                                     : empty({p.H, p.D}, acc)};
-  const auto first_output = [](const Tensor& t) {
-    return passes_caches(t, t.size(-1) * t.element_size()) ? Output::STREAMED : Output::WRITTEN;
-  };
-  p.key_output = first_output(grads.key), p.value_output = first_output(grads.value);
-  T* grad_value = grads.value.template mutable_data_ptr<T>();
+  const auto none = [](ScalarType type) { return empty({0}, type); };
+  const ScalarType type = scalar_type<S>();
+  const Gradients grads{asked[0] ? in.empty({p.Tq, p.D}) : none(type),
+                        asked[1] ? in.empty({p.Tk, p.D}) : none(type),
+                        asked[2] ? in.empty({p.Tk, p.Dv}) : none(type),
+                        !asked[3] ? none(acc)
+                        : in.flat ? empty({p.D}, acc)
+                                  : empty({p.H, p.D}, acc)};
+  const HeadGradients<S> grad_key(grads.key, p.D, in), grad_value(grads.value, p.Dv, in);
   if (p.Tq == 0 || p.D == 0 || p.B * p.H == 0) {
     Tensor key = grads.key, value = grads.value;
     torch::stable::zero_(key);
@@ -152,12 +229,14 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
   }
   const int64_t heads = p.B * p.H;
   const bool kept = scores.numel() > 0;
-  const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / fwd<T>().lanes;
+  const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / fwd<S>().lanes;
   const int64_t splits = in.key_splits(in.chunk_heads * std::max<int64_t>(strips, 1));
   const int64_t chunk_size = in.chunk_heads * in.chunk_rows;
   const Buffer<T> probabilities(chunk_size * p.Tk), g(chunk_size * p.Tk), row_sums(in.rows());
   const Buffer<T> partial_query(chunk_size * splits * p.D_padded);
   const Buffer<T> partial_weight(heads * splits * p.D_padded);
+  std::optional<ContextGradients<S>> dc;
+  if (grad_context) dc.emplace(*grad_context, in);
   std::fill_n(partial_weight.get(), heads * splits * p.D_padded, T(0));
 
   // Probabilities replace the scores in place, unless the slope of the cap still needs these.
@@ -168,39 +247,35 @@ Gradients<T> backward(Inputs<T>& in, const OptionalTensor& grad_context, const O
     in.prepare_queries(chunk);
     const T* s = kept ? scores.template const_data_ptr<T>() + first_row * p.Tk : recomputed;
     if (!kept) in.score(chunk, recomputed);
-    if (grad_context) {
-      const View<const T> dc = view<T>(*grad_context);
+    if (dc) {
+      dc->take(chunk);
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {
-        products<T>().grad_weights(p, chunk, head, first_key, dc, g.get(), scratch);
+        products<S>().grad_weights(p, chunk, head, first_key, dc->rows(chunk, head), dc->stride(), g.get(),
+                                   scratch);
       });
     } else {
       std::fill_n(g.get(), rows * p.Tk, T(0));
     }
-    const T* extra = grad_weights ? grad_weights->template const_data_ptr<T>() + first_row * p.Tk : nullptr;
+    const S* extra = grad_weights ? data_of<S>(*grad_weights) + first_row * p.Tk : nullptr;
     const T* dl = grad_lse ? grad_lse->template const_data_ptr<T>() + first_row : nullptr;
     const T* l = lse.template const_data_ptr<T>() + first_row;
     parallel<T>(rows, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
-        for (int64_t j = 0; extra != nullptr && j < p.Tk; ++j) g_row[j] += extra[row * p.Tk + j];
-        row_sums.get()[first_row + row] = bwd<T>().grad_scores(
+        if (extra != nullptr) fwd<S>().widen(p.Tk, extra + row * p.Tk, g_row, true);
+        row_sums.get()[first_row + row] = bwd<S>().grad_scores(
             p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
       }
     });
-    if (grad_context && asked[2]) {
-      // dvalue = p^T dcontext, blocks of keys.
-      const View<const T> dc = view<T>(*grad_context);
-      in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T*) {
-        const int64_t n = chunk.first_head + head;
-        products<T>().matmul(std::min(KEY_BLOCK, p.Tk - first_key), p.Dv, chunk.queries,
-                             probabilities.get() + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
-                             dc.row(n / p.H, n % p.H, chunk.first_query), dc.stride_t, nullptr,
-                             grad_value + (n * p.Tk + first_key) * p.Dv, p.Dv,
-                             chunk.first_query > 0 ? Output::ADDED : p.value_output);
+    if (dc && asked[2]) {
+      in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {
+        products<S>().grad_values(p, chunk, head, first_key, probabilities.get(), dc->rows(chunk, head),
+                                  dc->stride(), grad_value.rows(chunk, head), scratch);
       });
     }
     if (asked[0] || asked[1] || asked[3])
-      backward_scores(in, chunk, first_row, g.get(), splits, grads, partial_query.get(), partial_weight.get());
+      backward_scores(in, chunk, first_row, g.get(), splits, grads.query, grad_key, partial_query.get(),
+                      partial_weight.get());
   });
   if (!grad_context) {
     Tensor value = grads.value;
@@ -232,12 +307,10 @@ Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
                                const OptionalTensor& key_exp, const OptionalTensor& key_bound,
                                const AttentionOptions& options, bool return_weights, bool keep_scores, bool) {
-  const ScalarType type = query.scalar_type();
-  const auto run = [&](auto zero) {
-    const Inputs<decltype(zero)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
-    return forward(in, type, return_weights, keep_scores);
-  };
-  return type == ScalarType::Double ? run(0.0) : run(0.0f);
+  return with_storage(query.scalar_type(), [&](auto storage) {
+    const Inputs<decltype(storage)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
+    return forward(in, return_weights, keep_scores);
+  });
 }
 
 Forward additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
@@ -246,12 +319,11 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
                                const OptionalTensor& key_lengths, const OptionalTensor& key_exp,
                                const OptionalTensor& key_bound, const AttentionOptions& options, const Tensor&,
                                const Tensor& lse, const Tensor& scores, OutputMask asked) {
-  const ScalarType type = query.scalar_type();
-  const auto run = [&](auto zero) -> Forward {
-    using T = decltype(zero);
-    const ScalarType acc = scalar_type<T>();
-    const auto given = [&](const OptionalTensor& t) { return t ? contiguous(*t, acc) : t; };
-    Inputs<T> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
+  return with_storage(query.scalar_type(), [&](auto storage) -> Forward {
+    using S = decltype(storage);
+    const ScalarType type = scalar_type<S>(), acc = scalar_type<Arithmetic<S>>();
+    const auto given = [&](const OptionalTensor& t, ScalarType as) { return t ? contiguous(*t, as) : t; };
+    const Inputs<S> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
     if (grad_lse) check_shape(*grad_lse, "grad_lse", in.shape({p.Tq}));
@@ -261,13 +333,11 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     STD_TORCH_CHECK(lse.scalar_type() == acc && scores.scalar_type() == acc,
                     "additive_attention: lse and scores must be in the dtype of the arithmetic");
     OptionalTensor dc;
-    if (grad_context) dc = prepared(*grad_context, acc);
-    const auto grads = backward(in, dc, given(grad_lse), given(grad_weights), contiguous(lse, acc),
+    if (grad_context) dc = prepared(*grad_context, type);
+    const auto grads = backward(in, dc, given(grad_lse, acc), given(grad_weights, type), contiguous(lse, acc),
                                 contiguous(scores, acc), asked);
-    return {contiguous(grads.query, type), contiguous(grads.key, type), contiguous(grads.value, type),
-            contiguous(grads.weight, weight.scalar_type())};
-  };
-  return type == ScalarType::Double ? run(0.0) : run(0.0f);
+    return {grads.query, grads.key, grads.value, contiguous(grads.weight, weight.scalar_type())};
+  });
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-// The inputs of additive attention on the CPU: checked, in the dtype of the arithmetic, cut into chunks, and the
-// loops over them (cpu_kernel.h).
+// The inputs of additive attention on the CPU: checked, cut into chunks, and the loops over them (cpu_kernel.h).
 //
 // Query rows are processed in chunks, so that only chunk x Tk scores exist between phases (besides the kept
 // scores, which the caller asks for only where they are smaller than query and key). Work is cut by shape alone
@@ -32,35 +31,54 @@ constexpr int64_t CHUNK_ELEMENTS = 1 << 20;
 // Tasks of which there should be as many, or keys are split.
 constexpr int64_t SPLIT_TASKS = 64;
 
-template <typename T>
-constexpr bool IS_DOUBLE = sizeof(T) == sizeof(double);
+// Of each storage type: torch's name of it, and the kernels of cpu_kernel_fwd.cpp, cpu_kernel_bwd.cpp and
+// cpu_kernel_product.cpp for this machine.
+template <typename S>
+constexpr ScalarType scalar_type();
+template <typename S>
+const AttentionFwdKernels<S>& fwd();
+template <typename S>
+const AttentionBwdKernels<S>& bwd();
+template <typename S>
+const AttentionProducts<S>& products();
 
-// The kernels of cpu_kernel_fwd.cpp, cpu_kernel_bwd.cpp and cpu_kernel_product.cpp for this machine.
-template <typename T>
-const AttentionFwdKernels<T>& fwd() {
-  if constexpr (IS_DOUBLE<T>)
-    return FUSEDATTN_LEVEL_TABLE(attention_fwd_f64);
-  else
-    return FUSEDATTN_LEVEL_TABLE(attention_fwd_f32);
-}
-template <typename T>
-const AttentionBwdKernels<T>& bwd() {
-  if constexpr (IS_DOUBLE<T>)
-    return FUSEDATTN_LEVEL_TABLE(attention_bwd_f64);
-  else
-    return FUSEDATTN_LEVEL_TABLE(attention_bwd_f32);
-}
-template <typename T>
-const AttentionProducts<T>& products() {
-  if constexpr (IS_DOUBLE<T>)
-    return FUSEDATTN_LEVEL_TABLE(attention_products_f64);
-  else
-    return FUSEDATTN_LEVEL_TABLE(attention_products_f32);
-}
+#define FUSEDATTN_STORAGE_TYPE(S, name, suffix)                \
+  template <>                                                  \
+  constexpr ScalarType scalar_type<S>() {                      \
+    return ScalarType::name;                                   \
+  }                                                            \
+  template <>                                                  \
+  inline const AttentionFwdKernels<S>& fwd() {                 \
+    return FUSEDATTN_LEVEL_TABLE(attention_fwd_##suffix);      \
+  }                                                            \
+  template <>                                                  \
+  inline const AttentionBwdKernels<S>& bwd() {                 \
+    return FUSEDATTN_LEVEL_TABLE(attention_bwd_##suffix);      \
+  }                                                            \
+  template <>                                                  \
+  inline const AttentionProducts<S>& products() {              \
+    return FUSEDATTN_LEVEL_TABLE(attention_products_##suffix); \
+  }
+FUSEDATTN_STORAGE_TYPE(float, Float, f32)
+FUSEDATTN_STORAGE_TYPE(double, Double, f64)
+FUSEDATTN_STORAGE_TYPE(Half, Half, f16)
+FUSEDATTN_STORAGE_TYPE(BFloat16, BFloat16, bf16)
 
-template <typename T>
-constexpr ScalarType scalar_type() {
-  return IS_DOUBLE<T> ? ScalarType::Double : ScalarType::Float;
+// run(S{}) of the storage type of that name.
+template <typename Run>
+auto with_storage(ScalarType type, const Run& run) {
+  switch (type) {
+    case ScalarType::Double:
+      return run(double{});
+    case ScalarType::Half:
+      return run(Half{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    default:
+      STD_TORCH_CHECK(type == ScalarType::Float,
+                      "additive_attention: query: expected dtype float32, float64, float16 or bfloat16");
+      return run(float{});
+  }
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -90,30 +108,54 @@ inline Tensor prepared(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type && contiguous_rows ? t : contiguous(t, type);
 }
 
-template <typename T>
-View<const T> view(const Tensor& t) {
-  if (t.dim() == 3) return {t.const_data_ptr<T>(), t.stride(0), 0, t.stride(1)};
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+template <typename S>
+const S* data_of(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+template <typename S>
+S* mutable_data_of(const Tensor& t) {
+  return static_cast<S*>(t.mutable_data_ptr());
 }
 
-// Inputs in the arithmetic dtype, the problem that points into them, and its working memory.
-template <typename T>
+template <typename S>
+View<const S> view(const Tensor& t) {
+  if (t.dim() == 3) return {data_of<S>(t), t.stride(0), 0, t.stride(1)};
+  return {data_of<S>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Where to make n numbers that belong at `out`, in the type of the arithmetic: there, or at `scratch`; and then to
+// bring them there.
+template <typename S, typename T = Arithmetic<S>>
+T* unrounded(S* out, T* scratch) {
+  if constexpr (IS_NARROW<S>)
+    return scratch;
+  else
+    return out;
+}
+template <typename S, typename T = Arithmetic<S>>
+void round_into(S* out, const T* from, int64_t n) {
+  if constexpr (IS_NARROW<S>) fwd<S>().narrow(n, from, out);
+}
+
+// Inputs, the problem that points into them, and its working memory.
+template <typename S>
 struct Inputs {
+  using T = Arithmetic<S>;
   Tensor query, key, value;
   OptionalTensor mask, key_lengths, key_exp;
   Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
   Buffer<bool> seen;
   Buffer<int64_t> seen_end;
-  AttentionProblem<T> p;
+  AttentionProblem<S> p;
   int64_t chunk_rows, chunk_heads;
   bool flat;  // no dimension of heads
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
          const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
          const OptionalTensor& key_bound, const AttentionOptions& options)
-      : query(prepared(query_, scalar_type<T>())),
-        key(prepared(key_, scalar_type<T>())),
-        value(prepared(value_, scalar_type<T>())),
+      : query(prepared(query_, scalar_type<S>())),
+        key(prepared(key_, scalar_type<S>())),
+        value(prepared(value_, scalar_type<S>())),
         mask(mask_),
         key_lengths(key_lengths_),
         key_exp(key_exp_) {
@@ -126,7 +168,7 @@ struct Inputs {
     check_shape(key, "key", shape({p.Tk, p.D}));
     check_shape(value, "value", shape({p.Tk, p.Dv}));
     check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
-    p.query = view<T>(query), p.key = view<T>(key), p.value = view<T>(value);
+    p.query = view<S>(query), p.key = view<S>(key), p.value = view<S>(value);
     p.options = options;
     p.key_exp = nullptr, p.key_bound = 0;
     if (key_exp) {
@@ -155,7 +197,7 @@ struct Inputs {
       key_lengths = contiguous(*key_lengths, ScalarType::Long);
       p.key_lengths = key_lengths->template const_data_ptr<int64_t>();
     }
-    const int64_t lanes = fwd<T>().lanes;
+    const int64_t lanes = fwd<S>().lanes;
     p.D_padded = ceil_div(p.D, lanes) * lanes;
     set_weight(prepared(weight_, scalar_type<T>()));
 
@@ -244,8 +286,8 @@ struct Inputs {
     return sizes;
   }
 
-  Tensor empty(std::initializer_list<int64_t> rest) const {
-    return fusedattn::empty(shape(rest), scalar_type<T>());
+  Tensor empty(std::initializer_list<int64_t> rest, ScalarType type = scalar_type<S>()) const {
+    return fusedattn::empty(shape(rest), type);
   }
 
   int64_t rows() const { return p.B * p.H * p.Tq; }
@@ -261,7 +303,7 @@ struct Inputs {
 
   void prepare_queries(const Chunk& chunk) const {
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.D), 0, [&](int64_t first, int64_t last, T*) {
-      for (int64_t row = first; row < last; ++row) fwd<T>().prepare_query(p, chunk, row);
+      for (int64_t row = first; row < last; ++row) fwd<S>().prepare_query(p, chunk, row);
     });
   }
 
@@ -270,7 +312,7 @@ struct Inputs {
   void for_each_key_block(const Chunk& chunk, int64_t cost, const Body& body) const {
     const int64_t blocks = ceil_div(p.Tk, KEY_BLOCK);
     parallel<T>(chunk.heads * blocks, grain_for(KEY_BLOCK * chunk.queries * cost / 4),
-                score_scratch(p, fwd<T>().lanes), [&](int64_t first, int64_t last, T* scratch) {
+                score_scratch(p, fwd<S>().lanes), [&](int64_t first, int64_t last, T* scratch) {
                   for (int64_t task = first; task < last; ++task)
                     body(task / blocks, task % blocks * KEY_BLOCK, scratch);
                 });
@@ -278,7 +320,7 @@ struct Inputs {
 
   void score(const Chunk& chunk, T* scores) const {
     for_each_key_block(chunk, p.D, [&](int64_t head, int64_t first_key, T* scratch) {
-      fwd<T>().score(p, chunk, head, first_key, scores, scratch);
+      fwd<S>().score(p, chunk, head, first_key, scores, scratch);
     });
   }
 

@@ -1,5 +1,8 @@
 // What the CPU launcher (cpu.cpp) and the kernels (cpu_kernel_*.cpp, compiled once per level) share.
 //
+// S is the type that query, key, value and their gradients are stored in, T = Arithmetic<S> that of all else. Half
+// precision is widened in registers as rows are read, and rounded once, as results are written.
+//
 // The work runs in phases over a chunk of query rows; each phase is a list of independent tasks, and a
 // function below carries out one of them. Only (rows of a chunk) x Tk scores exist between phases.
 #pragma once
@@ -7,6 +10,7 @@
 #include <cstdint>
 
 #include "common/cpu_level.h"
+#include "common/storage.h"
 #include "options.h"
 
 namespace fusedattn {
@@ -27,10 +31,11 @@ enum class Output { WRITTEN, ADDED, STREAMED };
 
 // Symbols as everywhere: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width;
 // i query, j key, d channel. D_padded is D rounded up to whole vectors, padding holds zeros.
-template <typename T>
+template <typename S>
 struct AttentionProblem {
+  using T = Arithmetic<S>;
   int64_t B, H, Tq, Tk, D, Dv, D_padded;
-  View<const T> query, key, value;
+  View<const S> query, key, value;
   const T* key_exp;  // (B, H, Tk, D) contiguous exp(2 key), or null
   T key_bound;       // max |key| where key_exp is given
   const bool* mask;  // (B, H, Tq, Tk), or null
@@ -48,9 +53,6 @@ struct AttentionProblem {
   const T* weight_sum;     // (H,): sum of weight_scaled
   T* query_exp;            // (rows of the chunk, D_padded): exp(2 query)
   T* query_bound;          // (rows of the chunk,): max |query|
-  // Of their gradients, when first written. Rows that are STREAMED are whole aligned vectors.
-  Output key_output = Output::WRITTEN;
-  Output value_output = Output::WRITTEN;
 
   // Keys at or after this one are invisible to every query of the head.
   __attribute__((always_inline)) int64_t visible_keys(int64_t b, int64_t h) const {
@@ -73,71 +75,103 @@ struct Chunk {
   int64_t first_head, heads, first_query, queries;
 };
 
+// Where the gradient of one head's keys or values goes, contiguous rows: a chunk of queries is added to those
+// before it in the type of the arithmetic, and the last one writes what is returned. Null: it was not asked for.
+template <typename S>
+struct GradientRows {
+  Arithmetic<S>* sums;  // those of `rows` where nothing is rounded
+  S* rows;
+  bool added;       // to what `sums` holds
+  bool unfinished;  // the result goes to `sums`, for another chunk; not where these are `rows`
+  bool streamed;    // `rows` are whole aligned cache lines that go past the caches
+};
+
 constexpr int64_t KEY_BLOCK = 16;        // keys per score task
 constexpr int64_t QUERY_BLOCK = 16;      // query rows per softmax and context task
-constexpr int64_t ROWWISE_QUERIES = 16;  // up to so many queries the backward pass walks whole key rows
+constexpr int64_t ROWWISE_QUERIES = 16;  // up to so many queries the backward pass walks whole key rows,
+constexpr int64_t ROWWISE_KEYS = 8;      // at most so many at a time
 
 // cpu_kernel_fwd.cpp
-template <typename T>
+template <typename S>
 struct AttentionFwdKernels {
+  using T = Arithmetic<S>;
   int64_t lanes;
 
   // query_exp and query_bound of one row of the chunk.
-  void (*prepare_query)(const AttentionProblem<T>&, const Chunk&, int64_t row);
+  void (*prepare_query)(const AttentionProblem<S>&, const Chunk&, int64_t row);
 
   // scores (chunk rows, Tk) of one head and one block of keys: scaled, capped, masked with -inf.
-  void (*score)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key, T* scores, T* scratch);
+  void (*score)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key, T* scores, T* scratch);
 
   // Softmax of n rows of length Tk: p may be scores itself. A row of -inf gives zeros and lse = -inf.
   void (*softmax)(int64_t n, int64_t Tk, const T* scores, T* p, T* lse);
+
+  // n numbers into the type of the arithmetic, added to what is there or not; and back.
+  void (*widen)(int64_t n, const S* in, T* out, bool added);
+  void (*narrow)(int64_t n, const T* in, S* out);
 };
 
 // cpu_kernel_bwd.cpp
-template <typename T>
+template <typename S>
 struct AttentionBwdKernels {
+  using T = Arithmetic<S>;
+
   // One row: p = exp(score - lse); g, which holds dL/dp, becomes dL/d(unscaled score). Returns sum_j g.
-  T (*grad_scores)(const AttentionProblem<T>&, const T* scores, T lse, T grad_lse, T* p, T* g);
+  T (*grad_scores)(const AttentionProblem<S>&, const T* scores, T lse, T grad_lse, T* p, T* g);
 
   // The joint backward of one head over keys first_key .. last_key. Rowwise form: all channels, and
-  // grad_query, grad_weight are D_padded wide partial sums. Strip form: channels d .. d + lanes. Without grad_key
-  // (null) keys are read and nothing as large is written.
-  void (*backward_rows)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
-                        int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch);
-  void (*backward_strip)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t d, int64_t first_key,
-                         int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch);
+  // grad_query, grad_weight are D_padded wide partial sums. Strip form: channels d .. d + lanes. Where rows of
+  // grad_key are null, keys are read and nothing as large is written.
+  void (*backward_rows)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key,
+                        int64_t last_key, const T* g, T* grad_query, const GradientRows<S>& grad_key,
+                        T* grad_weight, T* scratch);
+  void (*backward_strip)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t d, int64_t first_key,
+                         int64_t last_key, const T* g, T* grad_query, const GradientRows<S>& grad_key,
+                         T* grad_weight, T* scratch);
 };
 
 // cpu_kernel_product.cpp
-template <typename T>
+template <typename S>
 struct AttentionProducts {
+  using T = Arithmetic<S>;
+
   // out (M, N) from A (M, K) B (K, N); element (m, k) of A is at a[m * a_row + k * a_column]. Rows of B that are
   // not `seen` count as zero, whatever they hold; null: all are.
-  void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+  void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
                  int64_t b_row, const bool* seen, T* out, int64_t out_row, Output output);
 
-  // products (chunk rows, Tk) = grad_context . value of one head and one block of keys.
-  void (*grad_weights)(const AttentionProblem<T>&, const Chunk&, int64_t head, int64_t first_key,
-                       View<const T> grad_context, T* products, T* scratch);
+  // products (chunk rows, Tk) = grad_context . value of one head and one block of keys. Rows of the head's
+  // grad_context in the chunk lie dc_row elements apart.
+  void (*grad_weights)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key,
+                       const T* grad_context, int64_t dc_row, T* products, T* scratch);
+
+  // grad_value = probabilities^T grad_context of one head and one block of keys.
+  void (*grad_values)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key,
+                      const T* probabilities, const T* grad_context, int64_t dc_row,
+                      const GradientRows<S>& grad_value, T* scratch);
 };
 
 // Elements of scratch that each phase needs.
-template <typename T>
-static inline int64_t score_scratch(const AttentionProblem<T>& p, int64_t lanes) {
+template <typename S>
+static inline int64_t score_scratch(const AttentionProblem<S>& p, int64_t lanes) {
   const int64_t width = (p.D_padded > p.Dv ? p.D_padded : p.Dv) + lanes;
   return (2 * KEY_BLOCK + 4) * width;
 }
-template <typename T>
-static inline int64_t backward_scratch(const AttentionProblem<T>& p, const Chunk& chunk, int64_t lanes) {
-  const int64_t strip = (2 * chunk.queries + p.Tk) * lanes,
-                rows = chunk.queries * (2 * p.D_padded + lanes) + p.D_padded;
+template <typename S>
+static inline int64_t backward_scratch(const AttentionProblem<S>& p, const Chunk& chunk, int64_t lanes) {
+  const int64_t strip = (2 * chunk.queries + p.Tk) * lanes;
+  const int64_t rows = chunk.queries * (2 * p.D_padded + lanes) + (1 + ROWWISE_KEYS) * p.D_padded;
   return strip > rows ? strip : rows;
 }
 
-FUSEDATTN_DECLARE_TABLE(AttentionFwdKernels<float>, attention_fwd_f32)
-FUSEDATTN_DECLARE_TABLE(AttentionFwdKernels<double>, attention_fwd_f64)
-FUSEDATTN_DECLARE_TABLE(AttentionBwdKernels<float>, attention_bwd_f32)
-FUSEDATTN_DECLARE_TABLE(AttentionBwdKernels<double>, attention_bwd_f64)
-FUSEDATTN_DECLARE_TABLE(AttentionProducts<float>, attention_products_f32)
-FUSEDATTN_DECLARE_TABLE(AttentionProducts<double>, attention_products_f64)
+// The tables of every storage type: attention_fwd_f32 and so on.
+#define FUSEDATTN_DECLARE_ATTENTION(S, suffix)                            \
+  FUSEDATTN_DECLARE_TABLE(AttentionFwdKernels<S>, attention_fwd_##suffix) \
+  FUSEDATTN_DECLARE_TABLE(AttentionBwdKernels<S>, attention_bwd_##suffix) \
+  FUSEDATTN_DECLARE_TABLE(AttentionProducts<S>, attention_products_##suffix)
+FUSEDATTN_DECLARE_ATTENTION(float, f32)
+FUSEDATTN_DECLARE_ATTENTION(double, f64)
+FUSEDATTN_DECLARE_ATTENTION(Half, f16)
+FUSEDATTN_DECLARE_ATTENTION(BFloat16, bf16)
 
 }  // namespace fusedattn

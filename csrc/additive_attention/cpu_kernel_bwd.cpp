@@ -10,8 +10,8 @@ namespace FUSEDATTN_LEVEL {
 namespace {
 
 // g_ij = p_ij (a_ij - sum_j p_ij a_ij + dL_i), through the cap (1 - (s / C)^2) and the scale.
-template <typename T>
-T grad_scores(const AttentionProblem<T>& p, const T* scores, T lse, T grad_lse, T* prob, T* g) {
+template <typename S, typename T = Arithmetic<S>>
+T grad_scores(const AttentionProblem<S>& p, const T* scores, T lse, T grad_lse, T* prob, T* g) {
   constexpr int W = LANES<T>;
   if (lse - lse != 0) {  // no key is visible, or softmax is NaN
     T sum = 0;
@@ -96,106 +96,133 @@ FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, i
   }
 }
 
-// KEYS whole rows of keys from j against every query of the chunk: reads keys and writes their gradients once, in
-// the order of memory, which is what few queries are bound by. `limit`: of |k|, for the product of exponentials.
-// `zeros` stands for keys that no query sees.
-template <int KEYS, typename T>
-void backward_key_rows(const AttentionProblem<T>& p, const Chunk& chunk, const Place& at, int64_t j, T limit,
-                       const T* q, const T* g, T* dq, T* grad_key, T* dw, T* raw_query, const T* zeros) {
+// What walking whole rows of keys against the queries of a chunk works on, besides the keys.
+template <typename T>
+struct Rowwise {
+  T limit;  // of |k|, for the product of exponentials
+  const T* g;
+  // (vector of channels, query): what a column of pairs needs is in one piece, and in many sets of the cache.
+  T *q, *dq;
+  T *dw, *raw_query;
+  T *zeros, *dk;  // D_padded: keys that no query sees; ROWWISE_KEYS rows of D_padded: gradients yet to be rounded
+};
+
+// KEYS whole rows of keys from j: reads keys and writes their gradients once, in the order of memory, which is
+// what few queries are bound by.
+template <int KEYS, bool exponentials, typename S, typename K, typename T = Arithmetic<S>>
+void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at, const Rowwise<T> m,
+                       Rows<K> keys, int64_t j, const GradientRows<S> grad_key) {
+  static_assert(KEYS <= ROWWISE_KEYS);
   constexpr int W = LANES<T>;
-  const Output output = chunk.first_query > 0 ? Output::ADDED : p.key_output;
-  const bool exponentials = p.key_exp != nullptr && p.key_bound <= limit;
-  const T* key = exponentials ? p.key_exp + (at.n * p.Tk + j) * p.D : p.key.row(at.b, at.h, j);
-  const int64_t key_row = exponentials ? p.D : p.key.stride_t;
   const T* w = p.weight + at.h * p.D_padded;
-  T* dk = grad_key == nullptr ? nullptr : grad_key + (at.n * p.Tk + j) * p.D;
   const bool* seen = p.seen_keys(at.b, at.h);
-  const T* row[KEYS];
-  for (int c = 0; c < KEYS; ++c) row[c] = seen == nullptr || seen[j + c] ? key + c * key_row : zeros;
+  const K *key = keys.from(j).data, *row[KEYS];
+  for (int c = 0; c < KEYS; ++c)
+    row[c] = seen == nullptr || seen[j + c] ? key + c * keys.stride : reinterpret_cast<const K*>(m.zeros);
   for (int64_t d = 0; d < p.D; d += W) {
-    const int64_t n = lower(W, p.D - d);
+    const int64_t n = lower(W, p.D - d), column = d * chunk.queries;
     Vec<T> k[KEYS], sum[KEYS] = {}, bound{}, dwd{};
     for (int c = 0; c < KEYS; ++c) {
-      const T* x = row[c] + d;
-      prefetch(key + c * key_row + d, KEYS * key_row * static_cast<int64_t>(sizeof(T)));
-      k[c] = n == W ? load(x) : load_partial(x, n);
+      prefetch(key + c * keys.stride + d, KEYS * keys.stride * static_cast<int64_t>(sizeof(K)));
+      k[c] = get(row[c] + d, n);
       bound = max(abs(k[c]), bound);
     }
-    if (!exponentials && any(bound > limit)) {
+    if (!exponentials && any(bound > m.limit)) {
       for (int64_t i = 0; i < chunk.queries; ++i)
-        store(raw_query + i * W, load_partial(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
-      backward_column<true, KEYS>(raw_query, k, g + j, p.Tk, 0, chunk.queries, dq + d * chunk.queries, sum, dwd);
+        store(m.raw_query + i * W, get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
+      backward_column<true, KEYS>(m.raw_query, k, m.g + j, p.Tk, 0, chunk.queries, m.dq + column, sum, dwd);
     } else {
       for (int c = 0; c < KEYS && !exponentials; ++c) k[c] = exp_unclamped<2>(k[c]);
-      backward_column<false, KEYS>(q + d * chunk.queries, k, g + j, p.Tk, 0, chunk.queries, dq + d * chunk.queries,
-                                   sum, dwd);
+      backward_column<false, KEYS>(m.q + column, k, m.g + j, p.Tk, 0, chunk.queries, m.dq + column, sum, dwd);
     }
-    store(dw + d, load(dw + d) + dwd);
-    if (dk == nullptr) continue;
+    store(m.dw + d, load(m.dw + d) + dwd);
+    if (grad_key.rows == nullptr) continue;
     const Vec<T> w4 = 4 * load(w + d);
-    for (int c = 0; c < KEYS; ++c) write<T>(dk + c * p.D + d, w4 * sum[c], n, output);
+    for (int c = 0; c < KEYS; ++c)
+      if constexpr (IS_NARROW<S>)
+        store(m.dk + c * p.D_padded + d, w4 * sum[c]);
+      else
+        write(grad_key, (j + c) * p.D + d, w4 * sum[c], n);
   }
+  if (grad_key.rows == nullptr) return;
+  for (int c = 0; c < KEYS && IS_NARROW<S>; ++c) write_row(grad_key, (j + c) * p.D, m.dk + c * p.D_padded, p.D);
 }
 
-template <typename T>
-void backward_rows(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key,
-                   int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch) {
+template <bool exponentials, typename S, typename K, typename T = Arithmetic<S>>
+void backward_key_walk(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at, const Rowwise<T>& m,
+                       Rows<K> keys, int64_t j, int64_t last_key, const GradientRows<S>& grad_key) {
+  for (; j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
+    backward_key_rows<BACKWARD_KEYS, exponentials>(p, chunk, at, m, keys, j, grad_key);
+  for (; j + 2 <= last_key; j += 2) backward_key_rows<2, exponentials>(p, chunk, at, m, keys, j, grad_key);
+  for (; j < last_key; ++j) backward_key_rows<1, exponentials>(p, chunk, at, m, keys, j, grad_key);
+}
+
+template <typename S, typename T = Arithmetic<S>>
+void backward_rows(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key,
+                   int64_t last_key, const T* g, T* grad_query, const GradientRows<S>& grad_key, T* grad_weight,
+                   T* scratch) {
   constexpr int W = LANES<T>;
   const Place at = place_of(p, chunk, head);
   const int64_t Tq = chunk.queries;
-  // (vector of channels, query): what a column of pairs needs is in one piece, and in many sets of the cache.
-  T *q = scratch, *dq = q + Tq * p.D_padded, *raw_query = dq + Tq * p.D_padded, *zeros = raw_query + Tq * W;
-  for (int64_t d = 0; d < p.D_padded; d += W) store(zeros + d, Vec<T>{});
+  Rowwise<T> m;
+  m.q = scratch, m.dq = m.q + Tq * p.D_padded, m.raw_query = m.dq + Tq * p.D_padded;
+  m.zeros = m.raw_query + Tq * W, m.dk = m.zeros + p.D_padded;
+  m.g = g + head * Tq * p.Tk, m.dw = grad_weight;
+  for (int64_t d = 0; d < p.D_padded; d += W) store(m.zeros + d, Vec<T>{});
   T query_bound = 0;
   for (int64_t i = 0; i < Tq; ++i) {
     const int64_t row = head * Tq + i;
     query_bound = p.query_bound[row] > query_bound ? p.query_bound[row] : query_bound;
     for (int64_t d = 0; d < p.D_padded; d += W) {
-      store(q + d * Tq + i * W, load(p.query_exp + row * p.D_padded + d));
-      store(dq + d * Tq + i * W, Vec<T>{});
+      store(m.q + d * Tq + i * W, load(p.query_exp + row * p.D_padded + d));
+      store(m.dq + d * Tq + i * W, Vec<T>{});
     }
   }
-  const T limit = ScoreRange<T>::PAIR - query_bound;
-  g += head * Tq * p.Tk;
-  int64_t j = first_key;
-  for (; j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
-    backward_key_rows<BACKWARD_KEYS>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query, zeros);
-  for (; j + 2 <= last_key; j += 2)
-    backward_key_rows<2>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query, zeros);
-  for (; j < last_key; ++j)
-    backward_key_rows<1>(p, chunk, at, j, limit, q, g, dq, grad_key, grad_weight, raw_query, zeros);
+  m.limit = ScoreRange<T>::PAIR - query_bound;
+  if (p.key_exp != nullptr && p.key_bound <= m.limit) {
+    const Rows<T> keys{p.key_exp + at.n * p.Tk * p.D, p.D};
+    backward_key_walk<true>(p, chunk, at, m, keys, first_key, last_key, grad_key);
+  } else {
+    const Rows<S> keys{p.key.row(at.b, at.h, 0), p.key.stride_t};
+    backward_key_walk<false>(p, chunk, at, m, keys, first_key, last_key, grad_key);
+  }
   stream_fence();
   for (int64_t i = 0; i < Tq; ++i)
-    for (int64_t d = 0; d < p.D_padded; d += W) store(grad_query + i * p.D_padded + d, load(dq + d * Tq + i * W));
+    for (int64_t d = 0; d < p.D_padded; d += W)
+      store(grad_query + i * p.D_padded + d, load(m.dq + d * Tq + i * W));
 }
+
+// One vector of channels of the queries and keys of a chunk; the gradients of the keys take their place.
+template <typename T>
+struct Strip {
+  int64_t queries, keys, Tk;
+  int64_t diagonal;  // queries before this + the number of a key do not see it
+  const T *g, *q;
+  T *dq, *k;
+  Vec<T> w4, dw;
+};
 
 template <bool sum_form, int KEYS, typename T>
-FUSEDATTN_INLINE void backward_strip_keys(const AttentionProblem<T>& p, const Chunk& chunk, int64_t diagonal,
-                                          int64_t j, const T* q, const T* k, const T* g, T* dq, T* dk, int64_t n,
-                                          Vec<T> w4, Vec<T>& dw) {
+FUSEDATTN_INLINE void backward_strip_keys(Strip<T>& s, int64_t j) {
   constexpr int W = LANES<T>;
   Vec<T> kd[KEYS], sum[KEYS] = {}, dwd{};
-  for (int c = 0; c < KEYS; ++c) kd[c] = load(k + (j + c) * W);
-  backward_column<sum_form, KEYS>(q, kd, g + j, p.Tk, higher(0, j + diagonal), chunk.queries, dq, sum, dwd);
-  dw += dwd;  // block by block: a long sum in one register would lose bits
-  if (dk == nullptr) return;
-  const Output output = chunk.first_query > 0 ? Output::ADDED : Output::WRITTEN;
-  for (int c = 0; c < KEYS; ++c) write<T>(dk + (j + c) * p.D, w4 * sum[c], n, output);
+  for (int c = 0; c < KEYS; ++c) kd[c] = load(s.k + (j + c) * W);
+  backward_column<sum_form, KEYS>(s.q, kd, s.g + j, s.Tk, higher(0, j + s.diagonal), s.queries, s.dq, sum, dwd);
+  s.dw += dwd;  // block by block: a long sum in one register would lose bits
+  for (int c = 0; c < KEYS; ++c) store(s.k + (j + c) * W, s.w4 * sum[c]);
 }
 
-// Queries before `diagonal` + the number of a key do not see it.
 template <bool sum_form, typename T>
-void backward_strip_loop(const AttentionProblem<T>& p, const Chunk& chunk, int64_t diagonal, int64_t keys,
-                         const T* q, const T* k, const T* g, T* dq, T* dk, int64_t n, Vec<T> w4, Vec<T>& dw) {
+__attribute__((noinline)) void backward_strip_loop(Strip<T>& s) {
   int64_t j = 0;
-  for (; j + BACKWARD_KEYS <= keys; j += BACKWARD_KEYS)
-    backward_strip_keys<sum_form, BACKWARD_KEYS>(p, chunk, diagonal, j, q, k, g, dq, dk, n, w4, dw);
-  for (; j < keys; ++j) backward_strip_keys<sum_form, 1>(p, chunk, diagonal, j, q, k, g, dq, dk, n, w4, dw);
+  for (; j + BACKWARD_KEYS <= s.keys; j += BACKWARD_KEYS) backward_strip_keys<sum_form, BACKWARD_KEYS>(s, j);
+  for (; j < s.keys; ++j) backward_strip_keys<sum_form, 1>(s, j);
 }
 
-template <typename T>
-void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t d, int64_t first_key,
-                    int64_t last_key, const T* g, T* grad_query, T* grad_key, T* grad_weight, T* scratch) {
+template <typename S, typename T = Arithmetic<S>>
+void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t d, int64_t first_key,
+                    int64_t last_key, const T* g, T* grad_query, const GradientRows<S>& grad_key, T* grad_weight,
+                    T* scratch) {
   constexpr int W = LANES<T>;
   const Place at = place_of(p, chunk, head);
   const int64_t n = lower(W, p.D - d), keys = last_key - first_key;
@@ -205,17 +232,15 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
 
   Vec<T> bound{}, key_bound{};
   for (int64_t i = 0; i < chunk.queries; ++i) {
-    const T* x = p.query.row(at.b, at.h, chunk.first_query + i) + d;
-    const Vec<T> v = n == W ? load(x) : load_partial(x, n);
+    const Vec<T> v = get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n);
     bound = max(abs(v), bound);
     store(q + i * W, v);
     store(dq + i * W, Vec<T>{});
   }
   const bool* seen = p.seen_keys(at.b, at.h);
   for (int64_t j = 0; j < keys; ++j) {
-    const T* x = p.key.row(at.b, at.h, first_key + j) + d;
-    Vec<T> v{};
-    if (seen == nullptr || seen[first_key + j]) v = n == W ? load(x) : load_partial(x, n);
+    const S* x = p.key.row(at.b, at.h, first_key + j) + d;
+    const Vec<T> v = seen == nullptr || seen[first_key + j] ? get(x, n) : Vec<T>{};
     __builtin_prefetch(x + W);  // the next strip's; rows lie too far apart for the hardware to see it
     key_bound = max(abs(v), key_bound);
     store(k + j * W, v);
@@ -227,16 +252,23 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
     for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_unclamped<2>(load(k + j * W)));
   }
 
-  g += head * chunk.queries * p.Tk + first_key;
-  T* dk = grad_key == nullptr ? nullptr : grad_key + (at.n * p.Tk + first_key) * p.D + d;
-  const Vec<T> w4 = 4 * load(p.weight + at.h * p.D_padded + d);
-  const int64_t diagonal = p.options.is_causal ? first_key - chunk.first_query : -p.Tk;
-  Vec<T> dw = load(grad_weight + d);
+  Strip<T> strip{chunk.queries,
+                 keys,
+                 p.Tk,
+                 p.options.is_causal ? first_key - chunk.first_query : -p.Tk,
+                 g + head * chunk.queries * p.Tk + first_key,
+                 q,
+                 dq,
+                 k,
+                 4 * load(p.weight + at.h * p.D_padded + d),
+                 load(grad_weight + d)};
   if (sum_form)
-    backward_strip_loop<true>(p, chunk, diagonal, keys, q, k, g, dq, dk, n, w4, dw);
+    backward_strip_loop<true>(strip);
   else
-    backward_strip_loop<false>(p, chunk, diagonal, keys, q, k, g, dq, dk, n, w4, dw);
-  store(grad_weight + d, dw);
+    backward_strip_loop<false>(strip);
+  store(grad_weight + d, strip.dw);
+  for (int64_t j = 0; j < keys && grad_key.rows != nullptr; ++j)
+    write(grad_key, (first_key + j) * p.D + d, load(k + j * W), n);
   for (int64_t i = 0; i < chunk.queries; ++i) store(grad_query + i * p.D_padded + d, load(dq + i * W));
 }
 
@@ -244,6 +276,8 @@ void backward_strip(const AttentionProblem<T>& p, const Chunk& chunk, int64_t he
 
 extern const AttentionBwdKernels<float> attention_bwd_f32 = {grad_scores, backward_rows, backward_strip};
 extern const AttentionBwdKernels<double> attention_bwd_f64 = {grad_scores, backward_rows, backward_strip};
+extern const AttentionBwdKernels<Half> attention_bwd_f16 = {grad_scores, backward_rows, backward_strip};
+extern const AttentionBwdKernels<BFloat16> attention_bwd_bf16 = {grad_scores, backward_rows, backward_strip};
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

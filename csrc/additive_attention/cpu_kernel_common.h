@@ -31,34 +31,42 @@ FUSEDATTN_INLINE int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
 struct Place {
   int64_t b, h, n;
 };
-template <typename T>
-FUSEDATTN_INLINE Place place_of(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head) {
+template <typename S>
+FUSEDATTN_INLINE Place place_of(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head) {
   const int64_t n = chunk.first_head + head;
   return {n / p.H, n % p.H, n};
 }
 
 // Rows of a matrix whose elements lie next to each other.
-template <typename T>
+template <typename S>
 struct Rows {
-  const T* data;
+  const S* data;
   int64_t stride;
   __attribute__((always_inline)) Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
 // n elements of x into y, zeros up to whole vectors.
-template <typename T>
-FUSEDATTN_INLINE void copy_padded(const T* x, int64_t n, T* y) {
-  constexpr int W = LANES<T>;
+template <typename S>
+FUSEDATTN_INLINE void copy_padded(const S* x, int64_t n, Arithmetic<S>* y) {
+  constexpr int W = LANES<Arithmetic<S>>;
   int64_t d = 0;
   for (; d + W <= n; d += W) store(y + d, load(x + d));
   if (d < n) store(y + d, load_partial(x + d, n - d));
 }
 
 // n rows of `width` elements copied into whole vectors at y.
-template <typename T>
-FUSEDATTN_INLINE Rows<T> copied(Rows<T> x, int64_t n, int64_t width, T* y, int64_t stride) {
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE Rows<T> copied(Rows<S> x, int64_t n, int64_t width, T* y, int64_t stride) {
   for (int64_t r = 0; r < n; ++r) copy_padded(x.data + r * x.stride, width, y + r * stride);
   return {y, stride};
+}
+
+// n rows as whole vectors of the arithmetic's type: as they are, or copied to y.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE Rows<T> as_vectors(Rows<S> x, int64_t n, int64_t width, T* y, int64_t stride) {
+  if constexpr (!IS_NARROW<S>)
+    if (width % LANES<T> == 0) return x;
+  return copied(x, n, width, y, stride);
 }
 
 // The keys of a block that some query sees, in order; the last one up to the end.
@@ -68,8 +76,8 @@ struct SeenKeys {
 };
 
 // Of `keys` keys from first_key on.
-template <typename T>
-FUSEDATTN_INLINE SeenKeys seen_in_block(const AttentionProblem<T>& p, const Place& at, int64_t first_key,
+template <typename S>
+FUSEDATTN_INLINE SeenKeys seen_in_block(const AttentionProblem<S>& p, const Place& at, int64_t first_key,
                                         int64_t keys) {
   SeenKeys found;
   const bool* seen = p.seen_keys(at.b, at.h);
@@ -80,22 +88,53 @@ FUSEDATTN_INLINE SeenKeys seen_in_block(const AttentionProblem<T>& p, const Plac
 }
 
 // The same of those rows of x alone.
-template <typename T>
-FUSEDATTN_INLINE Rows<T> copied(Rows<T> x, const SeenKeys& seen, int64_t width, T* y, int64_t stride) {
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE Rows<T> copied(Rows<S> x, const SeenKeys& seen, int64_t width, T* y, int64_t stride) {
   for (int64_t n = 0; n < seen.count; ++n) copy_padded(x.from(seen.index[n]).data, width, y + n * stride);
   return {y, stride};
+}
+
+// n lanes, up to all.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE Vec<T> get(const S* p, int64_t n) {
+  return n == LANES<T> ? load(p) : load_partial(p, n);
+}
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void put(S* p, Vec<T> x, int64_t n) {
+  if (n == LANES<T>)
+    store(p, x);
+  else
+    store_partial(p, x, n);
 }
 
 // n lanes of x to where they belong; STREAMED only whole vectors.
 template <typename T>
 FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {
-  const bool whole = n == LANES<T>;
   if (output == Output::STREAMED) return stream(out, x);
-  if (output == Output::ADDED) x += whole ? load(out) : load_partial(out, n);
-  if (whole)
-    store(out, x);
-  else
-    store_partial(out, x, n);
+  if (output == Output::ADDED) x += get(out, n);
+  put(out, x, n);
+}
+
+// n lanes of x to element `at` of a gradient. Half precision is streamed by write_row alone, in whole cache lines.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void write(const GradientRows<S>& to, int64_t at, Vec<T> x, int64_t n) {
+  if constexpr (!IS_NARROW<S>)
+    if (to.streamed) return stream(to.rows + at, x);
+  if (to.added) x += get(to.sums + at, n);
+  if (to.unfinished) return put(to.sums + at, x, n);
+  put(to.rows + at, x, n);
+}
+
+// The same of n elements at x.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void write_row(const GradientRows<S>& to, int64_t at, const T* x, int64_t n) {
+  constexpr int W = LANES<T>;
+  if constexpr (IS_NARROW<S>)
+    if (to.streamed) {
+      for (int64_t d = 0; d < n; d += 2 * W) stream(to.rows + at + d, load(x + d), load(x + d + W));
+      return;
+    }
+  for (int64_t d = 0; d < n; d += W) write(to, at + d, get(x + d, lower(W, n - d)), lower(W, n - d));
 }
 
 // 1 + exp(2 min(q + k, limit))
@@ -119,8 +158,8 @@ FUSEDATTN_INLINE void fold_lanes(const Vec<T> (&lanes)[N], T* sums) {
 }
 
 // QUERIES rows and any number of keys; sums[i * KEY_BLOCK + j].
-template <int QUERIES, typename Tile, typename T>
-__attribute__((noinline)) void pairwise_rows(Tile tile, Rows<T> q, Rows<T> k, int64_t keys, T* sums) {
+template <int QUERIES, typename Tile, typename S, typename T = Arithmetic<S>>
+__attribute__((noinline)) void pairwise_rows(Tile tile, Rows<T> q, Rows<S> k, int64_t keys, T* sums) {
   T part[QUERIES * TILE_KEYS];
   int64_t j = 0;
   for (; j + TILE_KEYS <= keys; j += TILE_KEYS) {
@@ -142,10 +181,10 @@ FUSEDATTN_INLINE int64_t tile_rows(int64_t queries) {
   return rows;
 }
 
-template <typename Tile, typename T, int QUERIES = Tile::QUERIES>
-FUSEDATTN_INLINE void pairwise(Tile tile, int64_t rows, Rows<T> q, Rows<T> k, int64_t keys, T* sums) {
+template <typename Tile, typename S, typename T = Arithmetic<S>, int QUERIES = Tile::QUERIES>
+FUSEDATTN_INLINE void pairwise(Tile tile, int64_t rows, Rows<T> q, Rows<S> k, int64_t keys, T* sums) {
   if constexpr (QUERIES > 1)
-    if (rows < QUERIES) return pairwise<Tile, T, QUERIES / 2>(tile, rows, q, k, keys, sums);
+    if (rows < QUERIES) return pairwise<Tile, S, T, QUERIES / 2>(tile, rows, q, k, keys, sums);
   pairwise_rows<QUERIES>(tile, q, k, keys, sums);
 }
 

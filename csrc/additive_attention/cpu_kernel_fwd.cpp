@@ -19,8 +19,8 @@ template <typename T>
 constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
 
 // y = exp(2x), zeros up to whole vectors; returns max |x|. Beyond ScoreRange::PAIR y is anything, and not used.
-template <typename T>
-FUSEDATTN_INLINE T exp2x_padded(const T* x, int64_t n, T* y) {
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE T exp2x_padded(const S* x, int64_t n, T* y) {
   constexpr int W = LANES<T>;
   Vec<T> bound{};
   int64_t d = 0;
@@ -110,16 +110,16 @@ struct ScoreTile {
   }
 };
 
-template <typename T>
-void prepare_query(const AttentionProblem<T>& p, const Chunk& chunk, int64_t row) {
+template <typename S>
+void prepare_query(const AttentionProblem<S>& p, const Chunk& chunk, int64_t row) {
   const Place at = place_of(p, chunk, row / chunk.queries);
-  const T* q = p.query.row(at.b, at.h, chunk.first_query + row % chunk.queries);
+  const S* q = p.query.row(at.b, at.h, chunk.first_query + row % chunk.queries);
   p.query_bound[row] = exp2x_padded(q, p.D, p.query_exp + row * p.D_padded);
 }
 
 // Rows of scores from sums over d: scaled, capped, masked. `keys` of them are visible, the block has `width`.
-template <typename T>
-FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& at, int64_t i, int64_t j,
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void finish_scores(const AttentionProblem<S>& p, const Place& at, int64_t i, int64_t j,
                                     int64_t keys, int64_t width, T factor, T slope, T offset, const T* sums,
                                     T* out) {
   constexpr int W = LANES<T>;
@@ -143,17 +143,16 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<T>& p, const Place& a
 
 // sums[j] over d of w r for one query and KEYS keys j that are not exponentials yet; returns max |k|. Beyond
 // ScoreRange::QUAD the sums are anything.
-template <int KEYS, typename T>
-FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const int* index, const T* w, int64_t D,
+template <int KEYS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE T one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, const T* w, int64_t D,
                                   T* sums) {
   constexpr int W = LANES<T>;
   Vec<T> acc[KEYS] = {}, bound{};
-  const T* key[KEYS];
+  const S* key[KEYS];
   for (int j = 0; j < KEYS; ++j) key[j] = k + index[j] * k_row;
   const auto denominator = [&](int j, int64_t d, int64_t n) {
-    const T* x = key[j] + d;
-    prefetch(key[KEYS - 1] + d, (1 + j) * k_row * static_cast<int64_t>(sizeof(T)));
-    const Vec<T> kd = n < W ? load_partial(x, n) : load(x);
+    prefetch(key[KEYS - 1] + d, (1 + j) * k_row * static_cast<int64_t>(sizeof(S)));
+    const Vec<T> kd = n < W ? load_partial(key[j] + d, n) : load(key[j] + d);
     bound = max(abs(kd), bound);
     return load(q + d) * exp_unclamped<2>(kd) + 1;
   };
@@ -170,8 +169,8 @@ FUSEDATTN_INLINE T one_query_tile(const T* q, const T* k, int64_t k_row, const i
   return horizontal_max<T>(bound);
 }
 
-template <typename T>
-__attribute__((noinline)) T one_query(const T* q, const T* k, int64_t k_row, const SeenKeys& keys, const T* w,
+template <typename S, typename T = Arithmetic<S>>
+__attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, const SeenKeys& keys, const T* w,
                                       int64_t D, T* sums) {
   T bound = 0;
   const auto include = [&](T tile) { bound = tile > bound ? tile : bound; };
@@ -182,8 +181,8 @@ __attribute__((noinline)) T one_query(const T* q, const T* k, int64_t k_row, con
   return bound;
 }
 
-template <typename T>
-void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key, T* scores,
+template <typename S, typename T = Arithmetic<S>>
+void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key, T* scores,
            T* scratch) {
   const Place at = place_of(p, chunk, head);
   const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
@@ -220,7 +219,8 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   T* query_raw = key_raw + KEY_BLOCK * row_size;
   const bool padded = p.D != p.D_padded;
 
-  Rows<T> exps{key_exp, row_size}, raw{p.key.row(at.b, at.h, first_key), p.key.stride_t};
+  const Rows<S> key_rows{p.key.row(at.b, at.h, first_key), p.key.stride_t};
+  Rows<T> exps{key_exp, row_size}, raw{};
   T key_bound = p.key_bound;
   if (p.key_exp != nullptr) {
     exps = {p.key_exp + (at.n * p.Tk + first_key) * p.D, p.D};
@@ -228,12 +228,11 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
   } else {
     key_bound = 0;
     for (int64_t n = 0; n < seen.count; ++n) {
-      const T bound = exp2x_padded(raw.from(seen.index[n]).data, p.D, key_exp + n * row_size);
+      const T bound = exp2x_padded(key_rows.from(seen.index[n]).data, p.D, key_exp + n * row_size);
       key_bound = bound > key_bound ? bound : key_bound;
     }
   }
 
-  bool raw_copied = !padded && !gathered;
   for (int64_t r = start, rows; r < chunk.queries; r += rows) {
     rows = tile_rows<ScoreTile<Mode::QUAD, T>>(chunk.queries - r);
     const Rows<T> query_exp{p.query_exp + (head * chunk.queries + r) * p.D_padded, p.D_padded};
@@ -246,10 +245,11 @@ void score(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64
     } else if (finite && bound <= ScoreRange<T>::PAIR) {
       pairwise(ScoreTile<Mode::PAIR, T>{w, p.D_padded}, rows, query_exp, exps, seen.count, sums);
     } else {
-      if (!raw_copied) raw = copied(raw, seen, p.D, key_raw, row_size);
-      raw_copied = true;
-      Rows<T> queries{p.query.row(at.b, at.h, chunk.first_query + r), p.query.stride_t};
-      if (padded) queries = copied(queries, rows, p.D, query_raw, row_size);
+      if (raw.data == nullptr)
+        raw = gathered ? copied(key_rows, seen, p.D, key_raw, row_size)
+                       : as_vectors(key_rows, keys, p.D, key_raw, row_size);
+      const Rows<S> query_rows{p.query.row(at.b, at.h, chunk.first_query + r), p.query.stride_t};
+      const Rows<T> queries = as_vectors(query_rows, rows, p.D, query_raw, row_size);
       if (finite)
         pairwise(ScoreTile<Mode::SUM, T>{w, p.D_padded}, rows, queries, raw, seen.count, sums);
       else
@@ -312,8 +312,14 @@ void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
 }
 }  // namespace
 
-extern const AttentionFwdKernels<float> attention_fwd_f32 = {LANES<float>, prepare_query, score, softmax};
-extern const AttentionFwdKernels<double> attention_fwd_f64 = {LANES<double>, prepare_query, score, softmax};
+extern const AttentionFwdKernels<float> attention_fwd_f32 = {LANES<float>, prepare_query, score,
+                                                             softmax,      widen,         narrow};
+extern const AttentionFwdKernels<double> attention_fwd_f64 = {LANES<double>, prepare_query, score,
+                                                              softmax,       widen,         narrow};
+extern const AttentionFwdKernels<Half> attention_fwd_f16 = {LANES<float>, prepare_query, score,
+                                                            softmax,      widen,         narrow};
+extern const AttentionFwdKernels<BFloat16> attention_fwd_bf16 = {LANES<float>, prepare_query, score,
+                                                                 softmax,      widen,         narrow};
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

@@ -6,8 +6,8 @@ namespace FUSEDATTN_LEVEL {
 namespace {
 
 // A ROWS x (VECTORS lanes) block of the product, in registers; `ahead` bytes further on lies what comes next.
-template <int ROWS, int VECTORS, typename T>
-FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+template <int ROWS, int VECTORS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
                                   int64_t b_row, T* out, int64_t out_row, Output output, int64_t ahead) {
   constexpr int W = LANES<T>;
   Vec<T> acc[ROWS][VECTORS] = {};
@@ -26,8 +26,8 @@ FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t 
     for (int v = 0; v < VECTORS; ++v) write<T>(out + m * out_row + v * W, acc[m][v], W, output);
 }
 
-template <int ROWS, typename T>
-void matmul_rows(int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_row,
+template <int ROWS, typename S, typename T = Arithmetic<S>>
+void matmul_rows(int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b, int64_t b_row,
                  T* out, int64_t out_row, Output output, int64_t ahead) {
   constexpr int W = LANES<T>;
   int64_t n = 0;
@@ -44,53 +44,56 @@ void matmul_rows(int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_colu
   for (int m = 0; m < ROWS; ++m) write<T>(out + m * out_row + n, acc[m], N - n, output);
 }
 
+// out (N,) += sum_r a[r] b[r]; `next` elements further on lie the rows of B that come next.
+template <int ROWS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void add_rows(int64_t N, const T* a, const S* const* b, int64_t next, T* out) {
+  constexpr int W = LANES<T>;
+  const auto sum = [&](int64_t n, int64_t lanes) {
+    Vec<T> o = get(out + n, lanes);
+    for (int r = 0; r < ROWS; ++r) o += a[r] * get(b[r] + n, lanes);
+    return o;
+  };
+  int64_t n = 0;
+  for (; n + W <= N; n += W) {
+    for (int r = 0; r < ROWS; ++r) prefetch(b[ROWS - 1] + n, (1 + r) * next * static_cast<int64_t>(sizeof(S)));
+    store(out + n, sum(n, W));
+  }
+  if (n < N) store_partial(out + n, sum(n, N - n), N - n);
+}
+
 // One row of A: four rows of B at a time, each read from end to end, the sums in cache. B is read once, so
 // the order in which memory sees it matters more than the arithmetic.
-template <typename T>
-void matmul_one_row(int64_t N, int64_t K, const T* a, int64_t a_column, const T* b, int64_t b_row,
+template <typename S, typename T = Arithmetic<S>>
+void matmul_one_row(int64_t N, int64_t K, const T* a, int64_t a_column, const S* b, int64_t b_row,
                     const bool* seen, T* out, Output output) {
-  constexpr int W = LANES<T>;
+  constexpr int ROWS = 4;
   if (output != Output::ADDED)
     for (int64_t n = 0; n < N; ++n) out[n] = 0;
-  const int64_t next = b_row * static_cast<int64_t>(sizeof(T));
-  int64_t rows[4];
+  T factors[ROWS];
+  const S* rows[ROWS];
   int found = 0;
   for (int64_t k = 0; k < K; ++k) {
     if (seen != nullptr && !seen[k]) continue;
-    rows[found++] = k;
-    if (found < 4) continue;
+    factors[found] = a[k * a_column], rows[found] = b + k * b_row;
+    if (++found < ROWS) continue;
+    add_rows<ROWS>(N, factors, rows, b_row, out);
     found = 0;
-    const T *b0 = b + rows[0] * b_row, *b1 = b + rows[1] * b_row, *b2 = b + rows[2] * b_row,
-            *b3 = b + rows[3] * b_row;
-    const T s0 = a[rows[0] * a_column], s1 = a[rows[1] * a_column], s2 = a[rows[2] * a_column],
-            s3 = a[rows[3] * a_column];
-    int64_t n = 0;
-    for (; n + W <= N; n += W) {
-      for (int r = 0; r < 4; ++r) prefetch(b3 + n, (1 + r) * next);
-      Vec<T> o = load(out + n) + s0 * load(b0 + n);
-      o += s1 * load(b1 + n);
-      o += s2 * load(b2 + n);
-      o += s3 * load(b3 + n);
-      store(out + n, o);
-    }
-    for (; n < N; ++n) out[n] += s0 * b0[n] + s1 * b1[n] + s2 * b2[n] + s3 * b3[n];
   }
-  for (int r = 0; r < found; ++r)
-    for (int64_t n = 0; n < N; ++n) out[n] += a[rows[r] * a_column] * b[rows[r] * b_row + n];
+  for (int r = 0; r < found; ++r) add_rows<1>(N, factors + r, rows + r, b_row, out);
 }
 
 // matmul_rows of 1 .. MOST rows.
-template <int MOST, typename T, typename... Arguments>
+template <int MOST, typename... Arguments>
 FUSEDATTN_INLINE void matmul_up_to(int64_t rows, Arguments... arguments) {
   if constexpr (MOST > 1)
-    if (rows < MOST) return matmul_up_to<MOST - 1, T>(rows, arguments...);
-  matmul_rows<MOST, T>(arguments...);
+    if (rows < MOST) return matmul_up_to<MOST - 1>(rows, arguments...);
+  matmul_rows<MOST>(arguments...);
 }
 
 // B is taken in blocks of rows, some 128 KiB, each read once from memory, in order, and again from cache by the
 // next tile; with rows that are not seen, between those.
-template <typename T>
-void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+template <typename S, typename T = Arithmetic<S>>
+void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
             int64_t b_row, const bool* seen, T* out, int64_t out_row, Output output) {
   constexpr int ROWS = VECTOR_REGISTERS >= 32 ? 8 : 4;
   const int64_t block = higher(32, 32768 / higher(N, 1));
@@ -104,11 +107,11 @@ void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t 
     int64_t depth = lower(block, K - k);
     for (int64_t n = 0; seen != nullptr && n < depth; ++n)
       if (!sees(k + n)) depth = n;
-    int64_t ahead = k + block < K ? block * b_row * static_cast<int64_t>(sizeof(T)) : 0;
+    int64_t ahead = k + block < K ? block * b_row * static_cast<int64_t>(sizeof(S)) : 0;
     for (int64_t tile = 0, m = 0, rows; tile < tiles; ++tile, m += rows) {
       rows = (M - m) / (tiles - tile);
-      matmul_up_to<ROWS, T>(rows, N, depth, a + m * a_row + k * a_column, a_row, a_column, b + k * b_row, b_row,
-                            out + m * out_row, out_row, output, ahead);
+      matmul_up_to<ROWS>(rows, N, depth, a + m * a_row + k * a_column, a_row, a_column, b + k * b_row, b_row,
+                         out + m * out_row, out_row, output, ahead);
       ahead = 0;
     }
     k += depth;
@@ -123,15 +126,15 @@ struct DotTile {
   static constexpr int QUERIES = VECTOR_REGISTERS >= 32 ? 4 : 2;
   int64_t width;
 
-  template <int ROWS, int KEYS>
-  __attribute__((always_inline)) void run(Rows<T> q, Rows<T> k, T* sums) const {
+  template <int ROWS, int KEYS, typename S>
+  __attribute__((always_inline)) void run(Rows<T> q, Rows<S> k, T* sums) const {
     constexpr int W = LANES<T>;
     Vec<T> acc[ROWS * KEYS] = {};
     for (int64_t d = 0; d < width; d += W)
       for (int j = 0; j < KEYS; ++j) {
         const Vec<T> kd = load(k.data + j * k.stride + d);
         // Several queries find in cache what the first of them has met.
-        if (ROWS == 1) prefetch(k.data + j * k.stride + d, KEYS * k.stride * static_cast<int64_t>(sizeof(T)));
+        if (ROWS == 1) prefetch(k.data + j * k.stride + d, KEYS * k.stride * static_cast<int64_t>(sizeof(S)));
         for (int i = 0; i < ROWS; ++i) acc[i * KEYS + j] += load(q.data + i * q.stride + d) * kd;
       }
     fold_lanes(acc, sums);
@@ -142,9 +145,9 @@ struct DotTile {
 // costs is less than folding the lanes of every sum.
 constexpr int64_t TRANSPOSED_QUERIES = 64;
 
-template <typename T>
-void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head, int64_t first_key,
-                  View<const T> grad_context, T* products, T* scratch) {
+template <typename S, typename T = Arithmetic<S>>
+void grad_weights(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key,
+                  const T* grad_context, int64_t dc_row, T* products, T* scratch) {
   constexpr int W = LANES<T>;
   const Place at = place_of(p, chunk, head);
   const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
@@ -153,33 +156,65 @@ void grad_weights(const AttentionProblem<T>& p, const Chunk& chunk, int64_t head
   const bool* seen = p.seen_keys(at.b, at.h);
   const auto sees = [&](int64_t c) { return c < keys && (seen == nullptr || seen[first_key + c]); };
   const int64_t Dv_padded = (p.Dv + W - 1) / W * W;
-  Rows<T> x{p.value.row(at.b, at.h, first_key), p.value.stride_t};
+  const Rows<S> values{p.value.row(at.b, at.h, first_key), p.value.stride_t};
   products += head * chunk.queries * p.Tk + first_key;
   if (chunk.queries >= TRANSPOSED_QUERIES) {
+    Rows<T> x;
+    if constexpr (IS_NARROW<S>)
+      x = copied(values, keys, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
+    else
+      x = values;
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int64_t c = 0; c < width; ++c) scratch[d * KEY_BLOCK + c] = c < keys ? x.data[c * x.stride + d] : 0;
     for (int64_t c = 0; c < keys; ++c)
       for (int64_t d = 0; !sees(c) && d < p.Dv; ++d) scratch[d * KEY_BLOCK + c] = 0;
-    return matmul(chunk.queries, width, p.Dv, grad_context.row(at.b, at.h, chunk.first_query),
-                  grad_context.stride_t, 1, scratch, KEY_BLOCK, nullptr, products, p.Tk, Output::WRITTEN);
+    return matmul(chunk.queries, width, p.Dv, grad_context, dc_row, 1, scratch, KEY_BLOCK, nullptr, products, p.Tk,
+                  Output::WRITTEN);
   }
   const bool padded = p.Dv != Dv_padded;
-  if (padded) x = copied(x, keys, p.Dv, scratch, Dv_padded);
   T sums[DotTile<T>::QUERIES * KEY_BLOCK];
-  for (int64_t r = 0, rows; r < chunk.queries; r += rows) {
-    rows = tile_rows<DotTile<T>>(chunk.queries - r);
-    Rows<T> dc{grad_context.row(at.b, at.h, chunk.first_query + r), grad_context.stride_t};
-    if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
-    pairwise(DotTile<T>{Dv_padded}, rows, dc, x, keys, sums);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = sees(c) ? sums[i * KEY_BLOCK + c] : 0;
+  const auto dot = [&](auto x) {
+    for (int64_t r = 0, rows; r < chunk.queries; r += rows) {
+      rows = tile_rows<DotTile<T>>(chunk.queries - r);
+      Rows<T> dc{grad_context + r * dc_row, dc_row};
+      if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
+      pairwise(DotTile<T>{Dv_padded}, rows, dc, x, keys, sums);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = sees(c) ? sums[i * KEY_BLOCK + c] : 0;
+    }
+  };
+  if (padded)
+    dot(copied(values, keys, p.Dv, scratch, Dv_padded));
+  else
+    dot(values);
+}
+
+template <typename S, typename T = Arithmetic<S>>
+void grad_values(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key,
+                 const T* probabilities, const T* grad_context, int64_t dc_row, const GradientRows<S>& grad_value,
+                 T* scratch) {
+  const int64_t keys = lower(KEY_BLOCK, p.Tk - first_key);
+  const auto product = [&](T* out, Output output) {
+    matmul(keys, p.Dv, chunk.queries, probabilities + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
+           grad_context, dc_row, nullptr, out, p.Dv, output);
+  };
+  if constexpr (IS_NARROW<S>) {
+    product(scratch, Output::WRITTEN);
+    for (int64_t c = 0; c < keys; ++c) write_row(grad_value, (first_key + c) * p.Dv, scratch + c * p.Dv, p.Dv);
+    stream_fence();
+  } else {
+    product(grad_value.rows + first_key * p.Dv, grad_value.streamed ? Output::STREAMED
+                                                : grad_value.added  ? Output::ADDED
+                                                                    : Output::WRITTEN);
   }
 }
 
 }  // namespace
 
-extern const AttentionProducts<float> attention_products_f32 = {matmul, grad_weights};
-extern const AttentionProducts<double> attention_products_f64 = {matmul, grad_weights};
+extern const AttentionProducts<float> attention_products_f32 = {matmul, grad_weights, grad_values};
+extern const AttentionProducts<double> attention_products_f64 = {matmul, grad_weights, grad_values};
+extern const AttentionProducts<Half> attention_products_f16 = {matmul, grad_weights, grad_values};
+extern const AttentionProducts<BFloat16> attention_products_bf16 = {matmul, grad_weights, grad_values};
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "common/storage.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -375,30 +377,13 @@ FUSEDATTN_INLINE void horizontal_sum4(const Vec<T>* acc, T* out) {
   }
 }
 
-// Storage types whose arithmetic is done in float.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+// Half precision is stored in half a vector.
+typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 FUSEDATTN_INLINE Vec<float> load(const BFloat16* p) {
-  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
-  Bits bits;
+  Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   return (Vec<float>)(__builtin_convertvector(bits, IntVec<float>) << 16);
-}
-
-// Rounds to nearest even; NaN stays NaN.
-FUSEDATTN_INLINE void store(BFloat16* p, Vec<float> v) {
-  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
-  typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
-  const Words word = (Words)v;
-  const Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  const Words result = v == v ? rounded : (word >> 16) | 0x40;
-  const Bits bits = __builtin_convertvector(result, Bits);
-  __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
 FUSEDATTN_INLINE Vec<float> load(const Half* p) {
@@ -408,8 +393,7 @@ FUSEDATTN_INLINE Vec<float> load(const Half* p) {
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   // Shift the 15 magnitude bits into place; multiplying by 2^112 rebiases the exponent, subnormals included.
-  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
-  Bits bits;
+  Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   const IntVec<float> h = __builtin_convertvector(bits, IntVec<float>);
   const IntVec<float> magnitude = h & 0x7FFF;
@@ -419,13 +403,19 @@ FUSEDATTN_INLINE Vec<float> load(const Half* p) {
 #endif
 }
 
-FUSEDATTN_INLINE void store(Half* p, Vec<float> v) {
+// To nearest even; NaN stays NaN. The first argument tells the type.
+FUSEDATTN_INLINE Bits16 rounded(const BFloat16*, Vec<float> v) {
+  typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+  const Words word = (Words)v;
+  const Words nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? nearest : (word >> 16) | 0x40, Bits16);
+}
+FUSEDATTN_INLINE Bits16 rounded(const Half*, Vec<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
-  typedef uint16_t Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
   const IntVec<float> word = (IntVec<float>)v;
   const IntVec<float> sign = (word >> 16) & 0x8000;
   const IntVec<float> magnitude = word & 0x7FFFFFFF;
@@ -435,8 +425,28 @@ FUSEDATTN_INLINE void store(Half* p, Vec<float> v) {
   IntVec<float> result = magnitude < (113 << 23) ? subnormal : normal;
   result = magnitude >= 0x477FF000 ? IntVec<float>{} + 0x7C00 : result;  // rounds past the largest half
   result = magnitude > 0x7F800000 ? IntVec<float>{} + 0x7E00 : result;
-  const Bits bits = __builtin_convertvector(result | sign, Bits);
+  return __builtin_convertvector(result | sign, Bits16);
+#endif
+}
+
+FUSEDATTN_INLINE void store(BFloat16* p, Vec<float> v) {
+  const Bits16 bits = rounded(p, v);
   __builtin_memcpy(p, &bits, sizeof(bits));
+}
+FUSEDATTN_INLINE void store(Half* p, Vec<float> v) {
+  const Bits16 bits = rounded(p, v);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// Two vectors that together fill a cache line.
+template <typename S>
+FUSEDATTN_INLINE void stream(S* p, Vec<float> low, Vec<float> high) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_castsi256_si512((__m256i)rounded(p, low));
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(bits, (__m256i)rounded(p, high), 1));
+#else
+  store(p, low);
+  store(p + LANES<float>, high);
 #endif
 }
 
@@ -468,6 +478,24 @@ FUSEDATTN_INLINE Vec<float> load_partial(const Half* p, int64_t n) { return load
 FUSEDATTN_INLINE Vec<float> load_partial(const BFloat16* p, int64_t n) { return load_partial_16(p, n); }
 FUSEDATTN_INLINE void store_partial(Half* p, Vec<float> v, int64_t n) { store_partial_16(p, v, n); }
 FUSEDATTN_INLINE void store_partial(BFloat16* p, Vec<float> v, int64_t n) { store_partial_16(p, v, n); }
+
+// n numbers into the type of the arithmetic, added to what is there or not; and back.
+template <typename S>
+FUSEDATTN_INLINE void widen(int64_t n, const S* in, Arithmetic<S>* out, bool added) {
+  constexpr int W = LANES<Arithmetic<S>>;
+  int64_t i = 0;  // whole vectors: what a masked store wrote, a load would wait for
+  for (; i + W <= n; i += W) store(out + i, added ? load(out + i) + load(in + i) : load(in + i));
+  if (i == n) return;
+  const Vec<Arithmetic<S>> v = load_partial(in + i, n - i);
+  store_partial(out + i, added ? load_partial(out + i, n - i) + v : v, n - i);
+}
+template <typename S>
+FUSEDATTN_INLINE void narrow(int64_t n, const Arithmetic<S>* in, S* out) {
+  constexpr int W = LANES<Arithmetic<S>>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(in + i));
+  if (i < n) store_partial(out + i, load_partial(in + i, n - i), n - i);
+}
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

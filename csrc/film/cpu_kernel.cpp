@@ -9,18 +9,6 @@ namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
 
-template <typename S>
-struct ArithmeticOf {
-  typedef float type;
-};
-template <>
-struct ArithmeticOf<double> {
-  typedef double type;
-};
-
-template <typename S>
-using Arithmetic = typename ArithmeticOf<S>::type;
-
 // A whole vector, past the caches if asked.
 template <typename S>
 FUSEDATTN_INLINE void put(S* p, Vec<Arithmetic<S>> v, bool streamed) {
@@ -260,11 +248,8 @@ void widen(FilmType type, int64_t n, int64_t step, const void* from, void* to, b
     constexpr int W = LANES<T>;
     const S* in = static_cast<const S*>(from);
     T* out = static_cast<T*>(to);
-    int64_t i = 0;
-    if (step == 1) {  // whole vectors: what a masked store wrote, a load would wait for
-      for (; i + W <= n; i += W) store(out + i, added ? load(out + i) + load(in + i) : load(in + i));
-    }
-    for (; i < n; i += W) {
+    if (step == 1) return FUSEDATTN_LEVEL::widen(n, in, out, added);
+    for (int64_t i = 0; i < n; i += W) {
       const int64_t left = n - i < W ? n - i : W;
       S lanes[W] = {};
       for (int64_t l = 0; l < left; ++l) lanes[l] = in[(i + l) * step];
@@ -277,13 +262,7 @@ void widen(FilmType type, int64_t n, int64_t step, const void* from, void* to, b
 void narrow(FilmType type, int64_t n, const void* from, void* to) {
   with_storage(type, [&](auto storage) {
     using S = decltype(storage);
-    using T = Arithmetic<S>;
-    constexpr int W = LANES<T>;
-    const T* in = static_cast<const T*>(from);
-    S* out = static_cast<S*>(to);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(out + i, load(in + i));
-    if (i < n) store_partial(out + i, load_partial(in + i, n - i), n - i);
+    FUSEDATTN_LEVEL::narrow(n, static_cast<const Arithmetic<S>*>(from), static_cast<S*>(to));
   });
 }
 

@@ -96,14 +96,25 @@ struct AttentionCase {
 };
 
 // The phases of cpu.cpp over one chunk that holds every row.
-template <typename T>
-void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const AttentionBwdKernels<T>& bwd,
-               const AttentionProducts<T>& products, Results& results) {
+template <typename S>
+void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const AttentionBwdKernels<S>& bwd,
+               const AttentionProducts<S>& products, double rounding, Results& results) {
+  using T = Arithmetic<S>;
   Random random{42};
+  const auto stored = [&](int64_t n, double size) {
+    std::vector<S> rounded(n);
+    fwd.narrow(n, random.numbers<T>(n, size).data(), rounded.data());
+    return rounded;
+  };
+  const auto wide = [&](const std::vector<S>& numbers) {
+    std::vector<T> x(numbers.size());
+    fwd.widen(x.size(), numbers.data(), x.data(), false);
+    return x;
+  };
   const int64_t heads = c.B * c.H, lanes = fwd.lanes, padded = (c.D + lanes - 1) / lanes * lanes;
-  const auto query = random.numbers<T>(heads * c.Tq * c.D, c.size),
-             key = random.numbers<T>(heads * c.Tk * c.D, c.size);
-  const auto value = random.numbers<T>(heads * c.Tk * c.Dv), grad_context = random.numbers<T>(heads * c.Tq * c.Dv);
+  const auto query = stored(heads * c.Tq * c.D, c.size), key = stored(heads * c.Tk * c.D, c.size),
+             value = stored(heads * c.Tk * c.Dv, 1);
+  const auto grad_context = random.numbers<T>(heads * c.Tq * c.Dv);
   const auto grad_lse = random.numbers<T>(heads * c.Tq);
   std::vector<T> weight(c.H * padded), scaled(c.H * padded), weight_max(c.H), weight_sum(c.H), key_exp;
   for (int64_t h = 0; h < c.H; ++h) {
@@ -125,9 +136,9 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
     for (int64_t i = 0; i < c.Tq && !seen[n]; ++i) mask[(n / c.Tk * c.Tq + i) * c.Tk + n % c.Tk] = false;
   }
   if (c.exponentials_at_hand)
-    for (T k : key) key_exp.push_back(std::exp(2 * k));
+    for (T k : wide(key)) key_exp.push_back(std::exp(2 * k));
 
-  AttentionProblem<T> p = {};
+  AttentionProblem<S> p = {};
   p.B = c.B, p.H = c.H, p.Tq = c.Tq, p.Tk = c.Tk, p.D = c.D, p.Dv = c.Dv, p.D_padded = padded;
   p.query = {query.data(), c.H * c.Tq * c.D, c.Tq * c.D, c.D};
   p.key = {key.data(), c.H * c.Tk * c.D, c.Tk * c.D, c.D};
@@ -145,7 +156,7 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
   p.weight_max = weight_max.data(), p.weight_sum = weight_sum.data();
   p.query_exp = query_exp.data(), p.query_bound = query_bound.data();
   const Chunk chunk{0, heads, 0, c.Tq};
-  const View<const T> dc{grad_context.data(), c.H * c.Tq * c.Dv, c.Tq * c.Dv, c.Dv};
+  const auto dc = [&](int64_t head) { return &grad_context[head * c.Tq * c.Dv]; };
 
   std::vector<T> scores(heads * c.Tq * c.Tk), weights(scores.size()), lse(heads * c.Tq),
       context(heads * c.Tq * c.Dv);
@@ -160,29 +171,35 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<T>& fwd, const 
                     &context[head * c.Tq * c.Dv], c.Dv, Output::WRITTEN);
 
   std::vector<T> g(scores.size()), probabilities(scores.size()), row_sums(heads * c.Tq);
-  std::vector<T> dq(heads * c.Tq * padded), dk(heads * c.Tk * c.D), dx(heads * c.Tk * c.Dv), dw(heads * padded);
+  std::vector<T> dq(heads * c.Tq * padded), dw(heads * padded);
+  std::vector<S> dk(heads * c.Tk * c.D), dx(heads * c.Tk * c.Dv);
+  const auto rows = [](std::vector<S>& gradient, int64_t at) {
+    T* sums = nullptr;
+    if constexpr (!IS_NARROW<S>) sums = &gradient[at];
+    return GradientRows<S>{sums, &gradient[at], false, false, false};
+  };
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK)
-      products.grad_weights(p, chunk, head, j, dc, g.data(), score_memory.data());
+      products.grad_weights(p, chunk, head, j, dc(head), c.Dv, g.data(), score_memory.data());
   for (int64_t row = 0; row < heads * c.Tq; ++row)
     row_sums[row] = bwd.grad_scores(p, &scores[row * c.Tk], lse[row], grad_lse[row], &probabilities[row * c.Tk],
                                     &g[row * c.Tk]);
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t visible = p.visible_keys(head / c.H, head % c.H);
-    products.matmul(c.Tk, c.Dv, c.Tq, &probabilities[head * c.Tq * c.Tk], 1, c.Tk,
-                    dc.row(head / c.H, head % c.H, 0), c.Dv, nullptr, &dx[head * c.Tk * c.Dv], c.Dv,
-                    Output::WRITTEN);
+    for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK)
+      products.grad_values(p, chunk, head, j, probabilities.data(), dc(head), c.Dv, rows(dx, head * c.Tk * c.Dv),
+                           score_memory.data());
+    const GradientRows<S> head_dk = rows(dk, head * c.Tk * c.D);
     T *head_dq = &dq[head * c.Tq * padded], *head_dw = &dw[head * padded];
     if (c.Tq <= ROWWISE_QUERIES)
-      bwd.backward_rows(p, chunk, head, 0, visible, g.data(), head_dq, dk.data(), head_dw, memory.data());
+      bwd.backward_rows(p, chunk, head, 0, visible, g.data(), head_dq, head_dk, head_dw, memory.data());
     else
       for (int64_t d = 0; d < padded; d += lanes)
-        bwd.backward_strip(p, chunk, head, d, 0, visible, g.data(), head_dq, dk.data(), head_dw, memory.data());
+        bwd.backward_strip(p, chunk, head, d, 0, visible, g.data(), head_dq, head_dk, head_dw, memory.data());
   }
-  const double epsilon = std::numeric_limits<T>::epsilon();
-  for (const std::vector<T>* result :
-       {&scores, &weights, &lse, &context, &probabilities, &g, &row_sums, &dq, &dk, &dx, &dw})
-    results.add(c.name, widened(*result), epsilon);
+  for (const std::vector<T>* result : {&scores, &weights, &lse, &context, &probabilities, &g, &row_sums, &dq, &dw})
+    results.add(c.name, widened(*result), std::numeric_limits<T>::epsilon());
+  for (const std::vector<S>* result : {&dk, &dx}) results.add(c.name, widened(wide(*result)), rounding);
 }
 
 // Storage of 16 bits, by its exponent's width.
@@ -294,10 +311,11 @@ int main(int arguments, char** argument) {
       {"an infinite weight", 1, 1, 5, 18, 16, 16, 1, plain, false, false, true},
   };
   for (const AttentionCase& c : cases) {
-    attention<float>(c, default_::attention_fwd_f32, default_::attention_bwd_f32, default_::attention_products_f32,
-                     results);
-    attention<double>(c, default_::attention_fwd_f64, default_::attention_bwd_f64,
-                      default_::attention_products_f64, results);
+    using namespace default_;
+    attention(c, attention_fwd_f32, attention_bwd_f32, attention_products_f32, 0x1p-23, results);
+    attention(c, attention_fwd_f64, attention_bwd_f64, attention_products_f64, 0x1p-52, results);
+    attention(c, attention_fwd_f16, attention_bwd_f16, attention_products_f16, 0x1p-10, results);
+    attention(c, attention_fwd_bf16, attention_bwd_bf16, attention_products_bf16, 0x1p-7, results);
   }
   const Storage storages[] = {{FilmType::FLOAT, 4, 0, std::numeric_limits<float>::epsilon()},
                               {FilmType::DOUBLE, 8, 0, std::numeric_limits<double>::epsilon()},
