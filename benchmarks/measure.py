@@ -152,6 +152,7 @@ class Job:
     min_seconds: float = 0.1
     budget: float = inf  # seconds of a mode
     labels: dict = field(default_factory=dict)  # for the rows
+    environment: dict = field(default_factory=dict)  # variables that the process is started with
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ NAMES = {
 LIMITS = {"bytes": ("#56B4E9", "bound by bytes"), "compute": ("#009E73", "bound by arithmetic")}
 HEADS = {  # of cases, by group and size
     ("attention", None): "Attention (B, Tq, Tk, D)",
+    ("loop", None): "Decoder loops, B, Tk, D",
     ("film", "cache"): "FiLM in the cache, x",
     ("film", "memory"): "FiLM beyond the cache, x",
     ("small", None): "A small call (B, Tq, Tk, D)",
@@ -109,7 +110,7 @@ def ratios(result: dict, path: Path) -> Path:
     def present(s: dict) -> dict[str, float]:
         return {rival: s[f"vs {rival}"] for rival in contenders.RIVALS if f"vs {rival}" in s}
 
-    figure, panels = _panels(result, ("attention", "film", "small"), lambda s: len(present(s)))
+    figure, panels = _panels(result, ("attention", "loop", "film", "small"), lambda s: len(present(s)))
     found = [1.0]
     for axes, cases in panels:
         for y, s in cases:

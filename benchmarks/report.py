@@ -24,6 +24,8 @@ HEADS = {  # of the first column, by group
     "sweep": ATTENTION,
     "small": ATTENTION,
     "film": "x",
+    "huge pages": "x",
+    "loop": "B, Tk, D",
     "wide loop": "B, Tk, D",
     "wide attention": ATTENTION,
     "wide film": "x",
@@ -88,7 +90,8 @@ LEGEND = (
     "1 - 2 / (1 + exp(2q) exp(2k)) for tanh, compiled, with a backward of its own (benchmarks/identity.py). "
     "MiB: peak memory beyond inputs, outputs and gradients. Ceiling: the longer of the bytes that must be read "
     "and written (the output in fresh memory) and the kernel's arithmetic, at rates measured in the same run; "
-    "vs clone: GB/s against x.clone()."
+    "vs clone: GB/s against x.clone(). Loops: a decoder's attention part, step after step over the same keys. "
+    "FiLM's rows without a ceiling are those with huge pages for PyTorch's own memory (THP_MEM_ALLOC_ENABLE=1)."
 )
 
 
@@ -112,6 +115,8 @@ def _print(console: Console, title: str, columns: list[str], rows: list[list[str
 def print_result(console: Console, result: dict) -> None:
     _print(console, "Additive attention", *table(result, "attention"))
     _print(console, "FiLM", *table(result, "film"))
+    _print(console, "FiLM, huge pages for PyTorch's own memory, too", *table(result, "huge pages"))
+    _print(console, "Decoder loops", *table(result, "loop"))
     _print(console, "Attention against sequence length", *table(result, "sweep"))
     _print(console, "A small call of attention", *table(result, "small"))
     levels: dict[tuple[str, str], dict[str, str]] = {}
@@ -207,7 +212,7 @@ def update_readme(result: dict, pictures: Path) -> list[Path]:
     for name, text in PICTURES.items():
         shutil.copy(pictures / name, ROOT / "docs" / name)
         lines += [f"![{text}](docs/{name})", ""]
-    for group in ("attention", "film"):
+    for group in ("attention", "loop", "film", "huge pages"):
         columns, rows = table(result, group)
         lines += _markdown(columns, rows) if rows else []
     lines += [" ".join([LEGEND, *(f"{line}." for line in result["sizes"])]), ""]

@@ -16,12 +16,21 @@ from rich.console import Console
 
 from . import cases, contenders, fresh, g2p, levels, machine, measure, memory, sizing
 from .measure import Job
+from .models import Loop
 from .progress import Tracker
 from .summary import summaries
 
 UNEVEN = 3  # times an even share of the time left: what one step of a run may take
 LEAST_SECONDS = 3  # under which no step is started
 STOPS_AFTER = 0.7  # of its time: where a case takes no further sample
+
+
+# Decoders, by their attention part: what training one feels like.
+CAPTIONING = Loop("captioning", "float32", 32, 196, 512, 2048, 20)
+SPEECH = Loop("speech", "float32", 64, 400, 128, 512, 50)
+WITH_CEILINGS = ("attention", "film", "sweep", "small")  # groups whose limit is known
+# PyTorch's own switch for large allocations, off by default; our memory has huge pages in any case.
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Plan:
     seconds: float  # that the run may take
     attention: tuple[cases.AttentionCase, ...] = cases.ATTENTION
     film: tuple[tuple[str, str], ...] = tuple((layout, size) for size in cases.SIZES for layout in cases.LAYOUTS)
+    loops: tuple[Loop, ...] = (CAPTIONING, SPEECH)
     rounds: int = 5
     budget: float = 1.0  # seconds of a case and mode; past it three samples do
     # one compiled form is enough for a quick look: wherever both were measured it was the faster or within 5 %
@@ -54,6 +64,7 @@ QUICK = Plan(
     seconds=260,  # of 300: Python's start, the pictures and a last step of g2p come on top
     attention=(cases.ATTENTION[0], cases.ATTENTION[3]),
     film=(("NCHW", "cache"), ("BTC", "memory")),
+    loops=(CAPTIONING,),
     sweep_lengths=(256, 2048),
 )
 SUITE = Plan(seconds=900)
@@ -111,7 +122,8 @@ def time_all(
 
 def _time(time_case: Callable[[Job, float], list[dict]], job: Job, seconds: float) -> list[dict]:
     """The process stops by itself after most of the time, and is ended after all of it."""
-    return fresh.call(time_case, job, STOPS_AFTER * seconds, seconds=seconds)
+    limit = STOPS_AFTER * seconds
+    return fresh.call(time_case, job, limit, environment=job.environment, seconds=seconds)
 
 
 def jobs(plan: Plan, attention: list[cases.AttentionCase], film_bytes: dict[str, int]) -> list[Job]:
@@ -122,6 +134,9 @@ def jobs(plan: Plan, attention: list[cases.AttentionCase], film_bytes: dict[str,
         if (case.layout, case.size) in plan.film:
             names = _names(case, plan.left_out)
             found.append(Job("film", case, names=names, labels={"size": case.size}, **effort))
+            if case.size == "memory":
+                found.append(Job("huge pages", case, names=names, environment=HUGE_PAGES, **effort))
+    found += [Job("loop", case, names=_names(case, plan.left_out), **effort) for case in plan.loops]
     # microseconds a call: many rounds cost nothing
     found.append(Job("small", cases.SMALL, names=_names(cases.SMALL, plan.left_out), rounds=21, min_seconds=0.01))
     for mode in plan.sweep_modes:
@@ -150,7 +165,7 @@ def run(plan: Plan, console: Console) -> dict:
         attention.append(fitted)
         sizes += change
     todo = jobs(plan, attention, film_bytes)
-    timed = {(job.group, job.case.name): job.case for job in todo}
+    timed = {(job.group, job.case.name): job.case for job in todo if job.group in WITH_CEILINGS}
     steps = len(todo) + 3 + bool(plan.level_rounds)
     schedule = Schedule(plan.seconds - (time.monotonic() - started), steps + plan.g2p)
     result: dict = {"machine": machine.stamp(), "sizes": sizes, "left_out": schedule.left_out, "rows": []}

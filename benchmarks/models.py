@@ -1,0 +1,309 @@
+"""Sizes of real models as cases: attention, FiLM, modules, decoders that call their attention once per step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fusedattn
+
+from . import contenders
+from .contenders import Function, Stepwise
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """What the cases below share. All inputs are leaves: a training step returns the gradient of each."""
+
+    model: str  # where such sizes occur
+    dtype: str
+    unit = ""
+
+    def work(self, mode: str) -> float:
+        return 0.0  # times are compared, not rates
+
+    def eager_bytes(self, mode: str) -> int:
+        """Of the large tensors that eager code keeps."""
+        return 0
+
+    def reduced(self) -> "ModelCase":
+        """A smaller one, of which the results are checked."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple]:
+        yield tuple(... for _ in self.inputs())
+
+    def summed_terms(self) -> dict[str, int]:
+        """As many terms as that are added up at most for each result."""
+        sizes = [x.numel() for x in self.inputs()]
+        return {name: max(sizes) for name in ("output", *(f"grad {n}" for n in range(len(sizes))))}
+
+    def normal(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return (scale * x).to(getattr(torch, self.dtype))
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Attention(ModelCase):
+    """With Dv = D; heads are made by transposing (B, T, H, D), as projections leave them."""
+
+    B: int
+    Tq: int
+    Tk: int
+    D: int
+    heads: int | None = None
+
+    @property
+    def name(self) -> str:
+        heads = f" {self.heads} heads" if self.heads else ""
+        return f"attention ({self.B}, {self.Tq}, {self.Tk}, {self.D}){heads} {self.dtype}"
+
+    def _rows(self, T: int, seed: int) -> Tensor:
+        if self.heads is None:
+            return self.normal(self.B, T, self.D, seed=seed)
+        return self.normal(self.B, T, self.heads, self.D, seed=seed).transpose(1, 2)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        shape = (self.D,) if self.heads is None else (self.heads, self.D)
+        weight = self.normal(*shape, seed=3, scale=self.D**-0.5)
+        return self._rows(self.Tq, 0), self._rows(self.Tk, 1), self._rows(self.Tk, 2), weight
+
+    def grad_output(self) -> Tensor:
+        return self._rows(self.Tq, 4)
+
+    def eager_bytes(self, mode: str) -> int:
+        scored = self.B * (self.heads or 1) * self.Tq * self.Tk * self.D
+        return self.itemsize * scored * (2 if mode == "forward" else 3)
+
+    def reduced(self) -> "Attention":
+        return replace(self, B=min(self.B, 2), Tq=min(self.Tq, 16))
+
+    def eager(self) -> dict[str, Function]:
+        if self.heads is None:
+            forms = (contenders.attention_matmul, contenders.attention_sum)
+            return dict(zip(contenders.EAGER, forms, strict=True))
+        return {"eager": attention_of_heads}
+
+    def fused(self) -> Function:
+        return fusedattn.additive_attention
+
+
+def attention_of_heads(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    features = torch.tanh(query[:, :, :, None] + key[:, :, None])
+    return (features * weight[:, None, None]).sum(-1).softmax(-1) @ value
+
+
+@dataclass(frozen=True)
+class Film(ModelCase):
+    x: tuple[int, ...]
+    channel_dim: int = 1
+    shared: bool = False  # gamma and beta are (C,), not (B, C)
+    activation: str | None = None
+    residual: bool = False
+
+    @property
+    def name(self) -> str:
+        options = [self.activation or "", "residual" if self.residual else "", "shared" if self.shared else ""]
+        return " ".join(["film", str(self.x), *filter(None, options), self.dtype])
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        C = self.x[self.channel_dim]
+        shape = (C,) if self.shared else (self.x[0], C)
+        tensors = self.normal(*self.x, seed=0), self.normal(*shape, seed=1), self.normal(*shape, seed=2)
+        return (*tensors, self.normal(*self.x, seed=3)) if self.residual else tensors
+
+    def grad_output(self) -> Tensor:
+        return self.normal(*self.x, seed=4)
+
+    def reduced(self) -> "Film":
+        return replace(self, x=(min(self.x[0], 8), *self.x[1:]))
+
+    def eager(self) -> dict[str, Function]:
+        shape = [1] * len(self.x)
+        shape[self.channel_dim] = self.x[self.channel_dim]
+        shape[0] = 1 if self.shared else self.x[0]
+        return {"eager": partial(modulated, shape=shape, activation=self.activation)}
+
+    def fused(self) -> Function:
+        def call(x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None) -> Tensor:
+            options = {"channel_dim": self.channel_dim, "activation": self.activation}
+            return fusedattn.film(x, gamma, beta, residual=residual, **options)
+
+        return call
+
+
+def modulated(x, gamma, beta, residual=None, *, shape: list[int], activation: str | None) -> Tensor:
+    y = (x * gamma.view(shape)).add_(beta.view(shape))
+    if activation is not None:
+        y = getattr(F, activation)(y, inplace=True)
+    return y if residual is None else y + residual
+
+
+class Bound:
+    """A module as a function of its inputs and then its parameters of these names."""
+
+    def __init__(self, module: nn.Module, *names: str):
+        self._module, self._places = module, []
+        for name in names:
+            owner, _, parameter = name.rpartition(".")
+            owner = module.get_submodule(owner)
+            delattr(owner, parameter)
+            self._places.append((owner.__dict__, parameter))
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        count = len(tensors) - len(self._places)
+        for (attributes, name), parameter in zip(self._places, tensors[count:], strict=True):
+            attributes[name] = parameter
+        return self._module(*tensors[:count])
+
+
+@dataclass(frozen=True)
+class Loop(ModelCase):
+    """A decoder's attention, step after step over the same keys; projections are left out on both sides."""
+
+    B: int
+    T: int
+    D: int
+    values: int  # their width
+    steps: int
+
+    @property
+    def name(self) -> str:
+        sizes = f"({self.B}, {self.T}, {self.D}), values {self.values}, {self.steps} steps"
+        return f"loop {sizes} {self.dtype}"
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        B, T, D = self.B, self.T, self.D
+        key, value = self.normal(B, T, D, seed=1), self.normal(B, T, self.values, seed=2)
+        return self.normal(self.steps, B, D, seed=0), key, value, self.normal(1, D, seed=3, scale=D**-0.5)
+
+    def grad_output(self) -> Tensor:
+        return self.normal(self.steps, self.B, self.values, seed=4)
+
+    def eager_bytes(self, mode: str) -> int:
+        return 2 * self.itemsize * self.B * self.T * self.D * (1 if mode == "forward" else self.steps)
+
+    def reduced(self) -> "Loop":
+        return replace(self, B=min(self.B, 2), steps=3)
+
+    def eager(self) -> dict[str, Function]:
+        return {"eager": Stepwise(decoder_step)}
+
+    def fused(self) -> Function:
+        module = fusedattn.BahdanauAttention(self.D, self.D, self.D)
+        module.query_proj, module.key_proj, module.value_dim = nn.Identity(), nn.Identity(), self.values
+        return Bound(DecoderLoop(module), "attention.weight")
+
+
+def decoder_step(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    p = (torch.tanh(query[:, None] + key) @ weight[0]).softmax(-1)
+    return (p[:, None] @ value)[:, 0]
+
+
+class DecoderLoop(nn.Module):
+    def __init__(self, attention: fusedattn.BahdanauAttention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys = self.attention.project_keys(key, value)
+        return torch.stack([self.attention(query, keys, return_weights=False) for query in queries])
+
+
+class ModuleCase(ModelCase):
+    """A module with its projections against the same lines by hand, ``by_hand``."""
+
+    def module(self) -> nn.Module:
+        raise NotImplementedError
+
+    def data(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what the module is called with, of which the first is the result's."""
+        raise NotImplementedError
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        parameters = [p.shape for p in self.module().parameters()]
+        scales = [1.0 for _ in self.data()] + [shape[-1] ** -0.5 for shape in parameters]
+        shapes = [*self.data(), *parameters]
+        return tuple(
+            self.normal(*shape, seed=n, scale=scale)
+            for n, (shape, scale) in enumerate(zip(shapes, scales, strict=True))
+        )
+
+    def grad_output(self) -> Tensor:
+        return self.normal(*self.data()[0], seed=99)
+
+    def eager(self) -> dict[str, Function]:
+        return {"eager": self.by_hand}
+
+    def fused(self) -> Function:
+        module = self.module()
+        return Bound(module, *(name for name, _ in module.named_parameters()))
+
+
+@dataclass(frozen=True)
+class FilmModule(ModuleCase):
+    B: int
+    C: int
+    N: int
+    condition: int
+
+    @property
+    def name(self) -> str:
+        return f"module FiLM ({self.B}, {self.C}, {self.N}, {self.N}), condition {self.condition} {self.dtype}"
+
+    def reduced(self) -> "FilmModule":
+        return replace(self, B=2)
+
+    def module(self) -> nn.Module:
+        return fusedattn.FiLM(self.condition, self.C)
+
+    def data(self) -> tuple[tuple[int, ...], ...]:
+        return (self.B, self.C, self.N, self.N), (self.B, self.condition)
+
+    @staticmethod
+    def by_hand(x: Tensor, condition: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        gamma, beta = F.linear(condition, weight, bias)[:, :, None, None].chunk(2, 1)
+        return (x * (1 + gamma)).add_(beta)
+
+
+@dataclass(frozen=True)
+class MultiheadModule(ModuleCase):
+    B: int
+    Tq: int
+    Tk: int
+    width: int
+    heads: int
+
+    @property
+    def name(self) -> str:
+        sizes = f"({self.B}, {self.Tq}, {self.Tk}, {self.width})"
+        return f"module AdditiveAttention {sizes} {self.heads} heads {self.dtype}"
+
+    def module(self) -> nn.Module:
+        width, heads = self.width, self.heads
+        return fusedattn.AdditiveAttention(width, width, width, num_heads=heads, context_dim=width, out_dim=width)
+
+    def data(self) -> tuple[tuple[int, ...], ...]:
+        return (self.B, self.Tq, self.width), (self.B, self.Tk, self.width)
+
+    def eager_bytes(self, mode: str) -> int:
+        return self.itemsize * self.B * self.Tq * self.Tk * self.width * (2 if mode == "forward" else 3)
+
+    def reduced(self) -> "MultiheadModule":
+        return replace(self, B=2)
+
+    @staticmethod
+    def by_hand(query, key, weight, to_q, q_bias, to_k, to_v, v_bias, to_out, out_bias) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (weight.shape[0], -1)).transpose(1, 2)
+
+        q, k = heads(F.linear(query, to_q, q_bias)), heads(F.linear(key, to_k))
+        context = attention_of_heads(q, k, heads(F.linear(key, to_v, v_bias)), weight)
+        return F.linear(context.transpose(1, 2).flatten(2), to_out, out_bias)
