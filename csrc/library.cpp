@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "additive_attention/options.h"
+#include "additive_scores/options.h"
 #include "film/options.h"
 
 STABLE_TORCH_LIBRARY(fusedattn, m) {
@@ -25,6 +26,12 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "Tensor? key_bound, " FUSEDATTN_ATTENTION_OPTIONS
       ", Tensor context, Tensor lse, Tensor scores, int output_mask) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
+
+  // As above, without value and what hides keys. scores (B,H,Tq,Tk) are in the dtype of query.
+  m.def("additive_scores_fwd(Tensor query, Tensor key, Tensor weight, " FUSEDATTN_SCORES_OPTIONS ") -> Tensor");
+  m.def(
+      "additive_scores_bwd(Tensor grad_scores, Tensor query, Tensor key, Tensor weight, " FUSEDATTN_SCORES_OPTIONS
+      ", int output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_weight)");
 
   // x (B, ...) with C channels at channel_dim, residual like x or None. gamma and beta, each the sum of one or two
   // tensors, or None: by their rank (), (C,), (B, C) or like x, any size of which may be 1. On CUDA (C,) or (B,

@@ -7,6 +7,7 @@ from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.film import FiLM
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
+from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.film import film, film_ref
 from fusedattn.ops.norm_film import norm_film, norm_film_ref
 
@@ -20,6 +21,8 @@ __all__ = [
     "UnsupportedError",
     "additive_attention",
     "additive_attention_ref",
+    "additive_scores",
+    "additive_scores_ref",
     "decompositions",
     "empty_cache",
     "film",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch._ops import OpOverload
 
 from fusedattn.ops.additive_attention import ATTENTION
+from fusedattn.ops.additive_scores import SCORES
 from fusedattn.ops.film import FILM
 
 
@@ -14,4 +15,4 @@ def decompositions() -> dict[OpOverload, Callable]:
     ``torch.export.export(model, inputs).run_decompositions(fusedattn.decompositions())`` has the memory and the
     speed of plain PyTorch. ``torch.onnx.export(model, inputs, dynamo=True)`` needs no call of it.
     """
-    return ATTENTION.decompositions() | FILM.decompositions()
+    return ATTENTION.decompositions() | SCORES.decompositions() | FILM.decompositions()

@@ -9,6 +9,11 @@ class AdditiveAttentionOptions(NamedTuple):
     softcap: float  # 0: none
 
 
+class AdditiveScoresOptions(NamedTuple):
+    scale: float
+    softcap: float  # 0: none
+
+
 class FilmOptions(NamedTuple):
     channel_dim: int
     gamma_offset: float

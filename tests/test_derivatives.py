@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from fusedattn import additive_attention, additive_attention_ref, film, film_ref
+from fusedattn import (
+    additive_attention,
+    additive_attention_ref,
+    additive_scores,
+    additive_scores_ref,
+    film,
+    film_ref,
+)
 
 
 def attention_inputs():
@@ -29,6 +36,14 @@ def attend(function):
     return call
 
 
+def scores_inputs():
+    return {name: t for name, t in attention_inputs().items() if name != "value"}
+
+
+def score(function):
+    return lambda query, key, weight: function(query, key, weight, scale=0.5, softcap=3.0)
+
+
 def modulate(function):
     def call(x, gamma, beta, residual):
         return function(x, gamma, beta, residual=residual, gamma_offset=1.0, activation="gelu")
@@ -39,6 +54,7 @@ def modulate(function):
 # op: (call with the kernels, call with the reference, inputs by name)
 OPS = {
     "additive_attention": (attend, additive_attention, additive_attention_ref, attention_inputs),
+    "additive_scores": (score, additive_scores, additive_scores_ref, scores_inputs),
     "film": (modulate, film, film_ref, film_inputs),
 }
 

@@ -154,6 +154,7 @@ def test_gradients_of_some_inputs(decoder, wanted):
     assert (0b1110 in calls.masks) == (wanted == 1)
 
 
+@not_on_the_standin("an error in its backward pass ends the process")
 def test_a_backward_pass_that_failed_half_way_leaves_nothing(decoder):
     state, memory = data()
     keys = decoder.project(memory)

@@ -3,6 +3,7 @@
 
 #include "common/box.h"
 #include "cpu_inputs.h"
+#include "cpu_score_gradients.h"
 
 namespace fusedattn {
 namespace {
@@ -85,36 +86,6 @@ struct Gradients {
   Tensor query, key, value, weight;
 };
 
-// The gradient of keys or values, `size` elements of each head.
-template <typename S>
-class HeadGradients {
- public:
-  using T = Arithmetic<S>;
-  HeadGradients(const Tensor& gradient, int64_t width, const Inputs<S>& in)
-      : rows_(gradient.numel() == 0 ? nullptr : mutable_data_of<S>(gradient)),
-        size_(in.p.Tk * width),
-        queries_(in.p.Tq),
-        sums_(IS_NARROW<S> && in.chunk_rows < queries_ && asked() ? size_ : 0),
-        streamed_(passes_caches(gradient, width * gradient.element_size())) {}
-
-  bool asked() const { return rows_ != nullptr; }
-
-  // Of a head of the chunk. Where there are several chunks of queries, each has one head.
-  GradientRows<S> rows(const Chunk& chunk, int64_t head) const {
-    if (!asked()) return {};
-    S* const rows = rows_ + (chunk.first_head + head) * size_;
-    const bool added = chunk.first_query > 0;
-    const bool unfinished = IS_NARROW<S> && chunk.first_query + chunk.queries < queries_;
-    return {unrounded(rows, sums_.get()), rows, added, unfinished, streamed_ && !added && !unfinished};
-  }
-
- private:
-  S* rows_;
-  int64_t size_, queries_;
-  Buffer<T> sums_;
-  bool streamed_;
-};
-
 // The rows of grad_context that belong to a chunk, in the type of the arithmetic.
 template <typename S>
 class ContextGradients {
@@ -154,90 +125,19 @@ class ContextGradients {
   Buffer<T> wide_;
 };
 
-// The joint backward of one chunk. `partial_weight` has one D_padded row per head and split.
-template <typename S, typename T = Arithmetic<S>>
-void backward_scores(const Inputs<S>& in, const Chunk& chunk, int64_t first_row, const T* g, int64_t splits,
-                     const Tensor& grad_query, const HeadGradients<S>& grad_key, T* partial_query,
-                     T* partial_weight) {
-  const auto& p = in.p;
-  if (p.D == 0) return;
-  const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
-  const int64_t strips = rowwise ? 1 : p.D_padded / fwd<S>().lanes;
-  const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits), 4) * 4;
-  const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
-  const auto visible = [&](int64_t head) {
-    const int64_t n = chunk.first_head + head;
-    return p.visible_keys(n / p.H, n % p.H);
-  };
-  for (int64_t head = 0; head < chunk.heads && chunk.first_query == 0 && grad_key.asked(); ++head) {
-    S* rows = grad_key.rows(chunk, head).rows;
-    std::fill(rows + visible(head) * p.D, rows + p.Tk * p.D, S{});  // padding is not looked at below
-  }
-  parallel<T>(chunk.heads * splits * strips, grain_for(cost), backward_scratch(p, chunk, fwd<S>().lanes),
-              [&](int64_t first, int64_t last, T* scratch) {
-                for (int64_t task = first; task < last; ++task) {
-                  const int64_t head = task / (splits * strips), split = task / strips % splits;
-                  const int64_t begin = std::min(visible(head), split * part_keys);
-                  const int64_t end = std::min(visible(head), begin + part_keys);
-                  T* dq = partial_query + (head * splits + split) * chunk.queries * p.D_padded;
-                  T* dw = partial_weight + ((chunk.first_head + head) * splits + split) * p.D_padded;
-                  const GradientRows<S> dk = grad_key.rows(chunk, head);
-                  if (rowwise)
-                    bwd<S>().backward_rows(p, chunk, head, begin, end, g, dq, dk, dw, scratch);
-                  else
-                    bwd<S>().backward_strip(p, chunk, head, task % strips * fwd<S>().lanes, begin, end, g, dq, dk,
-                                            dw, scratch);
-                }
-              });
-  if (grad_query.numel() == 0) return;
-  const int64_t rows = chunk.heads * chunk.queries, unrounded_size = IS_NARROW<S> ? p.D : 0;
-  parallel<T>(rows, grain_for(p.D * splits), unrounded_size, [&](int64_t first, int64_t last, T* scratch) {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t head = row / chunk.queries, i = row % chunk.queries;
-      const T* w = p.weight + (chunk.first_head + head) % p.H * p.D_padded;
-      S* const row_out = mutable_data_of<S>(grad_query) + (first_row + row) * p.D;
-      T* out = unrounded(row_out, scratch);
-      for (int64_t d = 0; d < p.D; ++d) {
-        T sum = 0;
-        for (int64_t s = 0; s < splits; ++s)
-          sum += partial_query[((head * splits + s) * chunk.queries + i) * p.D_padded + d];
-        out[d] = 4 * w[d] * sum;
-      }
-      round_into(row_out, out, p.D);
-    }
-  });
-}
-
 template <typename S, typename T = Arithmetic<S>>
 Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                    const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores, OutputMask asked) {
   const auto& p = in.p;
-  const ScalarType acc = scalar_type<T>();
-  const auto none = [](ScalarType type) { return empty({0}, type); };
-  const ScalarType type = scalar_type<S>();
-  const Gradients grads{asked[0] ? in.empty({p.Tq, p.D}) : none(type),
-                        asked[1] ? in.empty({p.Tk, p.D}) : none(type),
-                        asked[2] ? in.empty({p.Tk, p.Dv}) : none(type),
-                        !asked[3] ? none(acc)
-                        : in.flat ? empty({p.D}, acc)
-                                  : empty({p.H, p.D}, acc)};
-  const HeadGradients<S> grad_key(grads.key, p.D, in), grad_value(grads.value, p.Dv, in);
-  if (p.Tq == 0 || p.D == 0 || p.B * p.H == 0) {
-    Tensor key = grads.key, value = grads.value;
-    torch::stable::zero_(key);
-    torch::stable::zero_(value);
-  }
-  const int64_t heads = p.B * p.H;
+  ScoreGradients<S> grads(in, asked[0], asked[1], asked[3]);
+  Tensor value = asked[2] ? in.empty({p.Tk, p.Dv}) : empty({0}, scalar_type<S>());
+  const HeadGradients<S> grad_value(value, p.Dv, in);
+  if (!grad_context || in.rows() == 0) torch::stable::zero_(value);
   const bool kept = scores.numel() > 0;
-  const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / fwd<S>().lanes;
-  const int64_t splits = in.key_splits(in.chunk_heads * std::max<int64_t>(strips, 1));
   const int64_t chunk_size = in.chunk_heads * in.chunk_rows;
-  const Buffer<T> probabilities(chunk_size * p.Tk), g(chunk_size * p.Tk), row_sums(in.rows());
-  const Buffer<T> partial_query(chunk_size * splits * p.D_padded);
-  const Buffer<T> partial_weight(heads * splits * p.D_padded);
+  const Buffer<T> probabilities(chunk_size * p.Tk), g(chunk_size * p.Tk);
   std::optional<ContextGradients<S>> dc;
   if (grad_context) dc.emplace(*grad_context, in);
-  std::fill_n(partial_weight.get(), heads * splits * p.D_padded, T(0));
 
   // Probabilities replace the scores in place, unless the slope of the cap still needs these.
   const Buffer<T> capped(!kept && p.options.softcap != 0 ? chunk_size * p.Tk : 0);
@@ -263,7 +163,7 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
         if (extra != nullptr) fwd<S>().widen(p.Tk, extra + row * p.Tk, g_row, true);
-        row_sums.get()[first_row + row] = bwd<S>().grad_scores(
+        grads.row_sums()[first_row + row] = bwd<S>().grad_scores(
             p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
       }
     });
@@ -273,33 +173,10 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
                                   dc->stride(), grad_value.rows(chunk, head), scratch);
       });
     }
-    if (asked[0] || asked[1] || asked[3])
-      backward_scores(in, chunk, first_row, g.get(), splits, grads.query, grad_key, partial_query.get(),
-                      partial_weight.get());
+    grads.add(chunk, first_row, g.get());
   });
-  if (!grad_context) {
-    Tensor value = grads.value;
-    torch::stable::zero_(value);
-  }
-
-  if (!asked[3]) return grads;
-  // dw = sum of g - 2 sum of g r
-  T* grad_weight = grads.weight.template mutable_data_ptr<T>();
-  for (int64_t h = 0; h < p.H; ++h) {
-    double total = 0;
-    for (int64_t b = 0; b < p.B; ++b)
-      for (int64_t i = 0; i < p.Tq; ++i) total += row_sums.get()[(b * p.H + h) * p.Tq + i];
-    parallel<T>(p.D, grain_for(p.B * splits), 0, [&](int64_t first, int64_t last, T*) {
-      for (int64_t d = first; d < last; ++d) {
-        double sum = 0;
-        for (int64_t b = 0; b < p.B; ++b)
-          for (int64_t n = 0; n < splits; ++n)
-            sum += partial_weight.get()[((b * p.H + h) * splits + n) * p.D_padded + d];
-        grad_weight[h * p.D + d] = static_cast<T>(total - 2 * sum);
-      }
-    });
-  }
-  return grads;
+  grads.finish();
+  return {grads.query, grads.key, value, grads.weight};
 }
 
 // The last argument, allow_tf32, is ignored: no CPU has TF32.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedattn._dispatch import check_backend, not_scriptable
+from fusedattn._scores import accumulation_dtype
 from fusedattn._steps import are_recorded
 from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
-from fusedattn.ops.additive_attention import accumulation_dtype, attend
+from fusedattn.ops.additive_attention import attend
 
 
 def _check(t: Tensor, name: str, *shape: str | int) -> None:

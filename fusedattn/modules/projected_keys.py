@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fusedattn import _steps
-from fusedattn.ops.additive_attention import accumulation_dtype, seen_keys
+from fusedattn._scores import accumulation_dtype
+from fusedattn.ops.additive_attention import seen_keys
 
 
 class _Exponentials(NamedTuple):
@@ -44,9 +45,9 @@ class ProjectedKeys:
     a list or tensor of indices, or a bool mask), one is repeated by ``keys.expand(B)``, and ``keys.to(...)`` moves
     or casts. A pytree of these four.
 
-    Steps over the same keys (or over their first batch elements, ``keys[:n]``) leave the gradients of key, value and
-    weight to one joint backward pass after all of them: the memory for it is that of the steps' queries, contexts
-    and scores. Compiled and transformed steps, and causal ones, make their own.
+    Steps over the same keys, or over their first batch elements (``keys[:n]``), leave the gradients of key, value
+    and weight to one joint backward pass after all of them: the memory for it is that of the steps' queries,
+    contexts and scores. Compiled and transformed steps, and causal ones, make their own.
 
     On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the
     tensors and versions that they were computed from: keys that were replaced or edited in place, or whose mask or

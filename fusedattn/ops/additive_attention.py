@@ -23,22 +23,18 @@ Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value w
 """
 
 import math
-from typing import NoReturn
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _steps
+from fusedattn import _autograd, _scores, _steps
 from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable, tf32_allowed
 from fusedattn._options import AdditiveAttentionOptions as Options
+from fusedattn._scores import accumulation_dtype, shape_text
 from fusedattn._typing import attention_function
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the inner arithmetic, of ``lse`` and of kept scores: at least float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # Reference
@@ -65,10 +61,7 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     if mask is not None or key_lengths is not None or options.is_causal:
         unseen = ~visible.any(-2).unsqueeze(-1)  # by any query: absent, whatever they hold
         key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
-    scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1)
-    scores = scores * options.scale
-    if options.softcap:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = _scores.reference(query, key, weight, options.scale, options.softcap)
     row = visible.any(-1, keepdim=True)
     # A row without a visible key is computed over zeros and masked afterwards: no NaN in any derivative.
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~row, 0.0)
@@ -147,48 +140,17 @@ def _flops(query, key, value, weight) -> int:
     return 2 * math.prod(lead) * Tq * key[-2] * (D + value[-1])
 
 
-class _Fold(_autograd.Fold):
-    """Into the heads: N of (B, H, ...) become (B, N H, ...), or N of (B, ...) become (B, N, ...).
-
-    Heads, because each of them has its own weight, and because without heads a tensor that is not vmapped is
-    expanded with stride 0, not copied.
-    """
-
-    def __init__(self, N, tensors, dims):
-        super().__init__(N, tensors, dims)
-        self.heads = tensors[0].dim() - (dims[0] is not None) == 4
-
-    def _joined(self, t, dim):
-        return t.flatten(dim, dim + 1) if self.heads else t
-
-    def output(self, t, dim):
-        if t is None or t.dim() == 1:  # absent, or not asked for
-            return t
-        t = t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
-        return self._joined(t, 1)
-
+class _Fold(_scores.Fold):
     def folded(self):
-        query, key, value, weight, mask, lengths, *_ = self.tensors
-        rows = [self.output(t, dim) for t, dim in zip((query, key, value), self.dims, strict=False)]
-        dim = self.dims[3]
-        weight = self._joined(weight.expand(self.N, *weight.shape) if dim is None else weight.movedim(dim, 0), 0)
-        mask = self.output(mask, self.dims[4])
+        *_, mask, lengths, _, _ = self.tensors
+        rows, mask = self.rows(3), self.output(mask, self.dims[4])
         if lengths is not None and self.dims[5] is not None:  # what differs over N becomes part of the mask
             Tq, (B, heads, Tk, _) = rows[0].shape[2], rows[1].shape
             lengths = lengths.movedim(self.dims[5], 1)[..., None, None, None]
             visible = torch.arange(Tk, device=lengths.device) < lengths
             visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
             mask, lengths = visible if mask is None else visible & mask, None
-        return (*rows, weight, mask, lengths, None, None)
-
-    def outputs_apart(self, outputs):
-        dims = tuple(None if t.dim() == 1 else 0 if t.dim() == 2 else 1 for t in outputs)
-        if not self.heads:
-            return tuple(outputs), dims
-        split = (t if d is None else t.unflatten(d, (self.N, -1)) for t, d in zip(outputs, dims, strict=True))
-        return tuple(split), dims
-
-    gradients_apart = outputs_apart  # a gradient of weight, (N H, D), is told by its rank
+        return (*rows, self.weight(3), mask, lengths, None, None)
 
 
 ATTENTION = _autograd.Op(
@@ -210,76 +172,7 @@ ATTENTION = _autograd.Op(
 # Public function
 
 
-def _fail(argument: str, expected: str, received) -> NoReturn:
-    raise ValueError(f"additive_attention: {argument}: expected {expected}, got {received}")
-
-
-def _fits(query, key, value, weight) -> bool:
-    """Whether these are inputs without heads that agree in everything: most calls need no further look."""
-    if query.is_nested or key.is_nested or value.is_nested or weight.is_nested:  # some have no shape
-        return False
-    q, k = query.shape, key.shape
-    return (
-        len(q) == 3
-        and len(k) == 3
-        and q[0] == k[0]
-        and q[2] == k[2]
-        and value.shape[:2] == k[:2]
-        and value.dim() == 3
-        and weight.shape == q[2:]
-        and query.dtype is key.dtype is value.dtype is weight.dtype
-        and query.dtype.is_floating_point
-        and query.device == key.device == value.device == weight.device
-        and query.layout is key.layout is value.layout is weight.layout is torch.strided
-    )
-
-
-def _check_inputs(query, key, value, weight) -> tuple:
-    """Raises for what cannot be computed; returns (B,) or (B, H), to which query, key and value broadcast."""
-    device, dtype = query.device, query.dtype
-    for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
-        if t.layout != torch.strided or t.is_nested:
-            _fail(argument, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
-    if not dtype.is_floating_point:
-        _fail("query", "a floating-point dtype", dtype)
-    for argument, t in (("key", key), ("value", value)):
-        if t.dtype != dtype or t.device != device:
-            _fail(argument, f"{dtype} on {device} like query", f"{t.dtype} on {t.device}")
-    if weight.dtype not in (dtype, accumulation_dtype(dtype)) or weight.device != device:
-        expected = " or ".join(dict.fromkeys(map(str, (dtype, accumulation_dtype(dtype)))))
-        _fail("weight", f"{expected} on {device} like query", f"{weight.dtype} on {weight.device}")
-    rank = query.dim()
-    if rank != 3 and rank != 4:
-        _fail("query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(query.shape))
-    lead = query.shape[:-2]
-    for t in (key, value):
-        if t.dim() == rank:
-            lead = tuple(n if m == 1 else m for m, n in zip(lead, t.shape[:-2], strict=True))
-    (_, D), H = query.shape[-2:], lead[1] if rank == 4 else 1
-    if not _broadcasts(query, lead):
-        _fail("query", f"shape {_shape(*lead, 'Tq', 'D')}", tuple(query.shape))
-    if key.dim() != rank or not _broadcasts(key, lead) or key.shape[-1] != D:
-        _fail("key", f"shape {_shape(*lead, 'Tk', D)}", tuple(key.shape))
-    Tk = key.shape[-2]
-    if value.dim() != rank or not _broadcasts(value, lead) or value.shape[-2] != Tk:
-        _fail("value", f"shape {_shape(*lead, Tk, 'Dv')}", tuple(value.shape))
-    if (
-        weight.dim() not in (1, 2)
-        or weight.shape[-1] != D
-        or (weight.dim() == 2 and weight.shape[0] not in (1, H))
-    ):
-        _fail("weight", f"shape {_shape(D)} or {_shape(H, D)}", tuple(weight.shape))
-    return lead
-
-
-def _check_numbers(scale, softcap):
-    for argument, number in (("scale", scale), ("softcap", softcap)):
-        if isinstance(number, Tensor):
-            _fail(argument, "a number", "a Tensor")
-    if scale != scale:
-        _fail("scale", "a number", scale)
-    if softcap is not None and not softcap > 0:
-        _fail("softcap", "a positive number or None", softcap)
+_fail = partial(_scores.fail, "additive_attention")
 
 
 def _check_mask(mask, full, device):
@@ -289,7 +182,7 @@ def _check_mask(mask, full, device):
         _fail("mask", f"a Tensor on {device} like query", f"one on {mask.device}")
     sizes = zip(reversed(mask.shape), reversed(full), strict=False)
     if mask.dim() > len(full) or any(m != 1 and m != n for m, n in sizes):
-        _fail("mask", f"a shape broadcastable to {_shape(*full)}", tuple(mask.shape))
+        _fail("mask", f"a shape broadcastable to {shape_text(*full)}", tuple(mask.shape))
 
 
 def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor:
@@ -304,25 +197,13 @@ def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> T
     return _visible_keys((*lead, 1, Tk), key.device, mask, key_lengths, is_causal=False).squeeze(-2)
 
 
-def _broadcasts(t: Tensor, lead: tuple) -> bool:
-    return all(m == 1 or m == n for m, n in zip(t.shape[:-2], lead, strict=True))
-
-
-def _expanded(t: Tensor, lead: tuple) -> Tensor:
-    return t if t.shape[:-2] == lead else t.expand(*lead, -1, -1)
-
-
-def _shape(*sizes) -> str:
-    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
-
-
 def _check_lengths(key_lengths, B, Tk, device):
     if not isinstance(key_lengths, Tensor) or key_lengths.dtype not in INTEGER_DTYPES:
         got = getattr(key_lengths, "dtype", type(key_lengths).__name__)
         _fail("key_lengths", "a Tensor of integers", got)
     if key_lengths.dim() != 1 or key_lengths.shape[0] != B or key_lengths.device != device:
         got = f"{tuple(key_lengths.shape)} on {key_lengths.device}"
-        _fail("key_lengths", f"shape {_shape(B)} on {device}", got)
+        _fail("key_lengths", f"shape {shape_text(B)} on {device}", got)
     # Values are looked at only where that neither synchronises a device nor breaks a trace; the kernels clamp
     # to [0, Tk] everywhere.
     if device.type == "cpu" and B and type(key_lengths) is Tensor and not _is_traced():
@@ -464,9 +345,7 @@ def attend(
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand, and as
     a step of a loop (``token``, see ``_steps.py``)."""
-    for argument, t in (("query", query), ("key", key), ("value", value), ("weight", weight)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"additive_attention: {argument}: expected a Tensor, got {type(t).__name__}")
+    _scores.require_tensors("additive_attention", query=query, key=key, value=value, weight=weight)
     device = query.device
     if autocast_enabled(device):
         inputs = [autocast(t) for t in (query, key, value, weight)]
@@ -485,14 +364,8 @@ def attend(
                 key_bound=key_bound,
                 token=token,
             )
-    if not _fits(query, key, value, weight):
-        lead = _check_inputs(query, key, value, weight)
-        query, key, value = (_expanded(t, lead) for t in (query, key, value))
-        if query.dim() == 4:
-            weight = weight.expand(query.shape[1], -1)
-        elif weight.dim() == 2:
-            weight = weight[0]
-    _check_numbers(scale, softcap)
+    query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
+    _scores.check_numbers("additive_attention", scale, softcap)
     dtype = query.dtype
     backend = choose(
         "additive_attention",

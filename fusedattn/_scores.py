@@ -1,0 +1,181 @@
+"""What the ops over additive scores share: the scores themselves, checks of their inputs, vmap into the heads."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fusedattn import _autograd
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the inner arithmetic, of ``lse`` and of kept scores: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reference(query: Tensor, key: Tensor, weight: Tensor, scale: float, softcap: float) -> Tensor:
+    """Scores (B, [H,] Tq, Tk) in plain PyTorch; weight (D,), or (H, D) with heads. softcap 0 is none."""
+    scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1) * scale
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+class Fold(_autograd.Fold):
+    """Into the heads: N of (B, H, ...) become (B, N H, ...), or N of (B, ...) become (B, N, ...).
+
+    Heads, because each of them has its own weight, and because without heads a tensor that is not vmapped is
+    expanded with stride 0, not copied.
+    """
+
+    def __init__(self, N, tensors, dims):
+        super().__init__(N, tensors, dims)
+        self.heads = tensors[0].dim() - (dims[0] is not None) == 4
+
+    def _joined(self, t, dim):
+        return t.flatten(dim, dim + 1) if self.heads else t
+
+    def output(self, t, dim):
+        if t is None or t.dim() == 1:  # absent, or not asked for
+            return t
+        t = t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
+        return self._joined(t, 1)
+
+    def rows(self, n: int) -> list[Tensor]:
+        """The first n tensors, of rows."""
+        return [self.output(t, dim) for t, dim in zip(self.tensors[:n], self.dims, strict=False)]
+
+    def weight(self, n: int) -> Tensor:
+        """Tensor n, of a row for each head."""
+        weight: Any = self.tensors[n]
+        dim = self.dims[n]
+        return self._joined(weight.expand(self.N, *weight.shape) if dim is None else weight.movedim(dim, 0), 0)
+
+    def folded(self):
+        return (*self.rows(2), self.weight(2))
+
+    def outputs_apart(self, outputs):
+        dims = tuple(None if t.dim() == 1 else 0 if t.dim() == 2 else 1 for t in outputs)
+        if not self.heads:
+            return tuple(outputs), dims
+        split = (t if d is None else t.unflatten(d, (self.N, -1)) for t, d in zip(outputs, dims, strict=True))
+        return tuple(split), dims
+
+    gradients_apart = outputs_apart  # a gradient of weight, (N H, D), is told by its rank
+
+
+# Checks
+
+
+def fail(op: str, argument: str, expected: str, received) -> NoReturn:
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {received}")
+
+
+def require_tensors(op: str, **tensors) -> None:
+    for argument, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {argument}: expected a Tensor, got {type(t).__name__}")
+
+
+def broadcast(
+    op: str, query: Tensor, key: Tensor, weight: Tensor, value: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """(query, key, weight, value) with all their batch and heads; raises for what cannot be computed."""
+    if _agree(query, key, weight, value):
+        return query, key, weight, value
+    lead = _check_inputs(op, query, key, weight, value)
+    if query.dim() == 4:
+        weight = weight.expand(lead[1], -1)
+    elif weight.dim() == 2:
+        weight = weight[0]
+    value = None if value is None else _expanded(value, lead)
+    return _expanded(query, lead), _expanded(key, lead), weight, value
+
+
+def _agree(query, key, weight, value) -> bool:
+    """Whether these are inputs without heads that agree in everything: most calls need no further look."""
+    if query.is_nested or key.is_nested or weight.is_nested:  # some have no shape
+        return False
+    q, k = query.shape, key.shape
+    return (
+        len(q) == 3
+        and len(k) == 3
+        and q[0] == k[0]
+        and q[2] == k[2]
+        and weight.shape == q[2:]
+        and query.dtype is key.dtype is weight.dtype
+        and query.dtype.is_floating_point
+        and query.device == key.device == weight.device
+        and query.layout is key.layout is weight.layout is torch.strided
+        and (
+            value is None
+            or (
+                not value.is_nested
+                and value.dim() == 3
+                and value.shape[:2] == k[:2]
+                and value.dtype is query.dtype
+                and value.device == query.device
+                and value.layout is torch.strided
+            )
+        )
+    )
+
+
+def _check_inputs(op, query, key, weight, value) -> tuple:
+    """Returns (B,) or (B, H), to which query, key and value broadcast."""
+    device, dtype = query.device, query.dtype
+    rows = [("query", query), ("key", key)] + ([] if value is None else [("value", value)])
+    for argument, t in (*rows, ("weight", weight)):
+        if t.layout != torch.strided or t.is_nested:
+            received = f"a nested one of layout {t.layout}" if t.is_nested else t.layout
+            fail(op, argument, "a dense Tensor", received)
+    if not dtype.is_floating_point:
+        fail(op, "query", "a floating-point dtype", dtype)
+    for argument, t in rows[1:]:
+        if t.dtype != dtype or t.device != device:
+            fail(op, argument, f"{dtype} on {device} like query", f"{t.dtype} on {t.device}")
+    if weight.dtype not in (dtype, accumulation_dtype(dtype)) or weight.device != device:
+        expected = " or ".join(dict.fromkeys(map(str, (dtype, accumulation_dtype(dtype)))))
+        fail(op, "weight", f"{expected} on {device} like query", f"{weight.dtype} on {weight.device}")
+    rank = query.dim()
+    if rank != 3 and rank != 4:
+        fail(op, "query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(query.shape))
+    lead = query.shape[:-2]
+    for _, t in rows[1:]:
+        if t.dim() == rank:
+            lead = tuple(n if m == 1 else m for m, n in zip(lead, t.shape[:-2], strict=True))
+    (_, D), H = query.shape[-2:], lead[1] if rank == 4 else 1
+    if not _broadcasts(query, lead):
+        fail(op, "query", f"shape {shape_text(*lead, 'Tq', 'D')}", tuple(query.shape))
+    if key.dim() != rank or not _broadcasts(key, lead) or key.shape[-1] != D:
+        fail(op, "key", f"shape {shape_text(*lead, 'Tk', D)}", tuple(key.shape))
+    Tk = key.shape[-2]
+    if value is not None and (value.dim() != rank or not _broadcasts(value, lead) or value.shape[-2] != Tk):
+        fail(op, "value", f"shape {shape_text(*lead, Tk, 'Dv')}", tuple(value.shape))
+    if (
+        weight.dim() not in (1, 2)
+        or weight.shape[-1] != D
+        or (weight.dim() == 2 and weight.shape[0] not in (1, H))
+    ):
+        fail(op, "weight", f"shape {shape_text(D)} or {shape_text(H, D)}", tuple(weight.shape))
+    return lead
+
+
+def check_numbers(op: str, scale: float, softcap: float | None) -> None:
+    for argument, number in (("scale", scale), ("softcap", softcap)):
+        if isinstance(number, Tensor):
+            fail(op, argument, "a number", "a Tensor")
+    if scale != scale:
+        fail(op, "scale", "a number", scale)
+    if softcap is not None and not softcap > 0:
+        fail(op, "softcap", "a positive number or None", softcap)
+
+
+def _broadcasts(t: Tensor, lead: tuple) -> bool:
+    return all(m == 1 or m == n for m, n in zip(t.shape[:-2], lead, strict=True))
+
+
+def _expanded(t: Tensor, lead: tuple) -> Tensor:
+    return t if t.shape[:-2] == lead else t.expand(*lead, -1, -1)
+
+
+def shape_text(*sizes) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
