@@ -4,6 +4,7 @@ from fusedattn._dispatch import UnsupportedError
 from fusedattn._export import decompositions
 from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
+from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
 from fusedattn.modules.film import FiLM
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
@@ -16,6 +17,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdditiveAttention",
     "BahdanauAttention",
+    "ConditionalBias",
+    "ConditionalGate",
+    "ConditionalScale",
     "FiLM",
     "ProjectedKeys",
     "UnsupportedError",

@@ -1,0 +1,223 @@
+"""Modules that condition features, channel by channel: bias, scale and gate, and what all such modules share.
+
+Dumoulin et al. 2018 (Feature-wise transformations, doi:10.23915/distill.00011) surveys the family.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedattn._conditioning import ACTIVATIONS
+from fusedattn._dispatch import check_backend, not_scriptable
+from fusedattn.ops.film import film
+
+
+@torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
+def _check(caller: str, condition: Tensor, width: int) -> None:
+    if condition.shape[-1:] != (width,):
+        raise ValueError(f"{caller}: condition: expected shape (B, {width}), got {tuple(condition.shape)}")
+
+
+class Conditioner(nn.Linear):
+    """A linear layer that makes parameters of a condition, each of them the same for every condition at the start.
+
+    Args:
+        condition_dim: width of the condition.
+        num_channels: C, the width of each parameter.
+        starts: what each parameter is at the start; there are as many as numbers here.
+        device, dtype: of weight and bias.
+    """
+
+    def __init__(
+        self, condition_dim: int, num_channels: int, starts: tuple[float, ...], *, device: Any, dtype: Any
+    ) -> None:
+        self.starts = starts  # nn.Linear calls reset_parameters
+        super().__init__(condition_dim, len(starts) * num_channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():  # perhaps a DTensor, which takes no slices
+            place = torch.ones_like(self.bias, dtype=torch.int64).cumsum(0)
+            width = self.out_features // len(self.starts)
+            self.bias.zero_()
+            for n, start in enumerate(self.starts):
+                self.bias.add_((place > n * width) * (place <= (n + 1) * width) * start)
+
+
+class Conditioned(nn.Module):
+    """What conditioned modules have in common."""
+
+    def __init__(self, num_channels: int, activation: str | None, backend: str) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if activation not in ACTIVATIONS:
+            names = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"{name}: activation: expected one of {names}, got {activation!r}")
+        check_backend(name, backend)
+        self.num_channels, self.activation, self.backend = num_channels, activation, backend
+
+    __prepare_scriptable__ = not_scriptable
+
+    def extra_repr(self) -> str:
+        shown = ("num_channels", "channel_dim", "gamma_offset", "activation")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown if hasattr(self, name))
+
+    def made_of(self, condition: Tensor, width: int, layer: nn.Module) -> Tensor:
+        """What a layer makes of a condition (..., width)."""
+        _check(type(self).__name__, condition, width)
+        return layer(condition)
+
+
+class PerChannel(Conditioned):
+    """One linear layer of the condition, ``conditioner``, and :func:`fusedattn.film` by what it makes."""
+
+    conditioner: nn.Linear
+    gamma_offset = 0.0
+
+    def __init__(
+        self,
+        condition_dim: int,
+        num_channels: int,
+        *,
+        channel_dim: int = 1,
+        activation: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels, activation, backend)
+        self.condition_dim, self.channel_dim = condition_dim, channel_dim
+        self.conditioner = self._make_conditioner({"device": device, "dtype": dtype})
+
+    def _make_conditioner(self, factory: dict[str, Any]) -> nn.Linear:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """As at the start, see the class."""
+        self.conditioner.reset_parameters()
+
+    def of_condition(self, condition: Tensor, x: Tensor) -> Tensor:
+        """What the linear layer makes, in the dtype of x."""
+        return self.made_of(condition, self.condition_dim, self.conditioner).to(x.dtype)
+
+    def film(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None) -> Tensor:
+        return film(
+            x,
+            gamma,
+            beta,
+            channel_dim=self.channel_dim,
+            gamma_offset=self.gamma_offset,
+            activation=self.activation,
+            residual=residual,
+            backend=self.backend,
+        )
+
+
+class WithOffset(PerChannel):
+    """With a gamma that ``gamma_offset`` is added to."""
+
+    def __init__(
+        self,
+        condition_dim: int,
+        num_channels: int,
+        *,
+        channel_dim: int = 1,
+        gamma_offset: float = 1.0,
+        activation: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.gamma_offset = gamma_offset  # the conditioner starts by it
+        super().__init__(
+            condition_dim,
+            num_channels,
+            channel_dim=channel_dim,
+            activation=activation,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class ConditionalBias(PerChannel):
+    """A bias per channel by a condition: what concatenating the condition to a layer's input comes to.
+
+    ``y = activation(x + beta) + residual`` with ``beta = Linear(condition)``, as in conditional PixelCNN (van den
+    Oord et al. 2016, arXiv:1606.05328). Starts as the identity (before the activation): the linear layer is zero.
+
+    Args:
+        condition_dim: width of the condition.
+        num_channels: C, the channels of x.
+        channel_dim: dimension of the channels in x. Default: 1.
+        activation: see :func:`fusedattn.film`. Default: None.
+        backend: see :func:`fusedattn.film`. Default: ``"auto"``.
+        device, dtype: of the parameters. Default: PyTorch's.
+
+    Raises:
+        ValueError: an activation or backend that does not exist; when called, a condition of another width, or
+            what :func:`fusedattn.film` refuses.
+    """
+
+    def _make_conditioner(self, factory: dict[str, Any]) -> nn.Linear:
+        return Conditioner(self.condition_dim, self.num_channels, (0.0,), **factory)
+
+    def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Shifts x, as :meth:`FiLM.forward` modulates it."""
+        beta = self.of_condition(condition, x)
+        return self.film(x, None, beta, residual)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class ConditionalScale(WithOffset):
+    """A factor per channel by a condition, FiLM without beta (section 5 of Perez et al. 2018, arXiv:1709.07871).
+
+    ``y = activation((gamma + gamma_offset) * x) + residual`` with ``gamma = Linear(condition)``. Starts as the
+    identity (before the activation): the linear layer is zero, with a bias of 1 - ``gamma_offset``.
+
+    Args:
+        condition_dim, num_channels, channel_dim, activation, backend, device, dtype: see :class:`ConditionalBias`.
+        gamma_offset: 1.0 for the (1 + gamma) form, 0.0 for the plain one. Default: 1.0.
+
+    Raises:
+        ValueError: as :class:`ConditionalBias`.
+    """
+
+    def _make_conditioner(self, factory: dict[str, Any]) -> nn.Linear:
+        return Conditioner(self.condition_dim, self.num_channels, (1 - self.gamma_offset,), **factory)
+
+    def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Scales x, as :meth:`FiLM.forward` modulates it."""
+        gamma = self.of_condition(condition, x)
+        return self.film(x, gamma, None, residual)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class ConditionalGate(PerChannel):
+    """A gate per channel by a condition, as an LSTM's: gated attention (Chaplot et al. 2018, arXiv:1706.07230).
+
+    ``y = activation(sigmoid(gamma) * x) + residual`` with ``gamma = Linear(condition)``, which starts as the
+    paper's does, an ``nn.Linear``.
+
+    Args:
+        condition_dim, num_channels, channel_dim, activation, backend, device, dtype: see :class:`ConditionalBias`.
+
+    Raises:
+        ValueError: as :class:`ConditionalBias`.
+    """
+
+    def _make_conditioner(self, factory: dict[str, Any]) -> nn.Linear:
+        return nn.Linear(self.condition_dim, self.num_channels, **factory)
+
+    def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Gates x, as :meth:`FiLM.forward` modulates it."""
+        gate = torch.sigmoid(self.of_condition(condition, x))
+        return self.film(x, gate, None, residual)
+
+    if TYPE_CHECKING:
+        __call__ = forward
