@@ -12,7 +12,7 @@ import fusedattn
 from .cases import AttentionCase, Case, FilmCase
 from .identity import Identity
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 EAGER = ("eager @", "eager sum")  # the two ways to write attention's score; a ratio quotes the faster
 COMPILED = ("compile @", "compile sum")
@@ -98,36 +98,42 @@ def of(case: Case, compile: bool = True) -> dict[str, Function]:
     return {**eager, **graphs, **_fast(case)}
 
 
-def step(case: Case, mode: str, name: str, function: Function, inputs: tuple[Tensor, ...], grad: Tensor):
+def several(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One output, or all of them."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def step(case: Case, mode: str, name: str, function: Function, inputs: tuple[Tensor, ...], grad):
     """A callable that runs one forward pass, or one forward and backward pass, and returns the results."""
     if mode == "forward" or name == CLONE:
 
         def forward():
             with torch.no_grad():
-                return (function(*inputs),)
+                return several(function(*inputs))
 
         return forward
 
     leaves = tuple(x.detach().requires_grad_() for x in inputs)
 
     def training():
-        output = function(*leaves)
-        return output.detach(), *torch.autograd.grad(output, leaves, grad)
+        outputs = several(function(*leaves))
+        return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, several(grad))
 
     return training
 
 
-def reference(case: Case, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Output and gradients in float64 by the first eager form, block by block so that all that lies between stays
+def reference(case: Case, inputs: tuple[Tensor, ...], grad) -> tuple[Tensor, ...]:
+    """Outputs and gradients in float64 by the first eager form, block by block so that all that lies between stays
     in cache; a gradient is summed over the blocks that share its input."""
     function = next(iter(_eager(case).values()))
-    output = torch.empty_like(grad, dtype=torch.float64)
+    outputs = tuple(torch.empty_like(g, dtype=torch.float64) for g in several(grad))
     grads = [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
     for where in case.blocks():
         leaves = [x[at].double().requires_grad_() for x, at in zip(inputs, where, strict=True)]
-        part = function(*leaves)
-        output[where[0]] = part.detach()
-        found = torch.autograd.grad(part, leaves, grad[where[0]].double())
+        parts = several(function(*leaves))
+        for output, part in zip(outputs, parts, strict=True):
+            output[where[0]] = part.detach()
+        found = torch.autograd.grad(parts, leaves, [g[where[0]].double() for g in several(grad)])
         for total, at, g in zip(grads, where, found, strict=True):
             total[at] += g
-    return output, *grads
+    return *outputs, *grads

@@ -24,7 +24,7 @@ class DisagreementError(RuntimeError):
     """A contender's results differ from the float64 reference: its speed means nothing."""
 
 
-def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Tensor, ...], grad) -> None:
     """Raises DisagreementError unless every contender's output and gradients match float64.
 
     Allowed is twice the error of eager PyTorch in the same dtype, plus the rounding of a sum of n float32 terms,
@@ -33,7 +33,8 @@ def check_agreement(case: Case, functions: dict[str, Callable], inputs: tuple[Te
     terms = case.summed_terms()
     expected = dict(zip(terms, contenders.reference(case, inputs, grad), strict=True))
     scale = {name: x.abs().max().item() for name, x in expected.items()}
-    rounding = 0.0 if grad.dtype is torch.float32 else torch.finfo(grad.dtype).eps
+    dtype = contenders.several(grad)[0].dtype
+    rounding = 0.0 if dtype is torch.float32 else torch.finfo(dtype).eps
     floor = {name: (rounding + EPSILON * sqrt(n)) * scale[name] for name, n in terms.items()}
 
     def errors(name: str, mode: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from . import contenders, machine, measure
 from .machine import GIB
 from .measure import Job
 from .models import Attention, Film, FilmModule, Loop, ModelCase, MultiheadModule
+from .norms import NormFilm
 from .progress import Tracker
 from .suite import CAPTIONING, SPEECH, Schedule, time_all
 
@@ -63,6 +64,20 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", Film, "DiT-S/2", (8, 256, 384), channel_dim=2),
         *_in("fb", Film, "latent diffusion", (4, 320, 64, 64), activation="silu"),
         *_in("f", Film, "speech separation", (8, 64, 8000), activation="relu"),
+    ],
+    "wide norm": [
+        *_in("fb", NormFilm, "DiT, between two layers", "layer", (8, 1024, 1152), gated=True),
+        *_in("f", NormFilm, "diffusion U-Net", "group", (16, 256, 64, 64), 1, 32, affine=True, activation="silu"),
+        *_in("f", NormFilm, "style transfer", "instance", (8, 128, 128, 128), 1, affine=True, activation="relu"),
+        *_in("f", NormFilm, "FiLMed ResNet", "batch", (64, 128, 28, 28), 1, activation="relu", residual=True),
+        *_in(
+            *("f", NormFilm, "FiLMed ResNet", "batch", (64, 128, 28, 28), 1),
+            **{"activation": "relu", "residual": True, "channels_last": True},
+        ),
+        *_in("b", NormFilm, "transformer", "rms", (4, 2048, 1536)),
+        *_in("f", NormFilm, "DiT, a condition a token", "layer", (2, 4096, 1152), per_place=True),
+        *_in("f", NormFilm, "DiT-S/2", "layer", (8, 256, 384), gated=True),
+        *_in("f", NormFilm, "tiny", "layer", (1, 16, 64)),
     ],
     "wide module": [
         *_in("fb", FilmModule, "visual reasoning", 64, 128, 14, 256),

@@ -5,6 +5,7 @@
 #include "additive_attention/options.h"
 #include "additive_scores/options.h"
 #include "film/options.h"
+#include "norm_film/options.h"
 
 STABLE_TORCH_LIBRARY(fusedattn, m) {
   m.def("cpu_capability() -> str");
@@ -44,4 +45,22 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "Tensor? beta_added, " FUSEDATTN_FILM_OPTIONS
       ", int output_mask) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor "
       "grad_beta_added)");
+
+  // x, gamma, beta and what is added to them as for film, but with one value per channel as (C,) or (B, C), or one
+  // for each element as x; so is pre_gate. weight and bias (C,) or (B, C). pre_residual and residual like x.
+  // running_mean and running_var (C,) where training is false. h is (0,) where neither pre_gate nor pre_residual
+  // is given. mean and var, of each group, are float64.
+  m.def(
+      "norm_film_fwd(Tensor x, Tensor? gamma, Tensor? beta, Tensor? gamma_added, Tensor? beta_added, "
+      "Tensor? weight, Tensor? bias, Tensor? pre_gate, Tensor? pre_gate_added, Tensor? pre_residual, "
+      "Tensor? running_mean, Tensor? running_var, Tensor? residual, " FUSEDATTN_NORM_FILM_OPTIONS
+      ") -> (Tensor y, Tensor h, Tensor mean, Tensor var)");
+  m.def(
+      "norm_film_bwd(Tensor? grad_y, Tensor? grad_h, Tensor x, Tensor? gamma, Tensor? beta, Tensor? gamma_added, "
+      "Tensor? beta_added, Tensor? weight, Tensor? bias, Tensor? pre_gate, Tensor? pre_gate_added, "
+      "Tensor? pre_residual, Tensor? running_mean, Tensor? running_var, " FUSEDATTN_NORM_FILM_OPTIONS
+      ", Tensor h, Tensor mean, Tensor var, int output_mask) -> (Tensor grad_x, Tensor grad_gamma, Tensor "
+      "grad_beta, "
+      "Tensor grad_gamma_added, Tensor grad_beta_added, Tensor grad_weight, Tensor grad_bias, "
+      "Tensor grad_pre_gate, Tensor grad_pre_gate_added, Tensor grad_pre_residual)");
 }

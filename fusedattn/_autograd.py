@@ -47,10 +47,11 @@ class Fold:
         N: size of the vmapped dimension.
         tensors: of the op, in order (of its backward pass: without the added ones).
         dims: where N is in each of them, or None.
+        options: of the op.
     """
 
-    def __init__(self, N: int, tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...]):
-        self.N, self.tensors, self.dims = N, tensors, dims
+    def __init__(self, N: int, tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], options):
+        self.N, self.tensors, self.dims, self.options = N, tensors, dims, options
 
     def folded(self) -> tuple[Tensor | None, ...]:
         """The tensors."""
@@ -93,7 +94,7 @@ class Op:
     reference: Callable[..., Any]
     fwd_fake: Callable[..., Any]
     bwd_fake: Callable[..., Any]
-    fold: type[Fold]
+    fold: Callable[..., Fold]
     others: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
@@ -103,7 +104,13 @@ class Op:
 
     def __post_init__(self):
         errors = {"": _library.EXTENSION_ERROR, "_triton": _library.TRITON_ERROR}
-        made = {suffix: Operators(self, suffix) for suffix, error in errors.items() if error is None}
+        ops = torch.ops.fusedattn
+        made = {
+            suffix: Operators(self, suffix)
+            for suffix, error in errors.items()
+            if error is None
+            and hasattr(ops, f"{self.name}_fwd{suffix}")  # not every op has kernels of every family
+        }
         self.operators.update((name, made[suffix]) for name, suffix in _SUFFIXES.items() if suffix in made)
         if self.flops is not None:
             for operators in made.values():
@@ -250,7 +257,7 @@ class Operators:
 
     def _vmap_forward(self, info, in_dims, *arguments):
         tensors, options, flags = self.op.fwd_parts(arguments)
-        fold = self.op.fold(info.batch_size, tensors, in_dims[: len(tensors)])
+        fold = self.op.fold(info.batch_size, tensors, in_dims[: len(tensors)], options)
         outputs = self.TransformedForward.apply(*fold.folded(), *options, *flags)
         outputs, dims = fold.outputs_apart(_tuple(outputs))
         return (outputs, dims) if len(outputs) > 1 else (outputs[0], dims[0])
@@ -302,7 +309,7 @@ class Operators:
     def _vmap_backward(self, info, in_dims, *arguments):
         grads, tensors, options, kept = self.op.bwd_parts(arguments)
         a, b, c = len(grads), len(grads) + len(tensors), len(arguments) - len(kept) - 1
-        fold = self.op.fold(info.batch_size, tensors, in_dims[a:b])
+        fold = self.op.fold(info.batch_size, tensors, in_dims[a:b], options)
         grads = (fold.output(t, dim) for t, dim in zip(grads, in_dims[:a], strict=True))
         kept = (fold.output(t, dim).contiguous() for t, dim in zip(kept, in_dims[c:-1], strict=True))
         found = self.TransformedBackward.apply(*grads, *fold.folded(), *options, *kept, arguments[-1])

@@ -213,11 +213,12 @@ class Fold(_autograd.Fold):
         return tuple(map(self._apart, outputs)), (0,) * len(outputs)
 
     def gradients_apart(self, grads):
-        dx, *found = grads
-        results, dims = [self._apart(dx)], [0]
-        for grad, t, dim in zip(found, self.tensors[1:], self.dims[1:], strict=False):
+        results, dims = [], []
+        for grad, t, dim in zip(grads, self.tensors, self.dims, strict=False):
             asked = _autograd.asked_for(grad)
-            if asked:
+            if asked and t is self.tensors[0]:
+                grad = self._apart(grad)
+            elif asked:
                 shape = list(t.shape if dim is None else t.movedim(dim, 0).shape[1:])
                 grad = self._apart(grad)
                 if len(shape) < 2 or shape[0] == 1:  # one for the whole batch

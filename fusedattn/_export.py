@@ -7,6 +7,7 @@ from torch._ops import OpOverload
 from fusedattn.ops.additive_attention import ATTENTION
 from fusedattn.ops.additive_scores import SCORES
 from fusedattn.ops.film import FILM
+from fusedattn.ops.norm_film import NORM_FILM
 
 
 def decompositions() -> dict[OpOverload, Callable]:
@@ -15,4 +16,7 @@ def decompositions() -> dict[OpOverload, Callable]:
     ``torch.export.export(model, inputs).run_decompositions(fusedattn.decompositions())`` has the memory and the
     speed of plain PyTorch. ``torch.onnx.export(model, inputs, dynamo=True)`` needs no call of it.
     """
-    return ATTENTION.decompositions() | SCORES.decompositions() | FILM.decompositions()
+    found: dict[OpOverload, Callable] = {}
+    for op in (ATTENTION, SCORES, FILM, NORM_FILM):
+        found |= op.decompositions()
+    return found

@@ -11,6 +11,8 @@ from fusedattn import (
     additive_scores_ref,
     film,
     film_ref,
+    norm_film,
+    norm_film_ref,
 )
 
 
@@ -51,11 +53,26 @@ def modulate(function):
     return call
 
 
+def norm_film_inputs():
+    shapes = {"x": (2, 3, 4), "gamma": (2, 3), "weight": (3,), "pre_gate": (2, 3), "pre_residual": (2, 3, 4)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def modulate_the_norm(function):
+    def call(x, gamma, weight, pre_gate, pre_residual):
+        options = {"norm": "layer", "channel_dim": 1, "eps": 0.1, "activation": "gelu"}
+        y, h = function(x, gamma, weight=weight, pre_gate=pre_gate, pre_residual=pre_residual, **options)
+        return torch.cat([y.flatten(), h.flatten()])
+
+    return call
+
+
 # op: (call with the kernels, call with the reference, inputs by name)
 OPS = {
     "additive_attention": (attend, additive_attention, additive_attention_ref, attention_inputs),
     "additive_scores": (score, additive_scores, additive_scores_ref, scores_inputs),
     "film": (modulate, film, film_ref, film_inputs),
+    "norm_film": (modulate_the_norm, norm_film, norm_film_ref, norm_film_inputs),
 }
 
 

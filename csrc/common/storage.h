@@ -1,4 +1,4 @@
-// The types in which tensors of half precision are stored, and that of the arithmetic on them.
+// The types in which tensors are stored, and that of the arithmetic on them.
 #pragma once
 
 #include <cstdint>
@@ -26,5 +26,8 @@ using Arithmetic = typename ArithmeticOf<S>::type;
 // Whether numbers are rounded on their way from the arithmetic to storage.
 template <typename S>
 constexpr bool IS_NARROW = sizeof(S) < sizeof(Arithmetic<S>);
+
+// Which of them, known at run time.
+enum class StorageType { FLOAT, DOUBLE, HALF, BFLOAT16 };
 
 }  // namespace fusedattn

@@ -18,6 +18,7 @@
 #include "common/cpu_level.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "common/storage_type.h"
 #include "cpu_kernel.h"
 #include "layout.h"
 
@@ -33,33 +34,12 @@ constexpr int64_t MOST_ROWS = 1024;  // of a sum in single precision
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-FilmType storage_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return FilmType::FLOAT;
-    case ScalarType::Double:
-      return FilmType::DOUBLE;
-    case ScalarType::Half:
-      return FilmType::HALF;
-    case ScalarType::BFloat16:
-      return FilmType::BFLOAT16;
-    default:
-      STD_TORCH_CHECK(false, "film: x: expected float32, float64, float16 or bfloat16");
-      return FilmType::FLOAT;
-  }
-}
-
-template <typename T>
-constexpr FilmType ARITHMETIC = sizeof(T) == 8 ? FilmType::DOUBLE : FilmType::FLOAT;
-
 const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
 
 Tensor empty_like(const Layout& in) {
   const auto sizes = in.x.sizes(), strides = in.x.strides();
   return empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, in.x.scalar_type());
 }
-
-int64_t bytes_of(FilmType type) { return type == FilmType::DOUBLE ? 8 : type == FilmType::FLOAT ? 4 : 2; }
 
 // The cut of a walk into tasks, each some rows of `columns` elements. Rows are cut so that no task needs parts of
 // a span, rows that share one row of a gradient, unless that is longer than a task.
@@ -111,8 +91,8 @@ class Values {
     for (int p = first; p < first + 2; ++p) {
       if (!parameters[p]) continue;
       const int view = VALUES + p;
-      const FilmType type = storage_type(parameters[p]->scalar_type());
-      STD_TORCH_CHECK((type == FilmType::DOUBLE) == (ARITHMETIC<T> == FilmType::DOUBLE),
+      const StorageType type = storage_type(parameters[p]->scalar_type());
+      STD_TORCH_CHECK((type == StorageType::DOUBLE) == (ARITHMETIC<T> == StorageType::DOUBLE),
                       "film: gamma and beta: expected float64 if x is, and only then");
       sources_[count_++] = {static_cast<const char*>(parameters[p]->const_data_ptr()),
                             type,
@@ -157,7 +137,7 @@ class Values {
  private:
   struct Source {
     const char* data;
-    FilmType type;
+    StorageType type;
     int64_t size;
     int view;
     int64_t step, line_step;
@@ -172,13 +152,13 @@ class Values {
 template <typename T>
 struct Problem {
   const Layout& in;
-  FilmType type;
+  StorageType type;
   FilmOptions options;
   int64_t size;
   const FilmWalk& walk;
   Values<T> gamma, beta;
 
-  Problem(const Layout& in, FilmType type, const FilmParameters& parameters, const FilmOptions& options,
+  Problem(const Layout& in, StorageType type, const FilmParameters& parameters, const FilmOptions& options,
           const FilmWalk& walk)
       : in(in),
         type(type),
@@ -240,8 +220,8 @@ Tensor like(const Layout& in, const Tensor& t, const char* name) {
 }
 
 template <typename T>
-Tensor forward(const Layout& in, FilmType type, const FilmParameters& parameters, const OptionalTensor& residual,
-               const FilmOptions& options) {
+Tensor forward(const Layout& in, StorageType type, const FilmParameters& parameters,
+               const OptionalTensor& residual, const FilmOptions& options) {
   const FilmWalk walk = in.walk(parameters);
   const Problem<T> p(in, type, parameters, options, walk);
   const int64_t columns = std::min(p.columns(), walk.row().size);
@@ -270,7 +250,7 @@ Tensor forward(const Layout& in, FilmType type, const FilmParameters& parameters
 template <typename T>
 struct Gradient {
   Tensor result;
-  FilmType type;
+  StorageType type;
   int view, depth;
   int64_t size, step, line_step, span;  // span: rows that share one row of it
   bool is_vector;
@@ -438,7 +418,7 @@ void gather_sums(FilmWalk& walk) {
 constexpr int RESULT[FILM_PARAMETERS] = {1, 3, 2, 4};
 
 template <typename T>
-Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, const FilmParameters& parameters,
+Gradients backward(const Tensor& grad_output, const Layout& in, StorageType type, const FilmParameters& parameters,
                    const FilmOptions& options, OutputMask asked) {
   FilmWalk walk = in.walk(parameters);
   gather_sums(walk);
@@ -518,19 +498,19 @@ Gradients backward(const Tensor& grad_output, const Layout& in, FilmType type, c
 Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
                 const OptionalTensor& gamma_added, const OptionalTensor& beta_added,
                 const OptionalTensor& residual, const FilmOptions& options) {
-  const FilmType type = storage_type(x.scalar_type());
+  const StorageType type = storage_type(x.scalar_type());
   if (x.numel() == 0) return torch::stable::empty_like(x);
   const Layout in(x, options);
   const FilmParameters parameters{gamma, gamma_added, beta, beta_added};
-  return in.restored(type == FilmType::DOUBLE ? forward<double>(in, type, parameters, residual, options)
-                                              : forward<float>(in, type, parameters, residual, options),
+  return in.restored(type == StorageType::DOUBLE ? forward<double>(in, type, parameters, residual, options)
+                                                 : forward<float>(in, type, parameters, residual, options),
                      x);
 }
 
 Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTensor& gamma,
                    const OptionalTensor& beta, const OptionalTensor& gamma_added, const OptionalTensor& beta_added,
                    const FilmOptions& options, OutputMask asked) {
-  const FilmType type = storage_type(x.scalar_type());
+  const StorageType type = storage_type(x.scalar_type());
   const auto zeros = [&](int n, const OptionalTensor& t) {
     Tensor zero = t && asked[n] ? torch::stable::empty_like(*t) : empty({0}, x.scalar_type());
     torch::stable::zero_(zero);
@@ -541,8 +521,8 @@ Gradients film_bwd(const Tensor& grad_output, const Tensor& x, const OptionalTen
   const Layout in(x, options);
   const FilmParameters parameters{gamma, gamma_added, beta, beta_added};
   auto [dx, dgamma, dgamma_added, dbeta, dbeta_added] =
-      type == FilmType::DOUBLE ? backward<double>(grad_output, in, type, parameters, options, asked)
-                               : backward<float>(grad_output, in, type, parameters, options, asked);
+      type == StorageType::DOUBLE ? backward<double>(grad_output, in, type, parameters, options, asked)
+                                  : backward<float>(grad_output, in, type, parameters, options, asked);
   return {asked[0] ? in.restored(dx, x) : dx, dgamma, dbeta, dgamma_added, dbeta_added};
 }
 

@@ -2,52 +2,11 @@
 // of each output, everything between in registers.
 #include "cpu_kernel.h"
 
-#include "common/simd.h"
-#include "formula.h"
+#include "common/elementwise.h"
 
 namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
-
-// A whole vector, past the caches if asked.
-template <typename S>
-FUSEDATTN_INLINE void put(S* p, Vec<Arithmetic<S>> v, bool streamed) {
-  if constexpr (sizeof(S) == sizeof(Arithmetic<S>))
-    if (streamed) return stream(p, v);
-  store(p, v);
-}
-
-// erfc(z) / 2 for z >= 0: t exp(-z^2 + P(t)), t = 1 / (1 + z/2), relative error 1.2e-7 (Chebyshev fit,
-// Numerical Recipes, section 6.2).
-FUSEDATTN_INLINE Vec<float> half_erfc(Vec<float> z) {
-  const Vec<float> t = reciprocal(1 + 0.5f * z);
-  Vec<float> p = t * 0.17087277f - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  const Vec<float> e = exp(p - z * z);
-  return z * z > 86.0f ? Vec<float>{} : 0.5f * t * e;
-}
-FUSEDATTN_INLINE Vec<double> half_erfc(Vec<double> z) {
-  for (int l = 0; l < LANES<double>; ++l) z[l] = 0.5 * ::erfc(z[l]);
-  return z;
-}
-
-// The arithmetic of formula.h on vectors.
-template <typename S>
-struct Simd {
-  using T = Arithmetic<S>;
-  using V = Vec<T>;
-  FUSEDATTN_INLINE V exp(V x) { return FUSEDATTN_LEVEL::exp(x); }
-  FUSEDATTN_INLINE V reciprocal(V x) { return FUSEDATTN_LEVEL::reciprocal(x); }
-  FUSEDATTN_INLINE V tanh(V x) { return FUSEDATTN_LEVEL::tanh(x); }
-  FUSEDATTN_INLINE V half_erfc(V x) { return FUSEDATTN_LEVEL::half_erfc(x); }
-};
 
 // gamma or beta along a row.
 template <typename T, bool is_vector>
@@ -73,15 +32,6 @@ struct Values {
       return one;
   }
 };
-
-// By halves: rows may be no longer than a vector, and lane after lane would be most of their time.
-template <typename T, int half = LANES<T> / 2>
-FUSEDATTN_INLINE T sum_of_lanes(Vec<T> v) {
-  if constexpr (half == 0)
-    return v[0];
-  else
-    return sum_of_lanes<T, half / 2>(fold<T, half>(v, v));
-}
 
 // Where dz x or dz of a row goes.
 template <typename T, bool is_vector>
@@ -181,21 +131,6 @@ struct Rows {
   }
 };
 
-// body(S{}) of a storage type known only at run time.
-template <typename Body>
-FUSEDATTN_INLINE void with_storage(FilmType type, const Body& body) {
-  switch (type) {
-    case FilmType::FLOAT:
-      return body(float{});
-    case FilmType::DOUBLE:
-      return body(double{});
-    case FilmType::HALF:
-      return body(Half{});
-    case FilmType::BFLOAT16:
-      return body(BFloat16{});
-  }
-}
-
 template <typename S, Activation activation, typename Body>
 FUSEDATTN_INLINE void with_vectors(const FilmRows& t, const Body& body) {
   if (t.gamma_is_vector)
@@ -206,64 +141,22 @@ FUSEDATTN_INLINE void with_vectors(const FilmRows& t, const Body& body) {
 
 // body(Rows<...>{}) of what is known only at run time.
 template <typename Body>
-FUSEDATTN_INLINE void with_rows(FilmType type, Activation activation, const FilmRows& t, const Body& body) {
+FUSEDATTN_INLINE void with_rows(StorageType type, Activation activation, const FilmRows& t, const Body& body) {
   with_storage(type, [&](auto storage) {
     using S = decltype(storage);
-    switch (activation) {
-      case Activation::NONE:
-        return with_vectors<S, Activation::NONE>(t, body);
-      case Activation::RELU:
-        return with_vectors<S, Activation::RELU>(t, body);
-      case Activation::LEAKY_RELU:
-        return with_vectors<S, Activation::LEAKY_RELU>(t, body);
-      case Activation::SILU:
-        return with_vectors<S, Activation::SILU>(t, body);
-      case Activation::GELU:
-        return with_vectors<S, Activation::GELU>(t, body);
-      case Activation::GELU_TANH:
-        return with_vectors<S, Activation::GELU_TANH>(t, body);
-      case Activation::TANH:
-        return with_vectors<S, Activation::TANH>(t, body);
-      case Activation::SIGMOID:
-        return with_vectors<S, Activation::SIGMOID>(t, body);
-    }
+    with_activation(activation, [&](auto chosen) { with_vectors<S, decltype(chosen)::value>(t, body); });
   });
 }
 
-void forward(FilmType type, Activation activation, const FilmRows& t, const void* residual, void* y) {
+void forward(StorageType type, Activation activation, const FilmRows& t, const void* residual, void* y) {
   with_rows(type, activation, t, [&](auto rows) { decltype(rows)::forward(t, residual, y); });
   if (t.streamed) stream_fence();
 }
 
-void backward(FilmType type, Activation activation, const FilmRows& t, const void* dy, void* dx,
+void backward(StorageType type, Activation activation, const FilmRows& t, const void* dy, void* dx,
               const FilmSums& sums) {
   with_rows(type, activation, t, [&](auto rows) { decltype(rows)::backward(t, dy, dx, sums); });
   if (t.streamed) stream_fence();
-}
-
-void widen(FilmType type, int64_t n, int64_t step, const void* from, void* to, bool added) {
-  with_storage(type, [&](auto storage) {
-    using S = decltype(storage);
-    using T = Arithmetic<S>;
-    constexpr int W = LANES<T>;
-    const S* in = static_cast<const S*>(from);
-    T* out = static_cast<T*>(to);
-    if (step == 1) return FUSEDATTN_LEVEL::widen(n, in, out, added);
-    for (int64_t i = 0; i < n; i += W) {
-      const int64_t left = n - i < W ? n - i : W;
-      S lanes[W] = {};
-      for (int64_t l = 0; l < left; ++l) lanes[l] = in[(i + l) * step];
-      const Vec<T> v = load(lanes);
-      store_partial(out + i, added ? load_partial(out + i, left) + v : v, left);
-    }
-  });
-}
-
-void narrow(FilmType type, int64_t n, const void* from, void* to) {
-  with_storage(type, [&](auto storage) {
-    using S = decltype(storage);
-    FUSEDATTN_LEVEL::narrow(n, static_cast<const Arithmetic<S>*>(from), static_cast<S*>(to));
-  });
 }
 
 }  // namespace

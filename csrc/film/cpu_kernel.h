@@ -4,12 +4,10 @@
 #include <cstdint>
 
 #include "common/cpu_level.h"
+#include "common/storage.h"
 #include "options.h"
 
 namespace fusedattn {
-
-// Storage types; the arithmetic is float, or double for DOUBLE.
-enum class FilmType { FLOAT, DOUBLE, HALF, BFLOAT16 };
 
 // `rows` rows of n neighbouring elements. gamma and beta are in the type of the arithmetic: as many values as
 // elements for each row (a vector), or one.
@@ -34,14 +32,14 @@ struct FilmSums {
 
 struct FilmKernels {
   // y = activation((gamma + offset) x + beta) + residual
-  void (*forward)(FilmType, Activation, const FilmRows&, const void* residual, void* y);
+  void (*forward)(StorageType, Activation, const FilmRows&, const void* residual, void* y);
   // dz = dy activation'(z), dx = (gamma + offset) dz, and the sums
-  void (*backward)(FilmType, Activation, const FilmRows&, const void* dy, void* dx, const FilmSums&);
+  void (*backward)(StorageType, Activation, const FilmRows&, const void* dy, void* dx, const FilmSums&);
   // n numbers of a storage type, `step` elements apart, into the type of the arithmetic; added to what is there or
   // not
-  void (*widen)(FilmType, int64_t n, int64_t step, const void* in, void* out, bool added);
+  void (*widen)(StorageType, int64_t n, int64_t step, const void* in, void* out, bool added);
   // and back, into neighbouring elements
-  void (*narrow)(FilmType, int64_t n, const void* in, void* out);
+  void (*narrow)(StorageType, int64_t n, const void* in, void* out);
 };
 
 FUSEDATTN_DECLARE_TABLE(FilmKernels, film)

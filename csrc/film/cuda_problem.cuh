@@ -16,7 +16,8 @@
 
 #include "common/cuda.cuh"
 // after the definition of FUSEDATTN_INLINE
-#include "formula.h"
+#include "common/activate.h"
+#include "options.h"
 
 namespace fusedattn {
 
@@ -46,7 +47,7 @@ FUSEDATTN_DEVICE ScaleShift<S> scale_shift(const FilmProblem<S>& p, int64_t b, i
           p.beta == nullptr ? T(0) : gpu::to_arithmetic(p.beta[b * p.beta_stride_b + c])};
 }
 
-// The arithmetic of formula.h.
+// The arithmetic of common/activate.h.
 template <typename Number>
 struct Scalar {
   using T = Number;
@@ -59,34 +60,6 @@ struct Scalar {
   static FUSEDATTN_DEVICE T tanh(T x) { return gpu::tanh(x); }
   static FUSEDATTN_DEVICE T half_erfc(T x) { return T(0.5) * gpu::erfc(x); }
 };
-
-// body(ActivationConstant<...>{}) of an activation known only at run time.
-template <Activation activation>
-struct ActivationConstant {
-  static constexpr Activation value = activation;
-};
-template <typename Body>
-FUSEDATTN_DEVICE void with_activation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::NONE:
-      break;
-    case Activation::RELU:
-      return body(ActivationConstant<Activation::RELU>{});
-    case Activation::LEAKY_RELU:
-      return body(ActivationConstant<Activation::LEAKY_RELU>{});
-    case Activation::SILU:
-      return body(ActivationConstant<Activation::SILU>{});
-    case Activation::GELU:
-      return body(ActivationConstant<Activation::GELU>{});
-    case Activation::GELU_TANH:
-      return body(ActivationConstant<Activation::GELU_TANH>{});
-    case Activation::TANH:
-      return body(ActivationConstant<Activation::TANH>{});
-    case Activation::SIGMOID:
-      return body(ActivationConstant<Activation::SIGMOID>{});
-  }
-  body(ActivationConstant<Activation::NONE>{});
-}
 
 inline int64_t power_of_two_from(int64_t n) {
   int64_t power = 1;

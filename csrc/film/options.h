@@ -4,12 +4,11 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
+
 #define FUSEDATTN_FILM_OPTIONS "int channel_dim, float gamma_offset, int activation"
 
 namespace fusedattn {
-
-// Numbered as ACTIVATIONS in fusedattn/ops/film.py.
-enum class Activation { NONE, RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID };
 
 struct FilmOptions {
   int64_t channel_dim;  // of x, from 0

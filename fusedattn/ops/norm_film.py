@@ -24,28 +24,34 @@ Statistics that are given, those of batch norm in evaluation, are constants: dh 
 
 In half precision h is rounded, as it is returned, and all that follows is computed in float32.
 
-Symbols: B batch, C channels, N positions per channel, G groups. Tests: ``tests/test_norm_film.py``.
+Symbols: B batch, C channels, T positions, G groups. Kernels: ``csrc/norm_film/``. Tests:
+``tests/test_norm_film.py``, ``tests/test_norm_film_transforms.py``.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fusedattn import _autograd, _conditioning
 from fusedattn._conditioning import (
     FUNCTIONS,
     HALF,
     NUMBERS,
     Parameter,
+    along,
     check_affine,
     check_features,
     check_like,
     check_parameter,
     check_same,
     fail,
+    have_one_per_channel,
     in_dtype,
     parts,
-    total,
+    per_channel,
 )
-from fusedattn._dispatch import BACKENDS, autocast_enabled, choose, overridable
+from fusedattn._dispatch import autocast_enabled, choose, overridable
 from fusedattn._options import NormFilmOptions as Options
 
 # In the order of the enum in csrc/norm_film/options.h.
@@ -93,7 +99,10 @@ def _reference(
     arithmetic = torch.float32 if x.dtype in HALF else x.dtype
 
     def factor(parameter, added=None):
-        return total(parameter, added, x, channel_dim).to(arithmetic)
+        t, *others = (
+            along(part, x, channel_dim).to(arithmetic) for part in (parameter, added) if part is not None
+        )
+        return t + others[0] if others else t
 
     h = x
     is_formed = pre_gate is not None or pre_residual is not None
@@ -182,7 +191,128 @@ def norm_film_ref(
     )
 
 
+# Declaration
+
+
+def _fwd_fake(x, *arguments):
+    options = Options(*arguments[12:])
+    gate, pre_residual = arguments[6], arguments[8]
+    B, C = x.shape[0], x.shape[options.channel_dim]
+    norm = NORMS[options.norm]
+    if norm in ("layer", "rms"):
+        groups = B
+        for d in range(1, x.dim()):
+            groups = groups * (x.shape[d] if d != options.channel_dim else 1)
+    else:
+        groups = {"group": B * options.num_groups, "instance": B * C, "batch": C}[norm]
+    statistic = x.new_empty(groups, dtype=torch.float64)
+    h = x.new_empty(0) if gate is None and pre_residual is None else torch.empty_like(x)
+    return torch.empty_like(x), h, statistic, torch.empty_like(statistic)
+
+
+def _bwd_fake(grad_y, grad_h, x, *arguments):
+    def like(parameter):
+        return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+    *parameters, pre_residual = arguments[:9]
+    grad_pre_residual = x.new_empty(0) if pre_residual is None else torch.empty_like(x)
+    return torch.empty_like(x), *map(like, parameters), grad_pre_residual
+
+
+class _BatchFold(_conditioning.Fold):
+    """Groups lie within a batch element: N of them become N B."""
+
+    parameters = 8
+
+    def outputs_apart(self, outputs):
+        """h is (0,) where it is x."""
+        dims = tuple(0 if t.numel() or t.dim() > 1 else None for t in outputs)
+        return tuple(t if dim is None else self._apart(t) for t, dim in zip(outputs, dims, strict=True)), dims
+
+
+class _ChannelFold(_autograd.Fold):
+    """Groups go over the batch: N times as many channels, (B, C, ...) becomes (B, N C, ...)."""
+
+    def folded(self):
+        return tuple(map(self.output, self.tensors, self.dims))
+
+    def _place(self, rank: int) -> int:
+        """The channels' dimension in what has one value per channel, in (B, C), or in what is like x."""
+        return self.options.channel_dim if rank > 2 else rank - 1
+
+    def output(self, t, dim):
+        if t is None:
+            return None
+        place = self._place(t.dim() - (dim is not None))
+        t = (
+            t.unsqueeze(place).expand(*t.shape[:place], self.N, *t.shape[place:])
+            if dim is None
+            else t.movedim(dim, place)
+        )
+        return t.flatten(place, place + 1)
+
+    def outputs_apart(self, outputs):
+        places = tuple(self._place(t.dim()) for t in outputs)
+        return tuple(
+            t.unflatten(p, (self.N, t.shape[p] // self.N)) for t, p in zip(outputs, places, strict=True)
+        ), places
+
+    def gradients_apart(self, grads):
+        given = [t is not None for t in self.tensors[: len(grads)]]
+        found, dims = self.outputs_apart(grads)
+        return (
+            tuple(t if ok else grad for t, grad, ok in zip(found, grads, given, strict=True)),
+            tuple(dim if ok else None for dim, ok in zip(dims, given, strict=True)),
+        )
+
+
+def _fold(N, tensors, dims, options: Options) -> _autograd.Fold:
+    return (_ChannelFold if NORMS[options.norm] == "batch" else _BatchFold)(N, tensors, dims, options)
+
+
+NORM_FILM = _autograd.Op(
+    "norm_film",
+    inputs=(
+        *("x", "gamma", "beta", "gamma_added", "beta_added", "weight", "bias"),
+        *("pre_gate", "pre_gate_added", "pre_residual"),
+    ),
+    others=("running_mean", "running_var"),
+    added=("residual",),
+    options=Options,
+    outputs=("y", "h", "mean", "var"),
+    kept=("h", "mean", "var"),
+    hidden=("mean", "var"),
+    reference=_reference,
+    fwd_fake=_fwd_fake,
+    bwd_fake=_bwd_fake,
+    fold=_fold,
+)
+
+
 # Public function
+
+
+def _for_kernels(parameter: Parameter, x: Tensor, channel_dim: int) -> tuple[Tensor | None, Tensor | None]:
+    """A pair as kernels take it: each of its tensors (C,), (B, C) or like x. What is small is added up."""
+    first, added = parts(parameter)
+    if first is None:
+        return None, None
+    small = [have_one_per_channel((t,), channel_dim) for t in (first, added)]
+    summed = all(small) and added is not None
+
+    def exact(t):
+        """What is repeated or added up here is rounded once, and so is its gradient."""
+        narrow = t is not None and t.dtype in HALF
+        return t.float() if narrow and (summed or t.dim() == 0 or 1 in t.shape) else t
+
+    first, added = exact(first), exact(added)
+    if all(small):
+        return per_channel(first, added, x, channel_dim), None
+    first, added = (
+        per_channel(t, None, x, channel_dim) if t is None or is_small else t.expand(x.shape)
+        for t, is_small in zip((first, added), small, strict=True)
+    )
+    return first, added
 
 
 def _check_norm(x: Tensor, norm, num_groups, weight, bias, eps, channel_dim: int) -> None:
@@ -246,8 +376,12 @@ def _update(
         running.lerp_(found.to(running.dtype), rate)
 
 
-# No backend has kernels of it so far.
-_UNABLE = dict.fromkeys(BACKENDS, "it has no kernels of norm_film")
+_NO_KERNELS = dict.fromkeys(("cuda", "triton"), "it has no kernels of norm_film")
+_NOT_PER_CHANNEL = {
+    **_NO_KERNELS,
+    "cpu": "gamma, beta or pre_gate has one value a place, its kernels of group, instance and batch norm take one "
+    "per channel",
+}
 
 
 @overridable
@@ -338,29 +472,18 @@ def norm_film(
     _check_running(x, norm, channel_dim, running_mean, running_var, num_batches_tracked, training, momentum)
     channel_dim %= x.dim()
     training = training or norm != "batch"
-    backend = choose("norm_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", _UNABLE)
-    gamma, gamma_added = parts(gamma)
-    beta, beta_added = parts(beta)
-    gate, gate_added = parts(pre_gate)
+    parameters = *parts(gamma), *parts(beta), *parts(pre_gate)
+    takes = norm in ("layer", "rms") or have_one_per_channel(parameters, channel_dim)
+    unable = _NO_KERNELS if takes else _NOT_PER_CHANNEL
+    backend = choose("norm_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
+    as_it_is = parts if backend == "reference" else partial(_for_kernels, x=x, channel_dim=channel_dim)
+    (gamma, gamma_added), (beta, beta_added), gate = map(as_it_is, (gamma, beta, pre_gate))
+    running = (None, None) if training else (running_mean, running_var)
+    tensors = x, gamma, beta, gamma_added, beta_added, weight, bias, *gate, pre_residual, *running, residual
     options = Options(
         _NUMBERS[norm], num_groups or 0, training, eps, channel_dim, gamma_offset, NUMBERS[activation]
     )
-    y, h, mean, var = _reference(
-        x,
-        gamma,
-        beta,
-        gamma_added,
-        beta_added,
-        weight,
-        bias,
-        gate,
-        gate_added,
-        pre_residual,
-        None if training else running_mean,
-        None if training else running_var,
-        residual,
-        options,
-    )
+    y, h, mean, var = NORM_FILM(backend, tensors, options)
     if training and running_mean is not None and running_var is not None:
         n = x.numel() // x.shape[channel_dim]
         _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, n)

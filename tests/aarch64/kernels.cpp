@@ -215,14 +215,14 @@ double value_of(uint16_t bits, int exponent_bits) {
 }
 
 struct Storage {
-  FilmType type;
+  StorageType type;
   size_t size;
   int exponent_bits;  // of 16-bit storage
   double epsilon;
 
   double read(const void* memory, int64_t n) const {
-    if (type == FilmType::DOUBLE) return static_cast<const double*>(memory)[n];
-    if (type == FilmType::FLOAT) return static_cast<const float*>(memory)[n];
+    if (type == StorageType::DOUBLE) return static_cast<const double*>(memory)[n];
+    if (type == StorageType::FLOAT) return static_cast<const float*>(memory)[n];
     return value_of(static_cast<const uint16_t*>(memory)[n], exponent_bits);
   }
   // Numbers up to 20, with what is special at the head. 16-bit storage has every exponent up to that.
@@ -231,9 +231,9 @@ struct Storage {
     const double special[] = {INFINITY, -INFINITY, NAN, 0.0, -0.0, 1e-30};
     for (int64_t e = 0; e < n; ++e) {
       const double x = e < 6 ? special[e] : 20 * random.next() * random.next();
-      if (type == FilmType::DOUBLE) {
+      if (type == StorageType::DOUBLE) {
         std::memcpy(&memory[e * size], &x, size);
-      } else if (type == FilmType::FLOAT) {
+      } else if (type == StorageType::FLOAT) {
         const float narrow = static_cast<float>(x);
         std::memcpy(&memory[e * size], &narrow, size);
       } else {
@@ -317,13 +317,13 @@ int main(int arguments, char** argument) {
     attention(c, attention_fwd_f16, attention_bwd_f16, attention_products_f16, 0x1p-10, results);
     attention(c, attention_fwd_bf16, attention_bwd_bf16, attention_products_bf16, 0x1p-7, results);
   }
-  const Storage storages[] = {{FilmType::FLOAT, 4, 0, std::numeric_limits<float>::epsilon()},
-                              {FilmType::DOUBLE, 8, 0, std::numeric_limits<double>::epsilon()},
-                              {FilmType::HALF, 2, 5, 0x1p-10},
-                              {FilmType::BFLOAT16, 2, 8, 0x1p-7}};
+  const Storage storages[] = {{StorageType::FLOAT, 4, 0, std::numeric_limits<float>::epsilon()},
+                              {StorageType::DOUBLE, 8, 0, std::numeric_limits<double>::epsilon()},
+                              {StorageType::HALF, 2, 5, 0x1p-10},
+                              {StorageType::BFLOAT16, 2, 8, 0x1p-7}};
   for (const Storage& storage : storages)
     for (int activation = 0; activation < 8; ++activation) {
-      const auto run = storage.type == FilmType::DOUBLE ? film<double> : film<float>;
+      const auto run = storage.type == StorageType::DOUBLE ? film<double> : film<float>;
       run(storage, static_cast<Activation>(activation), 5, 37, results);
     }
   if (!results.writes)

@@ -1,11 +1,10 @@
-// The mathematics of FiLM, for every C++ kernel of the op: y = activation(z) + residual, z = scale x + shift,
-// with scale = gamma + gamma_offset and shift = beta per channel. Backward: dz = dy activation'(z), dx = scale dz.
+// The activations of conditioning ops and their slopes, for every C++ kernel.
 //
 // M is the kernel's arithmetic: M::V is a number or a vector of numbers of type M::T, and M has exp (of its
 // argument clamped to where the result and its reciprocal are normal numbers), reciprocal, tanh and half_erfc.
 #pragma once
 
-#include "options.h"
+#include "activation.h"
 
 #ifndef FUSEDATTN_INLINE
 #define FUSEDATTN_INLINE static inline
@@ -96,6 +95,34 @@ FUSEDATTN_INLINE V slope(V z) {
     return p.s * p.complement;
   }
   return one;
+}
+
+// body(ActivationConstant<...>{}) of an activation known only at run time.
+template <Activation activation>
+struct ActivationConstant {
+  static constexpr Activation value = activation;
+};
+template <typename Body>
+FUSEDATTN_INLINE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::NONE:
+      break;
+    case Activation::RELU:
+      return body(ActivationConstant<Activation::RELU>{});
+    case Activation::LEAKY_RELU:
+      return body(ActivationConstant<Activation::LEAKY_RELU>{});
+    case Activation::SILU:
+      return body(ActivationConstant<Activation::SILU>{});
+    case Activation::GELU:
+      return body(ActivationConstant<Activation::GELU>{});
+    case Activation::GELU_TANH:
+      return body(ActivationConstant<Activation::GELU_TANH>{});
+    case Activation::TANH:
+      return body(ActivationConstant<Activation::TANH>{});
+    case Activation::SIGMOID:
+      return body(ActivationConstant<Activation::SIGMOID>{});
+  }
+  body(ActivationConstant<Activation::NONE>{});
 }
 
 }  // namespace fusedattn
