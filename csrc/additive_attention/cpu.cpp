@@ -144,7 +144,7 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
   T* const recomputed = p.options.softcap != 0 ? capped.get() : probabilities.get();
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
     const int64_t rows = chunk.heads * chunk.queries;
-    in.prepare_queries(chunk);
+    if (!kept || grads.reads_exponentials(chunk)) in.prepare_queries(chunk);
     const T* s = kept ? scores.template const_data_ptr<T>() + first_row * p.Tk : recomputed;
     if (!kept) in.score(chunk, recomputed);
     if (dc) {

@@ -201,8 +201,10 @@ struct Inputs {
     p.D_padded = ceil_div(p.D, lanes) * lanes;
     set_weight(prepared(weight_, scalar_type<T>()));
 
-    const int64_t per_head = std::max<int64_t>(p.Tq * p.Tk, 1), heads = std::max<int64_t>(p.B * p.H, 1);
-    const int64_t fitting = CHUNK_ELEMENTS / std::max<int64_t>(p.Tk, 1) / QUERY_BLOCK * QUERY_BLOCK;
+    // With few keys it is the channels of queries that are to stay in the cache.
+    const int64_t width = p.Tk <= KEY_BLOCK ? std::max(p.Tk, 4 * p.D_padded) : p.Tk;
+    const int64_t per_head = std::max<int64_t>(p.Tq * width, 1), heads = std::max<int64_t>(p.B * p.H, 1);
+    const int64_t fitting = CHUNK_ELEMENTS / std::max<int64_t>(width, 1) / QUERY_BLOCK * QUERY_BLOCK;
     chunk_rows = std::min(p.Tq, std::max(fitting, QUERY_BLOCK));
     chunk_heads = chunk_rows < p.Tq ? 1 : std::min(heads, std::max<int64_t>(1, CHUNK_ELEMENTS / per_head));
     query_exp = Buffer<T>(chunk_heads * chunk_rows * p.D_padded);

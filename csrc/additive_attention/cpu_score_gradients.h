@@ -66,11 +66,14 @@ class ScoreGradients {
   // Of the gradients of scores, for each of all rows: to be filled before finish().
   T* row_sums() const { return row_sums_.get(); }
 
+  // Whether add() reads those of the chunk's queries, or makes its own of one strip of channels at a time.
+  bool reads_exponentials(const Chunk& chunk) const { return chunk.queries <= ROWWISE_QUERIES; }
+
   // g: the gradients of the chunk's unscaled, uncapped scores.
   void add(const Chunk& chunk, int64_t first_row, const T* g) {
     const auto& p = in_.p;
     if (p.D == 0 || !is_asked_) return;
-    const bool rowwise = chunk.queries <= ROWWISE_QUERIES;
+    const bool rowwise = reads_exponentials(chunk);
     const int64_t strips = rowwise ? 1 : p.D_padded / fwd<S>().lanes;
     const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits_), 4) * 4;
     const int64_t cost = chunk.queries * part_keys * p.D_padded / strips / 4;
@@ -105,13 +108,14 @@ class ScoreGradients {
         const int64_t head = row / chunk.queries, i = row % chunk.queries;
         const T* w = p.weight + (chunk.first_head + head) % p.H * p.D_padded;
         S* const row_out = mutable_data_of<S>(query) + (first_row + row) * p.D;
-        T* out = unrounded(row_out, scratch);
-        for (int64_t d = 0; d < p.D; ++d) {
-          T sum = 0;
-          for (int64_t s = 0; s < splits_; ++s)
-            sum += partial_query_.get()[((head * splits_ + s) * chunk.queries + i) * p.D_padded + d];
-          out[d] = 4 * w[d] * sum;
+        T* const __restrict out = unrounded(row_out, scratch);  // by rows: loops that the compiler vectorises
+        const T* part = partial_query_.get() + (head * splits_ * chunk.queries + i) * p.D_padded;
+        std::copy_n(part, p.D, out);
+        for (int64_t s = 1; s < splits_; ++s) {
+          part += chunk.queries * p.D_padded;
+          for (int64_t d = 0; d < p.D; ++d) out[d] += part[d];
         }
+        for (int64_t d = 0; d < p.D; ++d) out[d] *= 4 * w[d];
         round_into(row_out, out, p.D);
       }
     });

@@ -63,7 +63,7 @@ Gradients additive_scores_bwd(const Tensor& grad_scores, const Tensor& query, co
     const T inverse_cap = options.softcap != 0 ? static_cast<T>(1 / options.softcap) : T(0);
     const Buffer<T> g(chunk_size), scores(options.softcap != 0 ? chunk_size : 0);
     in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
-      in.prepare_queries(chunk);
+      if (options.softcap != 0 || grads.reads_exponentials(chunk)) in.prepare_queries(chunk);
       if (options.softcap != 0) in.score(chunk, scores.get());
       for_each_row(in, chunk, [&](int64_t row) {
         T* g_row = g.get() + row * Tk;
