@@ -6,6 +6,15 @@ from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
 from fusedattn.modules.film import FiLM
+from fusedattn.modules.normalization import (
+    AdaGroupNorm,
+    AdaIN,
+    AdaLayerNorm,
+    AdaLayerNormSingle,
+    AdaLayerNormZero,
+    ConditionalBatchNorm,
+    ConditionalInstanceNorm,
+)
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
 from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
@@ -15,10 +24,17 @@ from fusedattn.ops.norm_film import norm_film, norm_film_ref
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaGroupNorm",
+    "AdaIN",
+    "AdaLayerNorm",
+    "AdaLayerNormSingle",
+    "AdaLayerNormZero",
     "AdditiveAttention",
     "BahdanauAttention",
+    "ConditionalBatchNorm",
     "ConditionalBias",
     "ConditionalGate",
+    "ConditionalInstanceNorm",
     "ConditionalScale",
     "FiLM",
     "ProjectedKeys",

@@ -5,9 +5,23 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from device import not_on_the_standin
+from torch import nn
 
-from fusedattn import ConditionalBias, ConditionalGate, ConditionalScale
+import fusedattn
+from fusedattn import (
+    AdaGroupNorm,
+    AdaIN,
+    AdaLayerNorm,
+    AdaLayerNormSingle,
+    AdaLayerNormZero,
+    ConditionalBatchNorm,
+    ConditionalBias,
+    ConditionalGate,
+    ConditionalInstanceNorm,
+    ConditionalScale,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:fusedattn. no kernel of .* can run:UserWarning")
 
@@ -30,11 +44,118 @@ def gate(module, x, condition):
     return x * over_places(module.conditioner(condition).sigmoid(), x)
 
 
+def ada_layer_norm(module, x, condition, residual):
+    gamma, beta = module.linear(F.silu(condition)).chunk(2, -1)
+    y = F.layer_norm(x, (6,), module.norm.weight, module.norm.bias) * (1 + gamma) + beta
+    return residual + F.gelu(y)
+
+
+def ada_group_norm(module, x, condition):
+    gamma, beta = (over_places(t, x) for t in module.linear(condition).chunk(2, -1))
+    return F.silu(F.group_norm(x, 3, module.norm.weight, module.norm.bias, 1e-4) * (1 + gamma) + beta)
+
+
+def modulated(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """A transformer block but for its layers, by the fused operations."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def reset_parameters(self):
+        self.norm.reset_parameters()
+
+    def forward(self, x, condition):
+        y, gate, shift, scale, gate_mlp = self.norm(x, condition)
+        y, h = self.norm.add_norm(y.sin(), x, gate, shift, scale)
+        return fusedattn.film(y.cos(), gate_mlp, residual=h, channel_dim=-1)
+
+
+def block(six, x):
+    """What it computes."""
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = six
+    h = x + gate * modulated(x, shift, scale).sin()
+    return h + gate_mlp * modulated(h, shift_mlp, scale_mlp).cos()
+
+
+def zero(module, x, condition):
+    return block(module.norm.linear(F.silu(condition)).unsqueeze(1).chunk(6, -1), x)
+
+
+def single(module, x, condition):
+    return block((module.norm.scale_shift_table + condition.unflatten(-1, (6, -1))).unbind(-2), x)
+
+
+def adain(module, x, style):
+    var, mean = torch.var_mean(style, (2, 3), correction=0, keepdim=True)
+    return F.instance_norm(x) * (var + 1e-5).sqrt() + mean
+
+
+def by_index(module, x, style):
+    n = F.instance_norm(x)
+    return torch.relu(n * over_places(module.weight[style], x) + over_places(module.bias[style], x))
+
+
+def by_mix(module, x, style):
+    n = F.instance_norm(x)
+    return torch.relu(n * over_places(style @ module.weight, x) + over_places(style @ module.bias, x))
+
+
+def batch_norm(module, x, condition, residual=None):
+    gamma, beta = module.conditioner(condition).chunk(2, -1)
+    gamma = 1 + gamma if module.weight is None else module.weight + gamma
+    beta = beta if module.bias is None else module.bias + beta
+    n = F.batch_norm(x, module.running_mean, module.running_var, training=module.training)
+    if module.training and module.num_batches_tracked is not None:
+        module.num_batches_tracked += 1
+    y = torch.relu(n * over_places(gamma, x) + over_places(beta, x))
+    return y if residual is None else y + residual
+
+
+def evaluated(make):
+    module = make().eval()
+    nn.init.normal_(module.running_mean)
+    return module
+
+
 # By name: how the module is made, the shapes of its inputs, what it computes.
 CASES = {
     "bias": (lambda: ConditionalBias(4, 3, activation="relu"), [(2, 3, 5), (2, 4), (2, 3, 5)], bias),
     "scale": (lambda: ConditionalScale(4, 3, channel_dim=-1), [(2, 5, 3), (2, 5, 4)], scale),
     "gate": (lambda: ConditionalGate(4, 3), [(2, 3, 5, 2), (2, 4)], gate),
+    "ada_layer_norm": (
+        lambda: AdaLayerNorm(4, 6, elementwise_affine=True, activation="gelu"),
+        [(2, 5, 6), (2, 5, 4), (2, 5, 6)],
+        ada_layer_norm,
+    ),
+    "ada_group_norm": (
+        lambda: AdaGroupNorm(4, 6, 3, eps=1e-4, affine=True, condition_activation=None, activation="silu"),
+        [(2, 6, 3, 5), (2, 4)],
+        ada_group_norm,
+    ),
+    "zero": (lambda: Block(AdaLayerNormZero(4, 6)), [(2, 5, 6), (2, 4)], zero),
+    "single": (lambda: Block(AdaLayerNormSingle(6)), [(2, 5, 6), (2, 5, 36)], single),
+    "adain": (lambda: AdaIN(), [(2, 3, 5, 4), (2, 3, 2, 6)], adain),
+    "by_index": (
+        lambda: ConditionalInstanceNorm(7, 3, activation="relu"),
+        [(4, 3, 5), ("index", 7, 4)],
+        by_index,
+    ),
+    "by_mix": (lambda: ConditionalInstanceNorm(7, 3, activation="relu"), [(4, 3, 5), (4, 7)], by_mix),
+    "batch_norm": (
+        lambda: ConditionalBatchNorm(4, 3, hidden_dim=8, activation="relu"),
+        [(5, 3, 2, 6), (5, 4), (5, 3, 2, 6)],
+        batch_norm,
+    ),
+    "batch_norm_evaluated": (
+        lambda: evaluated(lambda: ConditionalBatchNorm(4, 3, affine=False, activation="relu")),
+        [(5, 3, 2, 6), (5, 4)],
+        batch_norm,
+    ),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -143,7 +264,7 @@ def test_symbolic_trace(name):
 def test_is_shown_and_not_scriptable(name):
     module = CASES[name][0]()
     assert repr(module).startswith(type(module).__name__)
-    with pytest.raises(NotImplementedError, match=f"{type(module).__name__}: torch.jit.script"):
+    with pytest.raises(NotImplementedError, match=": torch.jit.script cannot compile it"):
         torch.jit.script(module)
 
 
@@ -158,6 +279,59 @@ def test_is_shown_and_not_scriptable(name):
 def test_starts_as_the_identity(make):
     x = torch.randn(2, 3, 5)
     assert torch.equal(make()(x, torch.randn(2, 4)), x)
+
+
+def test_norms_start_as_the_norms():
+    rows, maps, condition = torch.randn(2, 5, 6), torch.randn(2, 6, 5), torch.randn(2, 4)
+    torch.testing.assert_close(AdaLayerNorm(4, 6)(rows, condition), F.layer_norm(rows, (6,)))
+    torch.testing.assert_close(AdaGroupNorm(4, 6, 2)(maps, condition), F.group_norm(maps, 2))
+    torch.testing.assert_close(ConditionalBatchNorm(4, 6)(maps, condition), nn.BatchNorm1d(6)(maps))
+    styled = ConditionalInstanceNorm(3, 6)(maps, torch.tensor(1))
+    torch.testing.assert_close(styled, F.instance_norm(maps))
+    torch.testing.assert_close(AdaIN()(maps, maps), maps)
+    assert torch.equal(Block(AdaLayerNormZero(4, 6))(rows, condition), rows)
+
+
+def test_single_starts_with_the_table_of_the_paper():
+    torch.manual_seed(0)
+    table = AdaLayerNormSingle(10000).scale_shift_table
+    assert abs(table.std().item() - 0.01) < 1e-3 and abs(table.mean().item()) < 1e-3
+
+
+def other_than_first(module):
+    for t in module.state_dict().values():
+        t.uniform_(0.5, 1.5) if t.is_floating_point() else t.fill_(7)
+    return module
+
+
+def test_batch_norm_takes_over_a_trained_one():
+    plain = other_than_first(nn.BatchNorm2d(3)).eval()
+    module = ConditionalBatchNorm(4, 3).eval()
+    missing, unexpected = module.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["conditioner.weight", "conditioner.bias"] and not unexpected
+    x = torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(module(x, torch.randn(2, 4)), plain(x))
+    assert module.num_batches_tracked == 7
+    assert not any(
+        isinstance(m, nn.SyncBatchNorm) for m in nn.SyncBatchNorm.convert_sync_batchnorm(module).modules()
+    )
+
+
+def test_every_style_starts_as_the_instance_norm_that_is_loaded():
+    plain = other_than_first(nn.InstanceNorm2d(3, affine=True))
+    module = ConditionalInstanceNorm(4, 3)
+    module.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(module(x, torch.tensor([3, 0])), plain(x))
+
+
+def test_a_style_or_a_mix_for_the_whole_batch():
+    module = trained("by_index", torch.float32)
+    x = torch.randn(2, 3, 5)
+    expected = module(x, torch.tensor([4, 4]))
+    mix = F.one_hot(torch.tensor(4), 7).float()
+    for style in (torch.tensor(4), mix, mix.expand(2, -1)):
+        torch.testing.assert_close(module(x, style), expected)
 
 
 def test_starts_as_a_linear_layer_does():
@@ -177,6 +351,31 @@ ERRORS = {
         r"ConditionalBias: condition: expected shape \(B, 4\), got \(2, 5\)",
     ),
     "channels": (call(lambda: ConditionalGate(4, 3), (2, 5, 3), (2, 4)), r"gamma: expected shape .*\(2, 3\)"),
+    "groups": (lambda: AdaGroupNorm(4, 6, 4), "AdaGroupNorm: num_groups: expected a divisor of the 6 .*got 4"),
+    "of_condition": (
+        lambda: AdaLayerNorm(4, 6, condition_activation="x"),
+        "condition_activation: expected one of",
+    ),
+    "table": (
+        call(lambda: AdaLayerNormSingle(6), (2, 5, 6), (2, 6)),
+        r"AdaLayerNormSingle: condition: expected shape \(B, 36\), got \(2, 6\)",
+    ),
+    "style": (
+        call(AdaIN, (2, 3, 5), (2, 4, 5)),
+        r"AdaIN: style: expected shape \(B, 3, ...\) of rank 3 or more, got \(2, 4, 5\)",
+    ),
+    "mix": (
+        call(lambda: ConditionalInstanceNorm(7, 3), (2, 3, 5), (2, 6)),
+        r"ConditionalInstanceNorm: style: expected shape \(B, 7\) or \(7,\), got \(2, 6\)",
+    ),
+    "index": (
+        lambda: ConditionalInstanceNorm(7, 3)(torch.randn(2, 3, 5), torch.zeros(2, 1, dtype=torch.int64)),
+        r"ConditionalInstanceNorm: style: expected shape \(B,\) or \(\), got \(2, 1\)",
+    ),
+    "batch_norm": (
+        call(lambda: ConditionalBatchNorm(4, 3), (2, 3, 5), (2, 3)),
+        r"ConditionalBatchNorm: condition: expected shape \(B, 4\), got \(2, 3\)",
+    ),
     "activation": (lambda: ConditionalScale(4, 3, activation="swish"), "ConditionalScale: activation: .*'swish'"),
     "backend": (lambda: ConditionalGate(4, 3, backend="tpu"), "ConditionalGate: backend: .*'tpu'"),
 }

@@ -12,11 +12,20 @@ from fusedattn._conditioning import ACTIVATIONS
 from fusedattn._dispatch import check_backend, not_scriptable
 from fusedattn.ops.film import film
 
+# What extra_repr shows of a module that has it.
+_SHOWN = ("num_channels", "num_styles", "channel_dim", "gamma_offset", "eps", "momentum", "activation")
+
 
 @torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
 def _check(caller: str, condition: Tensor, width: int) -> None:
     if condition.shape[-1:] != (width,):
         raise ValueError(f"{caller}: condition: expected shape (B, {width}), got {tuple(condition.shape)}")
+
+
+def check_activation(caller: str, argument: str, name: str | None) -> None:
+    if name not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{caller}: {argument}: expected one of {names}, got {name!r}")
 
 
 class Conditioner(nn.Linear):
@@ -48,25 +57,27 @@ class Conditioner(nn.Linear):
 class Conditioned(nn.Module):
     """What conditioned modules have in common."""
 
-    def __init__(self, num_channels: int, activation: str | None, backend: str) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if activation not in ACTIVATIONS:
-            names = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"{name}: activation: expected one of {names}, got {activation!r}")
-        check_backend(name, backend)
-        self.num_channels, self.activation, self.backend = num_channels, activation, backend
+    def __init__(self, *, activation: str | None = None, backend: str, **others: Any) -> None:
+        super().__init__(**others)
+        check_activation(type(self).__name__, "activation", activation)
+        check_backend(type(self).__name__, backend)
+        self.activation, self.backend = activation, backend
 
     __prepare_scriptable__ = not_scriptable
 
-    def extra_repr(self) -> str:
-        shown = ("num_channels", "channel_dim", "gamma_offset", "activation")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown if hasattr(self, name))
+    def reset_parameters(self) -> None:
+        """Everything as at the start, see the class."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
 
-    def made_of(self, condition: Tensor, width: int, layer: nn.Module) -> Tensor:
-        """What a layer makes of a condition (..., width)."""
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHOWN if hasattr(self, name))
+
+    def check_condition(self, condition: Tensor, width: int) -> None:
+        """Raises unless the condition is (..., width)."""
         _check(type(self).__name__, condition, width)
-        return layer(condition)
 
 
 class PerChannel(Conditioned):
@@ -86,20 +97,17 @@ class PerChannel(Conditioned):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_channels, activation, backend)
-        self.condition_dim, self.channel_dim = condition_dim, channel_dim
+        super().__init__(activation=activation, backend=backend)
+        self.condition_dim, self.num_channels, self.channel_dim = condition_dim, num_channels, channel_dim
         self.conditioner = self._make_conditioner({"device": device, "dtype": dtype})
 
     def _make_conditioner(self, factory: dict[str, Any]) -> nn.Linear:
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        """As at the start, see the class."""
-        self.conditioner.reset_parameters()
-
     def of_condition(self, condition: Tensor, x: Tensor) -> Tensor:
         """What the linear layer makes, in the dtype of x."""
-        return self.made_of(condition, self.condition_dim, self.conditioner).to(x.dtype)
+        self.check_condition(condition, self.condition_dim)
+        return self.conditioner(condition).to(x.dtype)
 
     def film(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None) -> Tensor:
         return film(
