@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from device import DEVICE, examples
+from device import DEVICE, cpu_alone, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
@@ -301,6 +301,19 @@ def test_a_mean_far_beyond_the_deviation(norm, dtype, mean):
         x = (inputs["x"] + mean).to(dtype)
         inputs = {name: x if name == "x" else t if t is None else t.to(dtype) for name, t in inputs.items()}
         check(inputs, channel_dim=channel_dim, **options_of(norm))
+
+
+@cpu_alone
+@pytest.mark.parametrize("dtype, mean", [(torch.float32, 1e4), (torch.bfloat16, 64.0)])
+@pytest.mark.parametrize("norm", [n for n in NORMS if n != "rms"])
+def test_the_mean_is_known_beyond_the_precision_of_x(norm, dtype, mean):
+    """PyTorch's error is that of a mean rounded to float32: 5e-4 deviations at 1e4."""
+    for shape, channel_dim in (((3, 12, 40, 41), 1), ((3, 700, 48), 2), ((2, 3, 30000), 1)):
+        x = (numbers(shape, torch.Generator().manual_seed(0)) + mean).to(dtype)
+        options = {"channel_dim": channel_dim, **options_of(norm)}
+        exact = norm_film_ref(x.double(), **options)
+        error = (norm_film(x, **options).double() - exact).abs().max().item()
+        assert error < 32 * torch.finfo(dtype).eps * exact.abs().max().item(), shape
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,8 +1,8 @@
 // CPU kernels of norm_film for groups that reach over positions: group, instance and batch norm.
 //
 // Rows of n neighbouring elements are either one channel's positions, whose numbers are one a row, or the channels
-// of one position, whose numbers are vectors that all rows share. Moments are taken chunk by chunk, each in two
-// steps while it is in the cache, and then merged (Chan et al. 1983): exact however far the mean is from 0.
+// of one position, whose numbers are vectors that all rows share. Moments are taken chunk by chunk, each
+// relative to a number near its mean, and then merged (Chan et al. 1983): exact however far the mean is from 0.
 #include "cpu_kernel_common.h"
 #include "formula.h"
 
@@ -12,6 +12,9 @@ namespace {
 
 constexpr int64_t CHUNK = 1024;  // elements of a row
 constexpr int64_t CHUNK_ROWS = 16;
+// A chunk's numbers are taken relative to the mean of part of them. Whatever they are, that is off by no more than
+// sqrt(rest / part) deviations of the chunk, so that a square loses no more than this ratio of its precision.
+constexpr int64_t SAMPLE = CHUNK / 8, SAMPLE_ROWS = CHUNK_ROWS / 4;
 
 // One number for a row, or one for each of its elements.
 template <typename T, bool is_vector>
@@ -55,10 +58,11 @@ Moments moments_of_row(const S* row, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += CHUNK) {
     const S* const chunk = row + begin;
     const int64_t size = n - begin < CHUNK ? n - begin : CHUNK;
+    const int64_t part_of_it = size < SAMPLE ? size : SAMPLE;
     Sum<T> sum, rest, square;
-    along<T>(size, [&](auto part, int64_t i, int64_t count, int which)
-                       __attribute__((always_inline)) { sum.of[which] += get(part, chunk, i, count); });
-    const T guess = static_cast<T>(sum.total() / size);
+    along<T>(part_of_it, [&](auto part, int64_t i, int64_t count, int which)
+                             __attribute__((always_inline)) { sum.of[which] += get(part, chunk, i, count); });
+    const T guess = static_cast<T>(sum.total() / part_of_it);
     along<T>(size, [&](auto part, int64_t i, int64_t count, int which) __attribute__((always_inline)) {
       const Vec<T> d = only<T>(part, count, get(part, chunk, i, count) - guess);
       rest.of[which] += d;
@@ -80,10 +84,12 @@ void moments_of_columns(int64_t rows, int64_t C, const S* x, Arithmetic<S>* near
     const S* const chunk = x + begin * C;
     const int64_t size = rows - begin < CHUNK_ROWS ? rows - begin : CHUNK_ROWS;
     const T part_of_all = T(size) / (begin + size), weight = part_of_all * begin, one = T(1) / size;
+    const int64_t part_of_it = size < SAMPLE_ROWS ? size : SAMPLE_ROWS;
+    const T one_of_it = T(1) / part_of_it;
     along<T>(C, [&](auto part, int64_t i, int64_t n, int) __attribute__((always_inline)) {
       Vec<T> sum{}, rest{}, square{};
-      for (int64_t r = 0; r < size; ++r) sum += get(part, chunk + r * C, i, n);
-      const Vec<T> guess = sum * one;
+      for (int64_t r = 0; r < part_of_it; ++r) sum += get(part, chunk + r * C, i, n);
+      const Vec<T> guess = sum * one_of_it;
       if (begin == 0) set(part, near, i, n, guess);
       for (int64_t r = 0; r < size; ++r) {
         const Vec<T> d = get(part, chunk + r * C, i, n) - guess;

@@ -77,14 +77,14 @@ class Maps {
         // body(elements, their mean, squares around it)
         const auto each = [&](const auto& body) {
           for (int64_t k = 0; k < units_; ++k) {
-            const Unit u = unit(domain, k);
+            const int64_t index = domain * units_ + k, size = size_of(k);
             if (in_.planes) {
-              body(u.size, moments.get()[u.index].mean, moments.get()[u.index].squares);
+              body(size, moments.get()[index].mean, moments.get()[index].squares);
               continue;
             }
-            const T* const found = columns.get() + u.index * 3 * in_.C;
+            const T* const found = columns.get() + index * 3 * in_.C;
             for (int64_t c = channel; c < channel + width_; ++c)
-              body(u.size, double(found[c]) + found[in_.C + c], double(found[2 * in_.C + c]));
+              body(size, double(found[c]) + found[in_.C + c], double(found[2 * in_.C + c]));
           }
         };
         double mean = 0, squares = 0;
@@ -114,12 +114,12 @@ class Maps {
     const int64_t of_unit = in_.planes ? 1 : in_.C;
     const Buffer<T> parts(3 * domains_ * units_ * of_unit);
     for (int64_t domain = 0; domain < domains_; ++domain) normalise(domain);
-    const auto part = [&](const Unit& u, int which) { return parts.get() + (3 * u.index + which) * of_unit; };
+    const auto part = [&](int64_t index, int which) { return parts.get() + (3 * index + which) * of_unit; };
     const auto first = [&](const Unit& u) {
-      std::fill_n(part(u, 0), 3 * of_unit, T(0));
+      std::fill_n(part(u.index, 0), 3 * of_unit, T(0));
       if (dy)
-        map_kernels().sums(p_.type, p_.options.activation, rows(u, h, false), bytes(dy) + u.at, part(u, 0),
-                           part(u, 1));
+        map_kernels().sums(p_.type, p_.options.activation, rows(u, h, false), bytes(dy) + u.at, part(u.index, 0),
+                           part(u.index, 1));
     };
     const auto close = [&](int64_t domain) {
       const double n = elements_of_group();
@@ -130,9 +130,9 @@ class Maps {
         for_each_channel(domain, channel, [&](int64_t b, int64_t c, int64_t k) {
           double dz_h = 0, dz = 0;
           for (int64_t of = k; of < k + pieces_; ++of) {
-            const Unit u = unit(domain, of);
-            dz_h += part(u, 0)[in_.planes ? 0 : c];
-            dz += part(u, 1)[in_.planes ? 0 : c];
+            const int64_t index = domain * units_ + of;
+            dz_h += part(index, 0)[in_.planes ? 0 : c];
+            dz += part(index, 1)[in_.planes ? 0 : c];
           }
           const double dz_n = (dz_h + rest * dz) * rstd;
           if (sums.needed[DZ_N]) sums.of(b, DZ_N)[c] = static_cast<T>(dz_n);
@@ -152,14 +152,15 @@ class Maps {
       map_kernels().backward(p_.type, p_.options.activation, rows(u, h, streamed),
                              {offset(bytes(dy), u.at), offset(bytes(dh), u.at), x + u.at, number(BY_H, u.b, u.c),
                               number(BY_MEAN, u.b, u.c), p_.gate.is_present() ? number(GATE, u.b, u.c) : nullptr,
-                              offset(dx, u.at), offset(dr, u.at), of_gate ? part(u, 2) : nullptr});
+                              offset(dx, u.at), offset(dr, u.at), of_gate ? part(u.index, 2) : nullptr});
     });
     if (of_gate)
       for (int64_t domain = 0; domain < domains_; ++domain)
         for_each_group(domain, [&](int64_t, int64_t channel) {
           for_each_channel(domain, channel, [&](int64_t b, int64_t c, int64_t k) {
             double total = 0;
-            for (int64_t of = k; of < k + pieces_; ++of) total += part(unit(domain, of), 2)[in_.planes ? 0 : c];
+            for (int64_t of = k; of < k + pieces_; ++of)
+              total += part(domain * units_ + of, 2)[in_.planes ? 0 : c];
             sums.of(b, DH_X)[c] = static_cast<T>(total);
           });
         });
@@ -182,8 +183,9 @@ class Maps {
     const int64_t b = is_batch_ ? other : in_.planes ? domain / groups_ : domain;
     const int64_t c = !in_.planes ? 0 : is_batch_ ? domain : domain % groups_ * width_ + other;
     const int64_t element = in_.planes ? (b * in_.C + c) * in_.T + begin : (b * in_.T + begin) * in_.C;
-    return {domain * units_ + k, b, c, std::min(piece_, in_.T - begin), element * p_.size};
+    return {domain * units_ + k, b, c, size_of(k), element * p_.size};
   }
+  int64_t size_of(int64_t k) const { return std::min(piece_, in_.T - k % pieces_ * piece_); }
   NormMapRows rows(const Unit& u, const char* h, bool streamed) const {
     return {in_.planes ? 1 : u.size,  in_.planes ? u.size : in_.C, !in_.planes, h + u.at, number(MEAN, u.b, u.c),
             number(FACTOR, u.b, u.c), number(TERM, u.b, u.c),      streamed};
@@ -208,7 +210,7 @@ class Maps {
     for (int64_t n = 0; n < batches; ++n)
       for (int64_t c = channel; c < channel + width_; ++c) {
         const int64_t k = is_batch_ ? n * pieces_ : in_.planes ? (c - channel) * pieces_ : 0;
-        body(unit(domain, k).b, c, k);
+        body(is_batch_ ? n : in_.planes ? domain / groups_ : domain, c, k);
       }
   }
 
@@ -288,14 +290,7 @@ Outputs maps_forward(const Problem& p, const OptionalTensor& pre_residual, const
 template <typename T>
 GradientsOut maps_backward(const Problem& p, const OptionalTensor& grad_y, const OptionalTensor& grad_h,
                            const Tensor& formed, OutputMask asked, const Tensor& mean, const Tensor& variance) {
-  const NormLayout& in = p.in;
-  GradientsOut out{asked[X] ? in.empty_like() : empty({0}, in.x.scalar_type()),
-                   asked[PRE_RESIDUAL] ? in.empty_like() : empty({0}, in.x.scalar_type()),
-                   {p.gamma, in},
-                   {p.beta, in},
-                   {p.gate, in},
-                   {p.weight, in},
-                   {p.bias, in}};
+  const GradientsOut out(p, asked);
   const Sums<T> sums(p);
   Maps<T>(p, mean, variance).backward(grad_y, grad_h, formed, out, asked, sums);
   if (sums.count > 0) add_up(sums, out);

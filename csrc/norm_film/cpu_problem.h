@@ -265,6 +265,20 @@ struct Results {
 struct GradientsOut {
   Tensor dx, dr;
   Results gamma, beta, gate, weight, bias;
+
+  GradientsOut(const Problem& p, OutputMask asked)
+      : dx(like_x(p.in, asked[X])),
+        dr(like_x(p.in, asked[PRE_RESIDUAL])),
+        gamma(p.gamma, p.in),
+        beta(p.beta, p.in),
+        gate(p.gate, p.in),
+        weight(p.weight, p.in),
+        bias(p.bias, p.in) {}
+
+ private:
+  static Tensor like_x(const NormLayout& in, bool asked) {
+    return asked ? in.empty_like() : empty({0}, in.x.scalar_type());
+  }
 };
 
 // Adds the sums of all tasks, in order, and makes gradients of them, column by column of all batches.

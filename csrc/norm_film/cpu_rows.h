@@ -56,13 +56,7 @@ GradientsOut rows_backward(const Problem& p, const OptionalTensor& grad_y, const
                            const Tensor& formed, OutputMask asked, const Tensor& mean, const Tensor& variance) {
   const NormLayout& in = p.in;
   const int64_t C = in.C;
-  GradientsOut out{asked[X] ? in.empty_like() : empty({0}, in.x.scalar_type()),
-                   asked[PRE_RESIDUAL] ? in.empty_like() : empty({0}, in.x.scalar_type()),
-                   {p.gamma, in},
-                   {p.beta, in},
-                   {p.gate, in},
-                   {p.weight, in},
-                   {p.bias, in}};
+  const GradientsOut out(p, asked);
   const Sums<T> sums(p);
   const OptionalTensor dy = like(in, grad_y, "grad_y"), dh = like(in, grad_h, "grad_h");
   const Tensor h = formed.dim() == in.x.dim() ? in.like(formed, "h") : in.x;

@@ -297,6 +297,14 @@ def _for_kernels(parameter: Parameter, x: Tensor, channel_dim: int) -> tuple[Ten
     first, added = parts(parameter)
     if first is None:
         return None, None
+    B, C = x.shape[0], x.shape[channel_dim]
+    if (
+        added is None
+        and first.dim() in (1, 2)
+        and first.shape[-1] == C
+        and (first.dim() == 1 or first.shape[0] == B)
+    ):
+        return first, None
     small = [have_one_per_channel((t,), channel_dim) for t in (first, added)]
     summed = all(small) and added is not None
 
