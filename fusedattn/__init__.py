@@ -4,6 +4,7 @@ from fusedattn._dispatch import UnsupportedError
 from fusedattn._export import decompositions
 from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
+from fusedattn.modules.concat import ConcatConditioning
 from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
 from fusedattn.modules.film import FiLM
 from fusedattn.modules.normalization import (
@@ -31,6 +32,7 @@ __all__ = [
     "AdaLayerNormZero",
     "AdditiveAttention",
     "BahdanauAttention",
+    "ConcatConditioning",
     "ConditionalBatchNorm",
     "ConditionalBias",
     "ConditionalGate",

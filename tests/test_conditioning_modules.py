@@ -16,6 +16,7 @@ from fusedattn import (
     AdaLayerNorm,
     AdaLayerNormSingle,
     AdaLayerNormZero,
+    ConcatConditioning,
     ConditionalBatchNorm,
     ConditionalBias,
     ConditionalGate,
@@ -116,6 +117,15 @@ def batch_norm(module, x, condition, residual=None):
     return y if residual is None else y + residual
 
 
+def concat(module, x, condition):
+    tiled = over_places(condition, x).expand(-1, -1, *x.shape[2:])
+    return F.gelu(F.conv2d(torch.cat([x, tiled], 1), module.weight, module.bias, padding=1))
+
+
+def concat_linear(module, x, condition):
+    return F.linear(torch.cat([condition, x], -1), module.weight)
+
+
 def evaluated(make):
     module = make().eval()
     nn.init.normal_(module.running_mean)
@@ -150,6 +160,16 @@ CASES = {
         lambda: ConditionalBatchNorm(4, 3, hidden_dim=8, activation="relu"),
         [(5, 3, 2, 6), (5, 4), (5, 3, 2, 6)],
         batch_norm,
+    ),
+    "concat": (
+        lambda: ConcatConditioning(nn.Conv2d(5, 6, 3, padding=1), 2, activation="gelu"),
+        [(2, 3, 4, 5), (2, 2)],
+        concat,
+    ),
+    "concat_linear": (
+        lambda: ConcatConditioning(nn.Linear(5, 6, bias=False), 2, condition_first=True),
+        [(2, 4, 3), (2, 4, 2)],
+        concat_linear,
     ),
     "batch_norm_evaluated": (
         lambda: evaluated(lambda: ConditionalBatchNorm(4, 3, affine=False, activation="relu")),
