@@ -104,6 +104,7 @@ class Values {
       is_vector |= walk.row().step[GRADIENTS + p] != 0;
       line_repeats_ &= walk.line_step(view) == 0;
     }
+    is_reread_ = line_repeats_ && walk.line() > 1;
     is_direct_ =
         count_ == 0 || (count_ == 1 && sources_[0].type == ARITHMETIC<T> && (!is_vector || sources_[0].step == 1));
   }
@@ -112,13 +113,19 @@ class Values {
   // Not for one row alone, but for each of those that a kernel is called for.
   bool needs_room_for_rows() const { return !is_direct_ && !line_repeats_; }
 
+  // Whether each row has neighbouring numbers of this type, one for each element, to be read but once.
+  bool is_vector_of(StorageType type) const {
+    return count_ == 1 && is_vector && !is_reread_ && sources_[0].type == type && sources_[0].step == 1;
+  }
+  void read_in_place() { is_direct_ = true; }
+
   // The values of some rows of a line, and the step from row to row.
-  std::pair<const T*, int64_t> of(const FilmWalk::Offsets& at, int64_t rows, int64_t column, int64_t n,
-                                  T* room) const {
+  std::pair<const void*, int64_t> of(const FilmWalk::Offsets& at, int64_t rows, int64_t column, int64_t n,
+                                     T* room) const {
     if (count_ == 0) return {&absent_, 0};
     if (is_direct_) {
       const Source& s = sources_[0];
-      return {reinterpret_cast<const T*>(s.data) + at.of[s.view] + column * s.step, s.line_step};
+      return {s.data + (at.of[s.view] + column * s.step) * s.size, s.line_step};
     }
     if (line_repeats_) rows = 1;
     for (int k = 0; k < count_; ++k) {
@@ -145,7 +152,7 @@ class Values {
   T absent_;
   Source sources_[2];
   int count_ = 0;
-  bool line_repeats_, is_direct_;
+  bool line_repeats_, is_reread_, is_direct_;  // values are the same for a line's rows; of which there are several
 };
 
 // What both passes are given.
@@ -157,6 +164,7 @@ struct Problem {
   int64_t size;
   const FilmWalk& walk;
   Values<T> gamma, beta;
+  bool narrow = false;  // gamma and beta are read as they are, in half precision
 
   Problem(const Layout& in, StorageType type, const FilmParameters& parameters, const FilmOptions& options,
           const FilmWalk& walk)
@@ -167,6 +175,11 @@ struct Problem {
         walk(walk),
         gamma(walk, parameters, 0, T(1)),
         beta(walk, parameters, 2, T(0)) {}
+
+  void read_narrow() {
+    narrow = type != ARITHMETIC<T> && gamma.is_vector_of(type) && beta.is_vector_of(type);
+    if (narrow) gamma.read_in_place(), beta.read_in_place();
+  }
 
   bool has_vector() const { return gamma.is_vector || beta.is_vector; }
   int64_t columns() const { return has_vector() ? COLUMNS : PIECE; }
@@ -194,7 +207,7 @@ struct Problem {
   FilmRows rows(const Cut::Task& task, int64_t rows, const FilmWalk::Offsets& at, T* room, bool streamed,
                 bool needs_beta = true) const {
     const auto [a, a_step] = gamma.of(at, rows, task.column, task.columns, room);
-    std::pair<const T*, int64_t> b{nullptr, 0};
+    std::pair<const void*, int64_t> b{nullptr, 0};
     if (needs_beta || !beta.is_vector) b = beta.of(at, rows, task.column, task.columns, room + COLUMNS);
     return {rows,
             task.columns,
@@ -207,7 +220,8 @@ struct Problem {
             gamma.is_vector,
             beta.is_vector,
             gamma.is_absent() ? 0.0 : options.gamma_offset,
-            streamed};
+            streamed,
+            narrow};
   }
 };
 
@@ -223,7 +237,8 @@ template <typename T>
 Tensor forward(const Layout& in, StorageType type, const FilmParameters& parameters,
                const OptionalTensor& residual, const FilmOptions& options) {
   const FilmWalk walk = in.walk(parameters);
-  const Problem<T> p(in, type, parameters, options, walk);
+  Problem<T> p(in, type, parameters, options, walk);
+  p.read_narrow();
   const int64_t columns = std::min(p.columns(), walk.row().size);
   const Cut cut(walk, {}, columns, std::max<int64_t>(1, PIECE / columns), p.cheap());
   Tensor y = empty_like(in);
@@ -281,6 +296,10 @@ struct Gradient {
   }
   int64_t width() const { return is_vector ? length : parts; }
   bool is_of_arithmetic() const { return !is_direct || type == ARITHMETIC<T>; }
+  // Whether each row has neighbouring numbers of this type, to which nothing remains to be added.
+  bool is_vector_of(StorageType storage) const {
+    return is_direct && is_vector && span == 1 && step == 1 && type == storage;
+  }
 
   // Where what a task has of a row goes, in the type of the arithmetic or not, and the step from row to row there.
   std::pair<char*, int64_t> place(const Cut::Task& task, const FilmWalk::Offsets& at, int64_t row) const {
@@ -375,9 +394,9 @@ struct Written {
   bool is_fresh = true;
 
   Written(const std::vector<Gradient<T>>& gradients, const FilmWalk& walk, const Cut::Task& task,
-          const FilmWalk::Offsets& at, int64_t row, bool is_vector, T* room)
+          const FilmWalk::Offsets& at, int64_t row, bool is_vector, bool narrow, T* room)
       : to(room), step(0) {
-    if (gradients.size() == 1 && gradients[0].is_of_arithmetic()) {
+    if (gradients.size() == 1 && (narrow || gradients[0].is_of_arithmetic())) {
       only = &gradients[0];
       const auto [place, place_step] = only->place(task, at, row);
       to = reinterpret_cast<T*>(place), step = place_step;
@@ -422,7 +441,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, StorageType type
                    const FilmOptions& options, OutputMask asked) {
   FilmWalk walk = in.walk(parameters);
   gather_sums(walk);
-  const Problem<T> p(in, type, parameters, options, walk);
+  Problem<T> p(in, type, parameters, options, walk);
   std::vector<Gradient<T>> of_gamma, of_beta;
   for (int n = 0; n < FILM_PARAMETERS; ++n)
     if (parameters[n] && asked[RESULT[n]])
@@ -441,12 +460,16 @@ Gradients backward(const Tensor& grad_output, const Layout& in, StorageType type
     }
   }
   const Cut cut(walk, spans, columns, wanted, p.cheap());
+  bool narrow = true;
   for (auto* gradients : {&of_gamma, &of_beta}) {
     for (Gradient<T>& g : *gradients) {
       g.prepare(walk, cut);
       needs_room |= gradients->size() > 1 || !g.is_of_arithmetic();
     }
+    narrow &= gradients->size() == 1 && gradients->front().is_vector_of(type);
   }
+  if (narrow) p.read_narrow();
+  needs_room &= !p.narrow;
   const bool needs_rows = needs_room;
   // A sum that nobody asked for goes where the next overwrites it: a number, or as many as a vector has.
   const bool drops_gamma = of_gamma.empty(), drops_beta = of_beta.empty();
@@ -467,8 +490,8 @@ Gradients backward(const Tensor& grad_output, const Layout& in, StorageType type
       p.for_each(task, needs_rows, [&](int64_t rows, const FilmWalk::Offsets& at, int64_t row) {
         T* const dz_x = drops_gamma && !p.gamma.is_vector ? &dropped[0] : room.get() + 2 * COLUMNS;
         T* const dz = drops_beta && !p.beta.is_vector ? &dropped[1] : room.get() + 3 * COLUMNS;
-        const Written<T> a(of_gamma, walk, task, at, row, p.gamma.is_vector, dz_x);
-        const Written<T> b(of_beta, walk, task, at, row, p.beta.is_vector, dz);
+        const Written<T> a(of_gamma, walk, task, at, row, p.gamma.is_vector, p.narrow, dz_x);
+        const Written<T> b(of_beta, walk, task, at, row, p.beta.is_vector, p.narrow, dz);
         const int64_t element = (at.of[0] + task.column) * p.size;
         kernels().backward(type, options.activation, p.rows(task, rows, at, room.get(), streamed, !p.cheap()),
                            dy + element, asked[0] ? out + element : unasked.get(),

@@ -8,14 +8,15 @@ namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
 
-// gamma or beta along a row.
-template <typename T, bool is_vector>
+// gamma or beta along a row, numbers of type P.
+template <typename P, bool is_vector>
 struct Values {
-  const T* values;
+  using T = Arithmetic<P>;
+  const P* values;
   Vec<T> one, offset;
 
   __attribute__((always_inline)) Values(const void* of, int64_t at, T offset)
-      : values(static_cast<const T*>(of) + at) {
+      : values(static_cast<const P*>(of) + at) {
     this->offset = splat(offset);
     if constexpr (!is_vector) one = splat(*values + offset);
   }
@@ -33,16 +34,17 @@ struct Values {
   }
 };
 
-// Where dz x or dz of a row goes.
-template <typename T, bool is_vector>
+// Where dz x or dz of a row goes, numbers of type P.
+template <typename P, bool is_vector>
 struct Sums {
+  using T = Arithmetic<P>;
   static constexpr int SEVERAL = 4;  // one sum alone would wait for each addition
-  T* out;
+  P* out;
   bool added;
   Vec<T> sum[SEVERAL] = {};
 
   __attribute__((always_inline)) Sums(void* to, int64_t step, int64_t row, bool is_fresh)
-      : out(static_cast<T*>(to) + row * step), added(step == 0 && (row > 0 || !is_fresh)) {}
+      : out(static_cast<P*>(to) + row * step), added(step == 0 && (row > 0 || !is_fresh)) {}
   __attribute__((always_inline)) void put(int64_t i, int which, Vec<T> v) {
     if constexpr (is_vector)
       store(out + i, added ? load(out + i) + v : v);
@@ -63,12 +65,13 @@ struct Sums {
   }
 };
 
-template <Activation activation, typename S, bool gamma_is_vector, bool beta_is_vector>
+// P: the type of gamma, beta and their gradients.
+template <Activation activation, typename S, bool gamma_is_vector, bool beta_is_vector, typename P = Arithmetic<S>>
 struct Rows {
   using M = Simd<S>;
   using T = Arithmetic<S>;
-  using Scale = Values<T, gamma_is_vector>;
-  using Shift = Values<T, beta_is_vector>;
+  using Scale = Values<P, gamma_is_vector>;
+  using Shift = Values<P, beta_is_vector>;
   static constexpr int W = LANES<T>;
 
   static void forward(const FilmRows t, const void* addend, void* out) {
@@ -96,8 +99,8 @@ struct Rows {
     for (int64_t r = 0; r < t.rows; ++r) {
       const Scale scale(t.gamma, r * t.gamma_step, T(t.offset));
       const Shift shift(t.beta, r * t.beta_step, T(0));
-      Sums<T, gamma_is_vector> dz_x(to.gamma, to.gamma_step, r, to.gamma_is_fresh);
-      Sums<T, beta_is_vector> dz(to.beta, to.beta_step, r, to.beta_is_fresh);
+      Sums<P, gamma_is_vector> dz_x(to.gamma, to.gamma_step, r, to.gamma_is_fresh);
+      Sums<P, beta_is_vector> dz(to.beta, to.beta_step, r, to.beta_is_fresh);
       const S* x = static_cast<const S*>(t.x) + r * t.step;
       const S* dy = static_cast<const S*>(grad) + r * t.step;
       S* dx = static_cast<S*>(out) + (to.keeps_dx ? r * t.step : 0);
@@ -111,7 +114,7 @@ struct Rows {
       };
       int64_t i = 0;
       if constexpr (!gamma_is_vector || !beta_is_vector) {
-        constexpr int SEVERAL = Sums<T, false>::SEVERAL;
+        constexpr int SEVERAL = Sums<P, false>::SEVERAL;
         for (; i + SEVERAL * W <= t.n; i += SEVERAL * W)
           for (int u = 0; u < SEVERAL; ++u) step(i + u * W, u);
       }
@@ -133,6 +136,8 @@ struct Rows {
 
 template <typename S, Activation activation, typename Body>
 FUSEDATTN_INLINE void with_vectors(const FilmRows& t, const Body& body) {
+  if constexpr (IS_NARROW<S>)
+    if (t.narrow) return body(Rows<activation, S, true, true, S>{});
   if (t.gamma_is_vector)
     t.beta_is_vector ? body(Rows<activation, S, true, true>{}) : body(Rows<activation, S, true, false>{});
   else

@@ -19,6 +19,7 @@ struct FilmRows {
   bool gamma_is_vector, beta_is_vector;
   double offset;  // of gamma
   bool streamed;  // y or dx goes past the caches; its rows are whole cache lines
+  bool narrow;    // gamma and beta, both vectors, and what backward writes of them are in the type of x instead
 };
 
 // What backward writes beside dx: dz x, gamma's, and dz, beta's; as they are for a vector, else their sums over

@@ -275,8 +275,8 @@ void film(const Storage& storage, Activation activation, int64_t count, int64_t 
                                        : n;
     const auto scale = random.numbers<T>(values, 2), shift = random.numbers<T>(values, 2);
     std::vector<T> dz_x(values), dz(values);
-    const FilmRows rows{count, n,    n,           x.data(),    scale.data(), shift.data(),
-                        step,  step, vectors > 0, vectors > 0, 0.5,          false};
+    const FilmRows rows{count, n,           n,           x.data(), scale.data(), shift.data(), step,
+                        step,  vectors > 0, vectors > 0, 0.5,      false,        false};
     kernels.forward(storage.type, activation, rows, residual.data(), y.data());
     kernels.backward(storage.type, activation, rows, dy.data(), dx.data(),
                      {dz_x.data(), dz.data(), step, step, true, true});
