@@ -9,6 +9,7 @@ import pytest
 import test_additive_attention
 import test_cuda_additive_attention
 import test_cuda_film
+import test_extremes
 import test_film
 import torch
 from device import DEVICE, not_on_the_standin
@@ -140,6 +141,9 @@ def test_training_on_a_long_sequence_takes_linear_memory():
     additive_attention(*inputs).sum().backward()
     # Triton holds some 32 MiB of scores at a time, and their gradients; all of them would be 1 GiB.
     assert torch.cuda.max_memory_allocated() - before < 256 << 20
+
+
+test_products_of_sizes_beyond_64_bits = test_extremes.test_products_of_sizes_beyond_64_bits
 
 
 def test_key_lengths_out_of_range_are_clamped():

@@ -94,6 +94,15 @@ def test_activations(module, activation, dtype):
         check(module, shape, dtype, activation=activation, gamma_offset=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", [("gamma",), ("beta",), ("gamma", "beta")], ids="+".join)
+def test_float32_parameters_beside_half_precision(module, wide, dtype):
+    for shape in ((2, 1, 3, 70), (2, 6, 48, 1), (3, 19, 7, 1)):
+        inputs = test_film.make_inputs(shape, 2, dtype, shared=wide[1:])
+        inputs |= {name_: inputs[name_].float() * 1.0001 for name_ in wide}  # no longer a number of half precision
+        test_film.check(inputs, functools.partial(emulated_film, module), channel_dim=2, activation="silu")
+
+
 @pytest.mark.parametrize("shared", [(), ("gamma",), ("gamma", "beta")], ids=lambda s: "+".join(s) or "none")
 @pytest.mark.parametrize(
     "absent", [(), ("gamma",), ("beta",), ("residual",), test_film.NAMES[1:]], ids=lambda s: "+".join(s) or "none"

@@ -39,9 +39,10 @@ T* somewhere() {
 template <typename S>
 void film(int64_t M, int64_t C, int64_t N) {
   using T = gpu::Arithmetic<S>;
-  const FilmProblem<S> p = {16, M, C, N, somewhere<S>(), somewhere<S>(), somewhere<S>(), C, C, {}};
+  const gpu::Numbers<S> parameter = {somewhere<S>(), false};
+  const FilmProblem<S> p = {16, M, C, N, somewhere<S>(), parameter, parameter, C, C, {}};
   launch_film_fwd<S>(p, nullptr, somewhere<S>(), nullptr);
-  launch_film_bwd<S>(p, somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<S>(), somewhere<T>(), nullptr);
+  launch_film_bwd<S>(p, somewhere<S>(), somewhere<S>(), parameter, parameter, somewhere<T>(), nullptr);
 }
 
 template <typename S>

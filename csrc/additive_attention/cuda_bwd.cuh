@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
 template <typename S>
 __global__ void __launch_bounds__(BACKWARD_BLOCK)
     additive_attention_bwd_kernel_weight(const AttentionProblem<S> p, const gpu::Arithmetic<S>* parts,
-                                         int64_t tiles, int64_t channels, Numbers<S> grad_weight) {
+                                         int64_t tiles, int64_t channels, gpu::Numbers<S> grad_weight) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;

@@ -9,6 +9,7 @@
 
 #include "common/cuda_torch.h"
 #include "cuda_problem.cuh"
+#include "sizes.h"
 
 namespace fusedattn {
 
@@ -39,6 +40,7 @@ struct AttentionInputs {
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
     Tk = key.size(-2), Dv = value.size(-1);
+    check_sizes(B, H, Tq, Tk, D, Dv);
     check_shape(key, "key", shape(Tk, D));
     check_shape(value, "value", shape(Tk, Dv));
     check_shape(weight, "weight", flat ? std::vector<int64_t>{D} : std::vector<int64_t>{H, D});
@@ -85,11 +87,8 @@ struct AttentionInputs {
 
   // A weight, or its gradient.
   template <typename S>
-  Numbers<S> numbers(const Tensor& t) const {
-    const bool wide = t.scalar_type() != query.scalar_type();
-    STD_TORCH_CHECK(!wide || t.scalar_type() == gpu::arithmetic_type<S>(),
-                    "additive_attention: weight must be of the dtype of query or, beside half precision, float32");
-    return {const_cast<void*>(t.const_data_ptr()), wide};
+  gpu::Numbers<S> numbers(const Tensor& t) const {
+    return gpu::numbers<S>(t, query.scalar_type(), "additive_attention: weight");
   }
 
   template <typename S>

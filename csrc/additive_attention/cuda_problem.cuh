@@ -62,29 +62,11 @@ struct RowsOf {
   }
 };
 
-// Elements of type S or, where a weight is wider than the other inputs, of the arithmetic's.
-template <typename S>
-struct Numbers {
-  using T = gpu::Arithmetic<S>;
-  void* data = nullptr;
-  bool wide = false;
-
-  FUSEDATTN_DEVICE T get(int64_t n) const {
-    return wide ? static_cast<const T*>(data)[n] : gpu::to_arithmetic(static_cast<const S*>(data)[n]);
-  }
-  FUSEDATTN_DEVICE void set(int64_t n, T x) const {
-    if (wide)
-      static_cast<T*>(data)[n] = x;
-    else
-      static_cast<S*>(data)[n] = gpu::to_storage<S>(x);
-  }
-};
-
 template <typename S>
 struct AttentionProblem {
   int64_t B, H, Tq, Tk, D, Dv;
   RowsOf<S> query, key, value;
-  Numbers<S> weight;  // (H, D)
+  gpu::Numbers<S> weight;  // (H, D)
   int64_t weight_stride_h;
   const bool* mask;  // (B, H, Tq, Tk), true = may attend, or null
   int64_t mask_stride[4];
@@ -127,7 +109,7 @@ struct AttentionGradients {
   RowsOf<S> context;
   const T *lse, *scores;
   S *grad_query, *grad_key, *grad_value;  // contiguous, as the next; the last two may be null: not asked for
-  Numbers<S> grad_weight;
+  gpu::Numbers<S> grad_weight;
 };
 
 // A head of a batch element: b, h, and its number among all.

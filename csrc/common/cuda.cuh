@@ -152,6 +152,24 @@ FUSEDATTN_HOST_DEVICE __nv_bfloat16 to_storage<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Elements of type S or, where a parameter is wider than the other inputs, of the arithmetic's; null: absent.
+template <typename S>
+struct Numbers {
+  using T = Arithmetic<S>;
+  void* data = nullptr;
+  bool wide = false;
+
+  FUSEDATTN_DEVICE T get(int64_t n) const {
+    return wide ? static_cast<const T*>(data)[n] : to_arithmetic(static_cast<const S*>(data)[n]);
+  }
+  FUSEDATTN_DEVICE void set(int64_t n, T x) const {
+    if (wide)
+      static_cast<T*>(data)[n] = x;
+    else
+      static_cast<S*>(data)[n] = to_storage<S>(x);
+  }
+};
+
 // W neighbouring storage elements, 16 bytes unless said otherwise, moved by one instruction (by more beyond 16
 // bytes). Their address must be a multiple of their size, or of 16.
 template <typename S, int W = 16 / sizeof(S)>

@@ -10,6 +10,8 @@
 
 #include <optional>
 
+#include "cuda.cuh"
+
 namespace fusedattn {
 namespace gpu {
 
@@ -81,6 +83,19 @@ const S* data(const std::optional<Tensor>& t) {
 template <typename S>
 S* mutable_data(const Tensor& t) {
   return static_cast<S*>(t.mutable_data_ptr());
+}
+
+// A parameter beside inputs of dtype `type`, whose storage type is S, or its gradient.
+template <typename S>
+Numbers<S> numbers(const Tensor& t, ScalarType type, const char* name) {
+  const bool wide = t.scalar_type() != type;
+  STD_TORCH_CHECK(!wide || t.scalar_type() == arithmetic_type<S>(), name,
+                  ": expected the dtype of the first input or, beside half precision, float32");
+  return {const_cast<void*>(t.const_data_ptr()), wide};
+}
+template <typename S>
+Numbers<S> numbers(const std::optional<Tensor>& t, ScalarType type, const char* name) {
+  return t ? numbers<S>(*t, type, name) : Numbers<S>{};
 }
 
 }  // namespace gpu

@@ -11,9 +11,9 @@
 namespace fusedattn {
 namespace {
 
-Tensor empty_as(const Tensor& like, const OptionalTensor& shape, bool asked = true) {
-  if (!shape || !asked) return torch::stable::new_empty(like, std::vector<int64_t>{0});
-  return torch::stable::new_empty(like, std::vector<int64_t>(shape->sizes().begin(), shape->sizes().end()));
+Tensor empty_as(const Tensor& x, const OptionalTensor& t, bool asked = true) {
+  if (!t || !asked) return torch::stable::new_empty(x, std::vector<int64_t>{0});
+  return torch::stable::new_empty(*t, std::vector<int64_t>(t->sizes().begin(), t->sizes().end()));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_output, const Tensor& x,
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_o
     const Tensor sums =
         torch::stable::new_empty(x, std::vector<int64_t>{2 * film_bwd_parts(problem)}, gpu::arithmetic_type<S>());
     launch_film_bwd<S>(problem, gpu::data<S>(dy), gpu::mutable_data<S>(dx),
-                       gamma && asked[1] ? gpu::mutable_data<S>(dgamma) : nullptr,
-                       beta && asked[2] ? gpu::mutable_data<S>(dbeta) : nullptr,
+                       in.numbers<S>(gamma && asked[1] ? OptionalTensor(dgamma) : std::nullopt, "film: gamma"),
+                       in.numbers<S>(beta && asked[2] ? OptionalTensor(dbeta) : std::nullopt, "film: beta"),
                        gpu::mutable_data<gpu::Arithmetic<S>>(sums), in.device.stream());
   });
   return {asked[0] ? in.layout.restored(dx, x) : none(), dgamma, dbeta, none(), none()};

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(FILM_BLOCK, 2)
 template <typename S>
 __global__ void __launch_bounds__(FILM_BLOCK, 2)
     film_bwd_kernel_sums(const gpu::Arithmetic<S>* __restrict__ parts, int64_t B, int64_t C, int64_t P,
-                         int64_t outputs, S* __restrict__ out) {
+                         int64_t outputs, const gpu::Numbers<S> out) {
   using T = gpu::Arithmetic<S>;
   const int64_t output = int64_t{blockIdx.x} * (FILM_BLOCK / gpu::WARP) + threadIdx.x / gpu::WARP;
   if (output >= outputs) return;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(FILM_BLOCK, 2)
     for (int64_t part = threadIdx.x % gpu::WARP; part < P; part += gpu::WARP)
       sum += parts[(b * C + output) * P + part];
   sum = gpu::warp_sum(sum);
-  if (threadIdx.x % gpu::WARP == 0) out[output] = gpu::to_storage<S>(sum);
+  if (threadIdx.x % gpu::WARP == 0) out.set(output, sum);
 }
 
 // How many partial sums of each kind a problem needs.
@@ -148,8 +148,8 @@ int64_t film_bwd_parts(const FilmProblem<S>& problem) {
 // dy and dx like x; dgamma and dbeta like gamma and beta, null where those are; sums: room for twice
 // film_bwd_parts(problem). Nothing may be empty.
 template <typename S>
-void launch_film_bwd(const FilmProblem<S>& problem, const S* dy, S* dx, S* dgamma, S* dbeta,
-                     gpu::Arithmetic<S>* sums, cudaStream_t stream) {
+void launch_film_bwd(const FilmProblem<S>& problem, const S* dy, S* dx, gpu::Numbers<S> dgamma,
+                     gpu::Numbers<S> dbeta, gpu::Arithmetic<S>* sums, cudaStream_t stream) {
   using T = gpu::Arithmetic<S>;
   constexpr int W = gpu::Pack<S>::SIZE;
   const FilmProblem<S> p = with_batch_folded(problem);
@@ -170,8 +170,8 @@ void launch_film_bwd(const FilmProblem<S>& problem, const S* dy, S* dx, S* dgamm
     else
       FUSEDATTN_LAUNCH((film_bwd_kernel_rows<S, 1>), cut.grid(), block, shared, stream, p, cut, dy, dx, parts);
   }
-  const auto finish = [&](const T* of, int64_t stride_b, S* out) {
-    if (out == nullptr) return;
+  const auto finish = [&](const T* of, int64_t stride_b, gpu::Numbers<S> out) {
+    if (out.data == nullptr) return;
     const int64_t outputs = stride_b == 0 ? p.C : p.B * p.C;
     FUSEDATTN_LAUNCH(film_bwd_kernel_sums<S>, gpu::ceil_div(outputs, FILM_BLOCK / gpu::WARP), FILM_BLOCK, 0,
                      stream, of, p.B, p.C, parts.P, outputs, out);

@@ -28,17 +28,29 @@ struct FilmInputs {
   OptionalTensor parameter(const OptionalTensor& t, const char* name) const {
     if (!t) return t;
     device.require(t, "film", name);
-    STD_TORCH_CHECK(t->scalar_type() == layout.x.scalar_type(), "film: ", name, ": expected the dtype of x");
     layout.check_parameter(*t);
     return torch::stable::contiguous(*t);
+  }
+
+  // gamma or beta, or a gradient of theirs.
+  template <typename S>
+  gpu::Numbers<S> numbers(const OptionalTensor& t, const char* name) const {
+    return gpu::numbers<S>(t, layout.x.scalar_type(), name);
   }
 
   template <typename S>
   FilmProblem<S> problem() const {
     const auto stride_b = [&](const OptionalTensor& t) { return t && t->dim() == 2 ? layout.C : 0; };
-    return {
-        layout.B,           layout.M,        layout.C,       layout.N, gpu::data<S>(layout.x), gpu::data<S>(gamma),
-        gpu::data<S>(beta), stride_b(gamma), stride_b(beta), options};
+    return {layout.B,
+            layout.M,
+            layout.C,
+            layout.N,
+            gpu::data<S>(layout.x),
+            numbers<S>(gamma, "film: gamma"),
+            numbers<S>(beta, "film: beta"),
+            stride_b(gamma),
+            stride_b(beta),
+            options};
   }
 };
 

@@ -29,8 +29,8 @@ template <typename S>
 struct FilmProblem {
   int64_t B, M, C, N;
   const S* x;
-  const S* gamma;                         // (B, C) or (C,), contiguous, or null: scale 1
-  const S* beta;                          // as gamma, or null: shift 0
+  gpu::Numbers<S> gamma;                  // (B, C) or (C,), contiguous, or null: scale 1
+  gpu::Numbers<S> beta;                   // as gamma, or null: shift 0
   int64_t gamma_stride_b, beta_stride_b;  // C, or 0 where the batch shares them
   FilmOptions options;
 };
@@ -42,9 +42,8 @@ struct ScaleShift {
 template <typename S>
 FUSEDATTN_DEVICE ScaleShift<S> scale_shift(const FilmProblem<S>& p, int64_t b, int64_t c) {
   using T = gpu::Arithmetic<S>;
-  return {p.gamma == nullptr ? T(1)
-                             : gpu::to_arithmetic(p.gamma[b * p.gamma_stride_b + c]) + T(p.options.gamma_offset),
-          p.beta == nullptr ? T(0) : gpu::to_arithmetic(p.beta[b * p.beta_stride_b + c])};
+  return {p.gamma.data == nullptr ? T(1) : p.gamma.get(b * p.gamma_stride_b + c) + T(p.options.gamma_offset),
+          p.beta.data == nullptr ? T(0) : p.beta.get(b * p.beta_stride_b + c)};
 }
 
 // The arithmetic of common/activate.h.
@@ -179,7 +178,7 @@ inline bool same_placement(const void* a, const void* b, const void* c) {
 // A batch that shares gamma and beta is more positions of one element; fewer partial sums, and fuller blocks.
 template <typename S>
 FilmProblem<S> with_batch_folded(FilmProblem<S> p) {
-  if ((p.gamma == nullptr || p.gamma_stride_b == 0) && (p.beta == nullptr || p.beta_stride_b == 0)) {
+  if ((p.gamma.data == nullptr || p.gamma_stride_b == 0) && (p.beta.data == nullptr || p.beta_stride_b == 0)) {
     p.M *= p.B;
     p.B = 1;
   }

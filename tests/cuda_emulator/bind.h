@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "common/bundle.h"
+#include "common/cuda.cuh"
 #include "cuda_emulator.h"
 
 namespace py = pybind11;
@@ -79,6 +80,14 @@ S* data(const py::array& array) {
 template <typename S>
 S* data(const Array& array) {
   return array ? data<S>(*array) : nullptr;
+}
+
+// Of a parameter, which may be wider than the other arrays.
+template <typename S>
+fusedattn::gpu::Numbers<S> numbers(const Array& x) {
+  if (!x) return {};
+  const bool wide = x->itemsize() != static_cast<py::ssize_t>(sizeof(S));
+  return {wide ? static_cast<void*>(data<fusedattn::gpu::Arithmetic<S>>(*x)) : data<S>(*x), wide};
 }
 
 // Converts to a member of a bundle of options, from the next element of a tuple.

@@ -22,12 +22,6 @@ RowsOf<S> rows(const Array& x) {
 }
 
 template <typename S>
-fusedattn::Numbers<S> numbers(const py::array& x) {
-  const bool wide = x.itemsize() != static_cast<py::ssize_t>(sizeof(S));
-  return {wide ? static_cast<void*>(data<fusedattn::gpu::Arithmetic<S>>(x)) : data<S>(x), wide};
-}
-
-template <typename S>
 AttentionProblem<S> problem(const py::array& query, const py::array& key, const py::array& value,
                             const py::array& weight, const Array& mask, const Array& key_lengths,
                             const py::tuple& options) {

@@ -12,8 +12,11 @@ using fusedattn::FilmProblem;
 template <typename S>
 FilmProblem<S> problem(const py::array& x, const Array& gamma, const Array& beta, const py::tuple& options) {
   const auto stride_b = [](const Array& a) { return a && a->ndim() == 2 ? a->shape(1) : 0; };
-  return {x.shape(0),     x.shape(1),    x.shape(2),      x.shape(3),     data<S>(x),
-          data<S>(gamma), data<S>(beta), stride_b(gamma), stride_b(beta), bundle<fusedattn::FilmOptions>(options)};
+  return {x.shape(0),       x.shape(1),
+          x.shape(2),       x.shape(3),
+          data<S>(x),       numbers<S>(gamma),
+          numbers<S>(beta), stride_b(gamma),
+          stride_b(beta),   bundle<fusedattn::FilmOptions>(options)};
 }
 
 }  // namespace
@@ -35,8 +38,8 @@ BINDINGS(film, module) {
       const FilmProblem<S> p = problem<S>(x, gamma, beta, options);
       // On the heap and of the exact size, and NaN until written.
       std::vector<T> sums(2 * film_bwd_parts(p), std::numeric_limits<T>::quiet_NaN());
-      fusedattn::launch_film_bwd<S>(p, data<S>(dy), data<S>(dx), data<S>(dgamma), data<S>(dbeta), sums.data(),
-                                    nullptr);
+      fusedattn::launch_film_bwd<S>(p, data<S>(dy), data<S>(dx), numbers<S>(dgamma), numbers<S>(dbeta),
+                                    sums.data(), nullptr);
     });
   });
 }
