@@ -4,6 +4,7 @@ A parameter of such an op is a tensor, or a pair of them that stands for their b
 its dimensions: (), (C,), (B, C), or those of x, any size of which may be 1.
 """
 
+import numbers
 from typing import NoReturn
 
 import torch
@@ -80,14 +81,19 @@ def have_one_per_channel(parameters: tuple[Tensor | None, ...], channel_dim: int
 
 
 def per_channel(t: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: int) -> Tensor | None:
-    """What has one value per channel as (C,) or (B, C); a pair as its sum, which is small."""
+    """What has one value per channel as (C,) or (B, C); a pair as its sum, which is small.
+
+    Sums of values and of gradients are made in float32 at least.
+    """
     if t is None:
         return None
+    B, C = x.shape[0], x.shape[channel_dim]
     if t.dim() > 2:
         t = t.movedim(channel_dim, 1).flatten(1)
     if t.dim() == 2 and t.shape[0] == 1:
         t = t[0]
-    B, C = x.shape[0], x.shape[channel_dim]
+    if added is not None or t.dim() == 0 or t.shape[-1] != C:
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
     t = t.expand(B, C) if t.dim() == 2 else t.expand(C)
     other = per_channel(added, None, x, channel_dim)
     return t if other is None else t + other
@@ -146,7 +152,7 @@ def check_features(op: str, x: Tensor, channel_dim: int) -> None:
     rank = x.dim()
     if rank < 2:
         fail(op, "x", "shape (B, ..., C, ...) of rank 2 or more", tuple(x.shape))
-    if not isinstance(channel_dim, int):
+    if not isinstance(channel_dim, int) and not isinstance(channel_dim, numbers.Integral):  # numpy's
         raise TypeError(f"{op}: channel_dim: expected an int, got {type(channel_dim).__name__}")
     if not -rank < channel_dim < rank or channel_dim == 0:
         dimension = "a dimension of x other than the batch's (0)"

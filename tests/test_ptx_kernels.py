@@ -5,6 +5,7 @@ barriers, tensor cores, masks as predicates. Memory ends where a tensor ends, so
 """
 
 import functools
+import itertools
 import os
 import re
 
@@ -18,12 +19,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import test_additive_attention
 import test_film
+import test_film_parameters
 import triton
 from ptx.launcher import on_ptx
 
 from fusedattn import additive_attention, film
 from fusedattn._conditioning import ACTIVATIONS
-from fusedattn.triton import additive_attention_bwd, additive_attention_fwd, additive_attention_problem
+from fusedattn.triton import (
+    additive_attention_bwd,
+    additive_attention_fwd,
+    additive_attention_problem,
+    film_broadcast,
+)
 from fusedattn.triton import film as film_kernels
 
 on_triton = functools.partial(functools.partial, backend="triton")
@@ -82,6 +89,22 @@ def test_every_film_kernel(arch):
         check_film((2, 3, 9), 1, absent=("gamma", "residual"))
         check_film((2, 3, 9), 1, absent=("beta",))
     assert set(launches.executed) == names_of_kernels(film_kernels)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_film_kernels_of_any_shape(arch):
+    """Aligned and not, by pairs and by place, with parts to be added and without, in several pieces."""
+    cases = (
+        ((2, 3, 64), 2, (2, 3, 64), None, (2, 1, 64), None),
+        ((2, 3, 20), 2, (2, 3, 20), (20,), (2, 3, 1), (20,)),
+        ((2, 40, 3, 3), 1, (2, 1, 3, 3), None, (40,), (1, 40, 1, 3)),
+        ((70, 9), 1, (70, 1), None, (1, 9), ()),
+    )
+    with on_ptx(arch) as launches:
+        for (shape, channel_dim, *parameters), dtype in itertools.product(cases, (torch.float32, torch.bfloat16)):
+            inputs = test_film_parameters.tensors([shape, *parameters, shape], dtype)
+            test_film_parameters.check(inputs, on_triton(film), channel_dim=channel_dim, activation="silu")
+    assert set(launches.executed) >= names_of_kernels(film_broadcast)
 
 
 SIZES = {

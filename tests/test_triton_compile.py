@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from fusedattn.triton import additive_attention, film
+from fusedattn.triton import additive_attention, film, film_problem
 from fusedattn.triton._common import recorded
 
 
@@ -30,7 +30,7 @@ def film_call(shape, channel_dim, activation=0, shared=False, dtype=torch.float3
     film.backward(x, x, gamma, *(None,) * 3, channel_dim, 0.0, activation)
 
 
-@pytest.mark.parametrize("activation", range(film.ACTIVATIONS))
+@pytest.mark.parametrize("activation", range(film_problem.ACTIVATIONS))
 def test_every_activation_compiles(activation):
     for dtype, target in ((torch.float32, ("cuda", 90)), (torch.float64, ("hip", "gfx942"))):
         for kernel in recorded(lambda: film_call((2, 3, 40), 1, activation, dtype=dtype)):  # noqa: B023

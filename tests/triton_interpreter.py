@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
-from fusedattn.triton import film
+from fusedattn.triton import film_problem
 
 INSTRUCTIONS = {
     "rcp.approx.ftz.f32": lambda x: np.float32(1) / x,
@@ -104,4 +104,4 @@ for _name, _function in list(vars(libdevice).items()):
         setattr(libdevice, _name, _libdevice(_name))
 
 # A program takes milliseconds: pieces as on a GPU, but fewer of them.
-film.PROGRAMS = 6
+film_problem.PROGRAMS = 6

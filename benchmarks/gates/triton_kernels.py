@@ -107,8 +107,8 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
     code, usage, _ = tools.disassemble(compiled.asm["cubin"])
     entry = compiled.metadata.name
     aligned = ("N" if "_runs" in name else "C") in described.divisible
-    if described.constexprs.get("ALIGN") == 4:  # elements
-        aligned = described.signature["X"] == "*fp32"
+    if (align := described.constexprs.get("ALIGN", 1)) > 1:  # elements
+        aligned = align == 16 or described.signature["X"] == "*fp32"
     threads, registers, shared = compiled.metadata.num_warps * 32, usage[entry]["REG"], compiled.metadata.shared
     return Kernel.from_sass(
         backend=BACKEND,

@@ -12,7 +12,7 @@ summed over what shares its own values. Forward reads x once and writes y once; 
 yields all gradients in that pass. The rank of a parameter alone tells its dimensions: (), (C,), (B, C), or x's.
 
 Symbols: B batch, C channels, N positions per channel. Kernels: ``csrc/film/`` (C++, CUDA),
-``fusedattn/triton/film.py``. Tests: ``tests/test_film.py``, ``tests/test_cuda_film.py``,
+``fusedattn/triton/film.py`` and ``film_broadcast.py``. Tests: ``tests/test_film.py``, ``tests/test_cuda_film.py``,
 ``tests/test_triton_film.py``. Benchmark: ``benchmarks/``.
 """
 
@@ -118,14 +118,10 @@ FILM = _autograd.Op(
 # Public function
 
 
-# What GPU kernels take is (C,) or (B, C), in the dtype of x.
-_ON_GPUS = ("cuda", "triton")
-_NOT_PER_CHANNEL = dict.fromkeys(
-    _ON_GPUS, "gamma or beta has one value a place, its kernels of film take one per channel, (C,) or (B, C)"
-)
-_OF_ANOTHER_DTYPE = dict.fromkeys(
-    _ON_GPUS, "gamma or beta is float32 beside half-precision x, its kernels of film take them in the dtype of x"
-)
+_ON_GPUS = ("cuda", "triton")  # where a pair of one value per channel each is added first: that is small
+_NOT_PER_CHANNEL = {
+    "cuda": "gamma or beta has one value a place, its kernels of film take one per channel, (C,) or (B, C)"
+}
 
 
 @overridable
@@ -150,8 +146,7 @@ def film(
             (1, C), (B, C, 1, 1), (B, 1, C), (B, 1, H, W), one gate per place over all channels. A pair of them
             stands for their broadcast sum, which is not made: ``(table[d], time_embedding)``. None is a factor of
             1 (``gamma_offset`` is then not applied). In the dtype of x, or float32 beside half precision: it is
-            not rounded. Kernels on GPUs take what has one value per channel, of each batch element or all, in the
-            dtype of x.
+            not rounded. ``backend="cuda"`` takes what has one value per channel, of each batch element or all.
         beta: in the shapes of gamma, not necessarily that of gamma; None for 0.
         channel_dim: any dimension but 0, negative ones count from the end. Default: 1.
         gamma_offset: 1.0 gives the (1 + gamma) form. Default: 0.0.
@@ -177,15 +172,14 @@ def film(
         gamma, beta = in_dtype(gamma, x.dtype), in_dtype(beta, x.dtype)
     check_features("film", x, channel_dim)
     check_affine("film", x, gamma, beta, channel_dim, gamma_offset, activation, residual)
-    channel_dim %= x.dim()
+    channel_dim = int(channel_dim) % x.dim()
     gamma, gamma_added = parts(gamma)
     beta, beta_added = parts(beta)
     parameters = gamma, beta, gamma_added, beta_added
-    unable = NO_REASONS if have_one_per_channel(parameters, channel_dim) else _NOT_PER_CHANNEL
-    if is_wider(x, parameters):
-        unable = {**unable, **_OF_ANOTHER_DTYPE}
+    one_per_channel = have_one_per_channel(parameters, channel_dim)
+    unable = NO_REASONS if one_per_channel else _NOT_PER_CHANNEL
     backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
-    if backend in _ON_GPUS:
+    if one_per_channel and backend in _ON_GPUS:
         gamma = per_channel(gamma, gamma_added, x, channel_dim)
         beta = per_channel(beta, beta_added, x, channel_dim)
         parameters = gamma, beta, None, None

@@ -478,7 +478,7 @@ def norm_film(
         check_same("norm_film", "pre_residual", pre_residual, x)
     _check_norm(x, norm, num_groups, weight, bias, eps, channel_dim)
     _check_running(x, norm, channel_dim, running_mean, running_var, num_batches_tracked, training, momentum)
-    channel_dim %= x.dim()
+    channel_dim = int(channel_dim) % x.dim()
     training = training or norm != "batch"
     parameters = *parts(gamma), *parts(beta), *parts(pre_gate)
     takes = norm in ("layer", "rms") or have_one_per_channel(parameters, channel_dim)

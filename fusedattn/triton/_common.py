@@ -69,6 +69,11 @@ def number(x, dtype: tl.constexpr):
     return x
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scratch and sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def on_device_of(t: torch.Tensor):
     """Context in which kernels launch on t's GPU; does nothing for the CPU (the interpreter)."""
     return torch.cuda.device_of(t)

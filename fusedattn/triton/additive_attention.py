@@ -41,7 +41,7 @@ import torch
 
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn._options import schema
-from fusedattn.triton._common import Kernel, on_device_of, recorded, register
+from fusedattn.triton._common import Kernel, arithmetic, on_device_of, recorded, register
 from fusedattn.triton.additive_attention_bwd import (
     key_gradient,
     packed_rows,
@@ -50,7 +50,7 @@ from fusedattn.triton.additive_attention_bwd import (
     value_gradient,
 )
 from fusedattn.triton.additive_attention_fwd import attend, write_scores
-from fusedattn.triton.additive_attention_problem import Problem, arithmetic, check
+from fusedattn.triton.additive_attention_problem import Problem, check
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "

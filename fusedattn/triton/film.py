@@ -1,5 +1,9 @@
 """FiLM in Triton: ``y = activation((gamma + gamma_offset) x + beta) + residual`` and its gradients.
 
+This file has the raw operators and the kernels for gamma and beta with one value per channel, of each batch
+element or all; those for other shapes and for pairs are in ``film_broadcast.py``, what both share in
+``film_problem.py``.
+
 In memory order x is (B, M, C, N): B batch, M positions before and N positions after the channel (NCHW has M = 1,
 channels_last and (B, T, C) have N = 1). Two kernels in each direction differ in where the channel lies:
 
@@ -29,112 +33,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from fusedattn._options import FilmOptions as Options
 from fusedattn._options import schema
-from fusedattn.triton import _tiles
-from fusedattn.triton._common import (
-    Kernel,
-    argument,
-    launch,
-    load_wide,
-    number,
-    on_device_of,
-    recorded,
-    register,
-    require,
+from fusedattn.triton import _tiles, film_broadcast, film_problem
+from fusedattn.triton._common import Kernel, arithmetic, launch, load_wide, number, recorded, register, require
+from fusedattn.triton.film_problem import (
+    GELU,
+    SILU,
+    TANH,
+    View,
+    activate,
+    affine,
+    aligned,
+    alignment,
+    grad_z,
+    kernel_options,
+    power_of_2,
 )
-
-# As in csrc/film/options.h, whose activations are numbered so. In products the tensor comes first: the interpreter
-# takes a constexpr times a tensor for a constexpr.
-RELU = tl.constexpr(1)
-LEAKY_RELU = tl.constexpr(2)
-SILU = tl.constexpr(3)
-GELU = tl.constexpr(4)
-GELU_TANH = tl.constexpr(5)
-TANH = tl.constexpr(6)
-SIGMOID = tl.constexpr(7)
-ACTIVATIONS = 8
-
-LEAKY_SLOPE = tl.constexpr(0.01)
-SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
-GELU_TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
-GELU_TANH_CUBIC = tl.constexpr(0.044715)
-
-PROGRAMS = 1024  # a backward pass is cut into about this many where whole runs or columns give fewer: some 8 an SM
-
-
-@triton.jit
-def _logistic(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def _normal_cdf(z):
-    return 0.5 * libdevice.erfc(z * -SQRT_HALF)
-
-
-@triton.jit
-def _gelu_tanh_argument(z):
-    # 1 + tanh(u) = 2 logistic(2u)
-    return z * (2.0 * GELU_TANH_SCALE) * (1.0 + z * z * GELU_TANH_CUBIC)
-
-
-@triton.jit
-def _activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == RELU:
-        z = tl.where(z < 0.0, 0.0, z)  # NaN stays
-    elif ACTIVATION == LEAKY_RELU:
-        z = tl.where(z > 0.0, z, z * LEAKY_SLOPE)
-    elif ACTIVATION == SILU:
-        z = z * _logistic(z)
-    elif ACTIVATION == GELU:
-        z = z * _normal_cdf(z)
-    elif ACTIVATION == GELU_TANH:
-        z = z * _logistic(_gelu_tanh_argument(z))
-    elif ACTIVATION == TANH:
-        z = libdevice.tanh(z)
-    elif ACTIVATION == SIGMOID:
-        z = _logistic(z)
-    return z
-
-
-@triton.jit
-def _grad_z(dy, z, ACTIVATION: tl.constexpr):
-    """dy activation'(z)"""
-    if ACTIVATION == RELU:
-        dy = tl.where(z <= 0.0, 0.0, dy)  # NaN has slope 1, as in PyTorch
-    elif ACTIVATION == LEAKY_RELU:
-        dy = tl.where(z > 0.0, dy, dy * LEAKY_SLOPE)
-    elif ACTIVATION == SILU:
-        s = _logistic(z)
-        dy = dy * s * (1.0 + z * (1.0 - s))
-    elif ACTIVATION == GELU:
-        dy = dy * (_normal_cdf(z) + z * tl.exp(-0.5 * z * z) * INV_SQRT_2PI)
-    elif ACTIVATION == GELU_TANH:
-        s = _logistic(_gelu_tanh_argument(z))
-        decay = s * (1.0 - s)
-        growth = (1.0 + z * z * (3.0 * GELU_TANH_CUBIC)) * (2.0 * GELU_TANH_SCALE)  # overflows before z does
-        dy = dy * (s + z * tl.where(decay == 0.0, 0.0, decay * growth))
-    elif ACTIVATION == TANH:
-        t = libdevice.tanh(z)
-        dy = dy * (1.0 - t * t)
-    elif ACTIVATION == SIGMOID:
-        s = _logistic(z)
-        dy = dy * s * (1.0 - s)
-    return dy
-
-
-@triton.jit
-def _affine(x, scale, shift):
-    """scale x + shift, where scale and shift are tiles that broadcast, or None."""
-    if scale is None:
-        z = x if shift is None else x + shift
-    else:
-        z = x * scale if shift is None else tl.fma(x, scale, shift)
-    return z
 
 
 @triton.jit
@@ -142,12 +58,6 @@ def _parameter(P, b, c, stride_b, stride_c, mask, offset=None):
     """gamma or beta of channels c of batch elements b, in the dtype of the arithmetic."""
     p = load_wide(P + b * stride_b + c * stride_c, mask)
     return p if offset is None else p + number(offset, p.dtype)
-
-
-@triton.jit
-def _aligned(n, ALIGN: tl.constexpr):
-    """n, of which the compiler now knows that it is a multiple of ALIGN."""
-    return n // ALIGN * ALIGN if ALIGN > 1 else n
 
 
 @triton.jit
@@ -166,7 +76,7 @@ def _runs(block, R, MC, C, BLOCK_R: tl.constexpr):
 def _bwd_step(DY, X, DX, at, mask, scale, shift, ACTIVATION: tl.constexpr):
     """Writes a tile of dx; returns dz x and dz, terms of dgamma and dbeta: 0 where masked, for dy is."""
     x = load_wide(X + at, mask)
-    dz = _grad_z(load_wide(DY + at, mask), _affine(x, scale, shift), ACTIVATION)
+    dz = grad_z(load_wide(DY + at, mask), affine(x, scale, shift), ACTIVATION)
     tl.store(DX + at, dz if scale is None else dz * scale, mask=mask)
     return dz * x, dz
 
@@ -182,7 +92,7 @@ def film_fwd_kernel_runs(
     R, MC, C, N,  # R = B M C runs, MC = M C of a batch element
     gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    N = _aligned(N, ALIGN)
+    N = aligned(N, ALIGN)
     chunks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     run, b, c, within = _runs(program // chunks, R, MC, C, BLOCK_R)
@@ -195,7 +105,7 @@ def film_fwd_kernel_runs(
         shift = _parameter(BETA, b, c, beta_b, beta_c, within)[:, None]
     at = run[:, None] * N + n[None, :]  # [BLOCK_R, BLOCK_N]
     mask = within[:, None] & (n < N)[None, :]
-    y = _activate(_affine(load_wide(X + at, mask), scale, shift), ACTIVATION)
+    y = activate(affine(load_wide(X + at, mask), scale, shift), ACTIVATION)
     if RESIDUAL is not None:
         y += load_wide(RESIDUAL + at, mask)
     tl.store(Y + at, y, mask=mask)
@@ -208,7 +118,7 @@ def film_fwd_kernel_rows(
     M, C,
     gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    C = _aligned(C, ALIGN)
+    C = aligned(C, ALIGN)
     tiles_c, tiles_m = tl.cdiv(C, BLOCK_C), tl.cdiv(M, BLOCK_R)
     program = tl.program_id(0)
     b = (program // tiles_c // tiles_m).to(tl.int64)
@@ -222,7 +132,7 @@ def film_fwd_kernel_rows(
         shift = _parameter(BETA, b, c, beta_b, beta_c, c < C)[None, :]
     at = (b * M + m)[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
     mask = (m < M)[:, None] & (c < C)[None, :]
-    y = _activate(_affine(load_wide(X + at, mask), scale, shift), ACTIVATION)
+    y = activate(affine(load_wide(X + at, mask), scale, shift), ACTIVATION)
     if RESIDUAL is not None:
         y += load_wide(RESIDUAL + at, mask)
     tl.store(Y + at, y, mask=mask)
@@ -235,7 +145,7 @@ def film_bwd_kernel_runs(
     R, MC, C, N, pieces, steps,  # a program walks a piece, steps tiles of its runs
     gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    N = _aligned(N, ALIGN)
+    N = aligned(N, ALIGN)
     program = tl.program_id(0)
     run, b, c, within = _runs(program // pieces, R, MC, C, BLOCK_R)
     piece = program % pieces
@@ -268,7 +178,7 @@ def film_bwd_kernel_rows(
     M, C, pieces, steps,
     gamma_offset, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    C = _aligned(C, ALIGN)
+    C = aligned(C, ALIGN)
     tiles_c = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
     part = (program // tiles_c).to(tl.int64)  # counts b, then pieces
@@ -317,117 +227,61 @@ def film_bwd_kernel_sum(
 # Launchers
 
 
-def _dense(x: Tensor, order) -> bool:
-    """Whether x fills its memory with dimensions in this order, outermost first."""
-    expected = 1
-    for d in reversed(order):
-        if x.shape[d] != 1 and x.stride(d) != expected:
-            return False
-        expected *= x.shape[d]
-    return True
-
-
-class _View:
-    """x as (B, M, C, N) in memory order, copied only where it is not dense with the batch outermost.
-
-    Parameters that the whole batch shares make it (1, B M, C, N): their gradients then sum over M alone.
-    """
-
-    def __init__(self, x: Tensor, channel_dim: int, parameters):
-        shape, order = x.shape, [*range(x.dim())]
-        if not x.is_contiguous():
-            order[1:] = sorted(order[1:], key=lambda d: -x.stride()[d])
-            if not _dense(x, order):
-                x = x.contiguous()
-                order.sort()
-        place = order.index(channel_dim)
-        self.x, self.B, self.C = x, shape[0], shape[channel_dim]
-        self.M = math.prod(shape[d] for d in order[1:place])
-        self.N = math.prod(shape[d] for d in order[place + 1 :])
-        if all(p is None or p.dim() == 1 for p in parameters):
-            self.B, self.M = 1, self.B * self.M
-
-    def like(self, t: Tensor | None) -> Tensor | None:
-        """t with the strides of x, where they say anything."""
-        if t is None or all(
-            n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), self.x.stride(), strict=True)
-        ):
-            return t
-        return torch.empty_like(self.x).copy_(t)
-
-    def restored(self, y: Tensor, x: Tensor) -> Tensor:
-        """y with the strides of ``empty_like(x)``, which is what the operator's fake promises."""
-        if self.x is x:
-            return y
-        out = torch.empty_like(x)
-        return y if out.stride() == y.stride() else out.copy_(y)
-
-
-def _power_of_2(n: int, most: int) -> int:
-    return min(triton.next_power_of_2(n), most)
-
-
 def _strides(*parameters: Tensor | None):
     """(stride_b, stride_c) of each."""
     for p in parameters:
         yield from (0, 0) if p is None else (p.stride(0) if p.dim() == 2 else 0, p.stride(-1))
 
 
-def _alignment(n: int) -> int:
-    """4 for its multiples, but 1 for those of 16, which Triton knows: few forms of a kernel for all sizes."""
-    return 4 if n % 4 == 0 and n % 16 else 1
-
-
-def _blocks(view: _View, tile: _tiles.Tile) -> dict[str, int]:
+def _blocks(view: View, tile: _tiles.Tile) -> dict[str, int]:
     """Extents of a tile: long enough along memory to coalesce, then as many runs or rows as fill it."""
     (elements,) = tile.extents_in(view.x.dtype)
     if view.N > 1:
-        along = _power_of_2(view.N, elements // 2)
+        along = power_of_2(view.N, elements // 2)
         if along < 256:
             elements //= 2  # each of many runs has its scale, shift and addresses in registers
-        rows = _power_of_2(view.B * view.M * view.C, elements // along)
-        return {"ALIGN": _alignment(view.N), "BLOCK_R": rows, "BLOCK_N": along}
-    rows = _power_of_2(view.M, elements // _power_of_2(view.C, elements // 8))
-    return {"ALIGN": _alignment(view.C), "BLOCK_R": rows, "BLOCK_C": _power_of_2(view.C, elements // rows)}
+        rows = power_of_2(view.B * view.M * view.C, elements // along)
+        return {"ALIGN": alignment(view.N), "BLOCK_R": rows, "BLOCK_N": along}
+    rows = power_of_2(view.M, elements // power_of_2(view.C, elements // 8))
+    return {"ALIGN": alignment(view.C), "BLOCK_R": rows, "BLOCK_C": power_of_2(view.C, elements // rows)}
 
 
-def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
-    """What kernels take of the options, by name."""
-    return {"gamma_offset": argument(options.gamma_offset, dtype), "ACTIVATION": options.activation}
-
-
-def _check(x, gamma, beta, gamma_added, beta_added, options: Options, **like_x: Tensor | None) -> None:
+def _check(x, parameters, options: Options, **like_x: Tensor | None) -> None:
+    """Raises where kernels would read what is not there; parameters in the order of ``film_broadcast.NAMES``."""
     if not 0 < options.channel_dim < x.dim():
         raise RuntimeError(f"film: channel_dim: expected 1 to {x.dim() - 1}, got {options.channel_dim}")
-    if gamma_added is not None or beta_added is not None:  # the public function adds them
-        raise RuntimeError("film: gamma and beta: expected one tensor each in Triton, got two")
-    B, C = x.shape[0], x.shape[options.channel_dim]
-    for name, t in (("gamma", gamma), ("beta", beta)):
+    B, C, wide = x.shape[0], x.shape[options.channel_dim], arithmetic(x.dtype)
+    for name, t in zip(film_broadcast.NAMES, parameters, strict=True):
         if t is not None:
-            require("film", name, t, (C,) if t.dim() == 1 else (B, C), x.dtype, x.device)
+            full = x.shape if t.dim() == x.dim() else (B, C)[2 - t.dim() :] if t.dim() <= 2 else ()
+            shape = tuple(1 if n == 1 else m for n, m in zip(t.shape, full, strict=False))
+            require("film", name, t, shape, wide if t.dtype == wide else x.dtype, x.device)
     for name, t in like_x.items():
         if t is not None:
             require("film", name, t, x.shape, x.dtype, x.device)
 
 
+def _has_one_per_channel(x, parameters, channel_dim: int) -> bool:
+    """Whether gamma and beta are one tensor each, (C,) or (B, C)."""
+    gamma, gamma_added, beta, beta_added = parameters
+    shapes = (x.shape[channel_dim],), (x.shape[0], x.shape[channel_dim])
+    return gamma_added is beta_added is None and all(t is None or t.shape in shapes for t in (gamma, beta))
+
+
 def forward(x, gamma, beta, gamma_added, beta_added, residual, *options):
     """film_fwd, see csrc/library.cpp."""
-    options = Options(*options)
-    _check(x, gamma, beta, gamma_added, beta_added, options, residual=residual)
-    view = _View(x, options.channel_dim, (gamma, beta))
+    options, parameters = Options(*options), (gamma, gamma_added, beta, beta_added)
+    _check(x, parameters, options, residual=residual)
+    view = View(x, options.channel_dim, (gamma, beta))
     y = torch.empty_like(view.x)
     if x.numel() == 0:
         return view.restored(y, x)
-    arguments = (view, gamma, beta, view.like(residual), y, _kernel_options(options, x.dtype))
-    _tiled("film_fwd", view, lambda tile: _forward(tile, *arguments))
+    residual, numbers = view.like(residual), kernel_options(options, x.dtype)
+    if _has_one_per_channel(x, parameters, options.channel_dim):
+        view.tiled("film_fwd", lambda tile: _forward(tile, view, gamma, beta, residual, y, numbers))
+    else:
+        film_broadcast.forward(view, parameters, options.channel_dim, residual, y, numbers)
     return view.restored(y, x)
-
-
-def _tiled(name: str, view: _View, run) -> None:
-    """Runs with the tile that the table, or tuning, has for these sizes."""
-    sizes = (view.B, view.M, view.C, view.N)
-    with on_device_of(view.x):
-        run(_tiles.choose("film", view.N, view.x, sizes, run, name))
 
 
 def _forward(tile, view, gamma, beta, residual, y, options):
@@ -443,29 +297,30 @@ def _forward(tile, view, gamma, beta, residual, y, options):
 
 
 def _cut(tiles: int, blocks: int) -> tuple[int, int]:
-    """Pieces, and blocks per piece: one piece where there are enough tiles, else about PROGRAMS programs."""
-    steps = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tiles)))
+    """Pieces, and blocks per piece: one piece where there are enough tiles, else about PROGRAMS of them."""
+    steps = triton.cdiv(blocks, min(blocks, triton.cdiv(film_problem.PROGRAMS, tiles)))
     return triton.cdiv(blocks, steps), steps
 
 
 def backward(grad_output, x, gamma, beta, gamma_added, beta_added, *rest):
     """film_bwd, see csrc/library.cpp."""
     *options, output_mask = rest
-    options = Options(*options)
-    _check(x, gamma, beta, gamma_added, beta_added, options, grad_output=grad_output)
-    view = _View(x, options.channel_dim, (gamma, beta))
+    options, parameters = Options(*options), (gamma, gamma_added, beta, beta_added)
+    _check(x, parameters, options, grad_output=grad_output)
+    view = View(x, options.channel_dim, (gamma, beta))
     dx = torch.empty_like(view.x)
-    of_x, *asked = [bool(output_mask >> n & 1) for n in range(3)]
-    grads = [
-        torch.empty(p.shape, dtype=p.dtype, device=x.device) if a and p is not None else None
-        for p, a in zip((gamma, beta), asked, strict=True)
-    ]
-    if x.numel():
-        arguments = (view, view.like(grad_output), gamma, beta, dx, grads, _kernel_options(options, x.dtype))
-        _tiled("film_bwd", view, lambda tile: _backward(tile, *arguments))
-    else:
+    of_x, of_gamma, of_beta, *of_added = [bool(output_mask >> n & 1) for n in range(5)]
+    asked = (of_gamma, of_added[0], of_beta, of_added[1])
+    grads = [t.new_empty(t.shape) if a and t is not None else None for a, t in zip(asked, parameters, strict=True)]
+    dy, numbers = view.like(grad_output), kernel_options(options, x.dtype)
+    if x.numel() == 0:
         grads = [None if grad is None else grad.zero_() for grad in grads]
-    found = (view.restored(dx, x) if of_x else None, *grads, None, None)
+    elif _has_one_per_channel(x, parameters, options.channel_dim):
+        view.tiled("film_bwd", lambda tile: _backward(tile, view, dy, gamma, beta, dx, grads[::2], numbers))
+    else:
+        grads = film_broadcast.backward(view, dy, parameters, asked, options.channel_dim, dx, numbers)
+    dgamma, dgamma_added, dbeta, dbeta_added = grads
+    found = (view.restored(dx, x) if of_x else None, dgamma, dbeta, dgamma_added, dbeta_added)
     return tuple(x.new_empty(0) if grad is None else grad for grad in found)
 
 
@@ -481,13 +336,12 @@ def _backward(tile, view, grad_output, gamma, beta, dx, grads, options):
         pieces, steps = _cut(tiles, triton.cdiv(M, blocks["BLOCK_R"]))
         kernel, sizes = film_bwd_kernel_rows, (M, C, pieces, steps)
         partial_shape = (B, pieces, C, 1)
-    arithmetic = torch.float64 if view.x.dtype == torch.float64 else torch.float32
     sums = []  # the gradient itself where one program holds all of a sum
     for grad in grads:
         if grad is None or grad.numel() == math.prod(partial_shape):
             sums.append(grad)
         else:
-            sums.append(torch.empty(partial_shape, dtype=arithmetic, device=dx.device))
+            sums.append(torch.empty(partial_shape, dtype=arithmetic(dx.dtype), device=dx.device))
     pointers = grad_output, view.x, gamma, beta, dx, *sums
     arguments = (*pointers, *_strides(gamma, beta), *sizes)
     launch(kernel, (tiles * pieces,), *arguments, options=options, **blocks, num_warps=tile.warps)
@@ -501,8 +355,8 @@ def _add_up(partial: Tensor, out: Tensor) -> None:
     B, P, C, Q = partial.shape
     outputs = out.numel()
     terms = partial.numel() // outputs
-    block_t = _power_of_2(terms, 256)
-    block_o = _power_of_2(outputs, 1024 // block_t)
+    block_t = power_of_2(terms, 256)
+    block_o = power_of_2(outputs, 1024 // block_t)
     grid = (triton.cdiv(outputs, block_o),)
     launch(film_bwd_kernel_sum, grid, partial, out, outputs, terms, P, C, Q, BLOCK_O=block_o, BLOCK_T=block_t)
 
@@ -518,20 +372,27 @@ register(
 
 def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list[Kernel]:
     """Every kernel as typical calls launch it: feature maps, channels last with shared parameters, short runs,
-    aligned and not."""
+    aligned and not; parameters and pairs of them for each element, with float32 beside half precision, and a gate
+    for each place."""
 
-    def call(dtype, shape, channel_dim, shared, activation):
+    def call(dtype, shape, channel_dim, activation, gamma, added=None):
         x = torch.empty(shape, dtype=dtype, device="meta")
-        C = shape[channel_dim]
-        gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
-        forward(x, gamma, gamma, None, None, x, channel_dim, 1.0, activation)
-        backward(x, x, gamma, gamma, None, None, channel_dim, 1.0, activation, 0b111)
+        gamma = x.new_empty(gamma)
+        added = None if added is None else x.new_empty(added, dtype=torch.float32)
+        parameters, options = (gamma, gamma, added, added), (channel_dim, 1.0, activation)
+        forward(x, *parameters, x, *options)
+        backward(x, x, *parameters, *options, 0b11111)
 
+    maps, tokens = (8, 256, 56, 56), (8, 1024, 768)
     cases = (
-        ((8, 256, 56, 56), 1, False, GELU),
-        ((8, 1024, 768), 2, True, SILU),
-        ((8, 1024, 7, 7), 1, False, TANH),
-        ((8, 1024, 14, 14), 1, False, TANH),
+        (maps, 1, GELU, (8, 256)),
+        (tokens, 2, SILU, (768,)),
+        ((8, 1024, 7, 7), 1, TANH, (8, 1024)),
+        ((8, 1024, 14, 14), 1, TANH, (8, 1024)),
+        (tokens, 2, SILU, tokens),
+        (tokens, 2, SILU, tokens, (768,)),
+        (maps, 1, GELU, (8, 1, 56, 56)),
+        ((8, 1024, 7, 7), 1, TANH, (8, 1, 7, 7), (1024,)),
     )
     found: dict[tuple, Kernel] = {}
     for dtype in dtypes:
