@@ -224,6 +224,11 @@ def autocast_enabled(device: torch.device) -> bool:
     return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def beside(x: Tensor, t: Tensor) -> Tensor:
+    """A parameter t in the dtype of x, but float32 beside half precision stays what it is: kernels take it so."""
+    return t if t.dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32)) else t.to(x.dtype)
+
+
 def autocast(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """t in autocast's dtype, or in ``dtype``; float64 and integers stay what they are."""
     if not t.is_floating_point() or t.dtype == torch.float64:

@@ -270,3 +270,50 @@ def test_distributed_data_parallel(mesh):
     parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     parallel(query, key).sum().backward()
     torch.testing.assert_close(module.weight.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "other", [None, [1.0], numpy.ones((2, 3, 6), dtype="float32")], ids=lambda t: type(t).__name__
+)
+def test_modules_name_what_is_no_tensor(other):
+    attention, query, key = attention_and_inputs()
+    kind = type(other).__name__
+    for name, call in (
+        ("AdditiveAttention: query", lambda: attention(other, key)),
+        ("AdditiveAttention: key", lambda: attention(query, other)),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected a Tensor, got {kind}"):
+            call()
+
+
+def test_numbers_of_numpy():
+    x, gamma = torch.randn(2, 3, 4), torch.randn(4)
+    found = film(x, gamma, channel_dim=numpy.int64(-1), gamma_offset=numpy.float32(0.5))
+    torch.testing.assert_close(found, (gamma + 0.5) * x)
+    inputs = inputs_of((2, 5, 4), (2, 7, 4))
+    found = additive_attention(*inputs, scale=numpy.float64(0.5), softcap=numpy.int64(5))
+    torch.testing.assert_close(found, additive_attention(*inputs, scale=0.5, softcap=5.0))
+
+
+def test_a_scale_that_depends_on_a_size():
+    @functools.partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
+    def scaled(query, key, value, weight):
+        return additive_attention(query, key, value, weight, scale=query.shape[-1] ** -0.5)
+
+    for D in (5, 6):
+        inputs = inputs_of((2, 3, D), (2, 4, D))
+        torch.testing.assert_close(scaled(*inputs), additive_attention(*inputs, scale=D**-0.5))
+
+
+def test_sizes_that_only_the_data_tell():
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def kept(mask, query, key, value, weight):
+        index = mask.nonzero().squeeze(1)
+        context = additive_attention(query[index], key[index], value[index], weight)
+        return film(context, weight.new_ones(3), channel_dim=2)
+
+    mask, inputs = torch.tensor([True, False, True]), inputs_of((3, 5, 4), (3, 7, 4))
+    query, key, value, weight = (t.detach() for t in inputs)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = kept(mask, query, key, value, weight)
+    torch.testing.assert_close(found, additive_attention(query[mask], key[mask], value[mask], weight))

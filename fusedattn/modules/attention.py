@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fusedattn._dispatch import check_backend, not_scriptable
-from fusedattn._scores import accumulation_dtype
+from fusedattn._dispatch import beside, check_backend, not_scriptable
 from fusedattn._steps import are_recorded
 from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
 from fusedattn.ops.additive_attention import attend
 
 
 def _check(t: Tensor, name: str, *shape: str | int) -> None:
-    """Raises unless t has as many dimensions as ``shape`` and its last width."""
+    """Raises unless t is a Tensor with as many dimensions as ``shape`` and its last width."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
     if t.dim() != len(shape) or t.shape[-1] != shape[-1]:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
 
@@ -34,13 +35,8 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def _beside(query: Tensor, weight: Tensor) -> Tensor:
-    """weight in the dtype of query, but float32 beside half precision stays what it is."""
-    return weight if weight.dtype in (query.dtype, accumulation_dtype(query.dtype)) else weight.to(query.dtype)
-
-
 # torch.fx.symbolic_trace cannot follow what depends on sizes: it records these calls.
-for _function in ("_check", "over_heads", "_for_one_query", "_beside"):
+for _function in ("_check", "over_heads", "_for_one_query", "beside"):
     torch.fx.wrap(_function)
 
 
@@ -247,7 +243,7 @@ class AdditiveAttention(nn.Module):
             query,
             keys.key,
             keys.value,
-            _beside(query, weight),
+            beside(query, weight),
             mask=over_heads(keys.mask, self.num_heads > 1),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
