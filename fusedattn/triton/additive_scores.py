@@ -10,10 +10,10 @@ from torch.nn.functional import pad
 
 from fusedattn._options import AdditiveAttentionOptions, schema
 from fusedattn._options import AdditiveScoresOptions as Options
-from fusedattn.triton._common import on_device_of, register
+from fusedattn.triton._common import arithmetic, on_device_of, register
 from fusedattn.triton.additive_attention_bwd import PAD, key_gradient, packed_rows, query_gradient
 from fusedattn.triton.additive_attention_fwd import write_scores
-from fusedattn.triton.additive_attention_problem import Problem, arithmetic, check
+from fusedattn.triton.additive_attention_problem import Problem, check
 
 
 def _problem(query, key, weight, options: Options) -> Problem:
