@@ -20,6 +20,7 @@ from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
 from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.film import film, film_ref
+from fusedattn.ops.gated_film import gated_film, gated_film_ref
 from fusedattn.ops.norm_film import norm_film, norm_film_ref
 
 __version__ = "0.1.0"
@@ -49,6 +50,8 @@ __all__ = [
     "empty_cache",
     "film",
     "film_ref",
+    "gated_film",
+    "gated_film_ref",
     "norm_film",
     "norm_film_ref",
 ]
