@@ -54,6 +54,7 @@ struct Rows {
     const T *gate = static_cast<const T*>(t.gate), *scale = static_cast<const T*>(t.scale),
             *shift = static_cast<const T*>(t.shift);
     T* const room = static_cast<T*>(t.room);
+    const Vec<T> offset = splat(static_cast<T>(t.offset));
     for (int64_t r = 0; r < t.rows; ++r) {
       const S* x = static_cast<const S*>(t.x) + r * t.C;
       const S* pre_residual = of_row(static_cast<const S*>(t.pre_residual), r, t.C);
@@ -77,7 +78,8 @@ struct Rows {
       t.variance[r] = found.squares / t.C;
       const auto normalise = Normalise<M>::of(found.mean, 1 / sqrt(t.variance[r] + t.eps));
       along<T>(t.C, [&](auto part, int64_t i, int64_t n, int) __attribute__((always_inline)) {
-        const Vec<T> z = normalise(get(part, room, i, n)) * get(part, scale, i, n) + get(part, shift, i, n);
+        const Vec<T> z =
+            normalise(get(part, room, i, n)) * (get(part, scale, i, n) + offset) + get(part, shift, i, n);
         Vec<T> v = activate<activation, M>(z);
         if (residual != nullptr) v += get(part, residual, i, n);
         set(part, y, i, n, v, t.streamed);
@@ -90,6 +92,7 @@ struct Rows {
             *shift = static_cast<const T*>(t.shift);
     T *const room = static_cast<T*>(t.room), *const dz_n = static_cast<T*>(to.dz_n),
              *const dz_sum = static_cast<T*>(to.dz), *const dh_x = static_cast<T*>(to.dh_x);
+    const Vec<T> offset = splat(static_cast<T>(t.offset));
     for (int64_t r = 0; r < t.rows; ++r) {
       const S* x = static_cast<const S*>(t.x) + r * t.C;
       const S* h = static_cast<const S*>(to.h) + r * t.C;
@@ -102,7 +105,7 @@ struct Rows {
       if (dy != nullptr)
         along<T>(t.C, [&](auto part, int64_t i, int64_t count, int which) __attribute__((always_inline)) {
           const Vec<T> n = only<T>(part, count, normalise(get(part, h, i, count)));
-          const Vec<T> a = get(part, scale, i, count);
+          const Vec<T> a = get(part, scale, i, count) + offset;
           Vec<T> dz = get(part, dy, i, count);
           if constexpr (activation != Activation::NONE)
             dz *= slope<activation, M>(n * a + get(part, shift, i, count));

@@ -16,6 +16,7 @@ struct NormRows {
   int64_t rows, C;
   const void *x, *pre_residual;      // pre_residual may be null
   const void *gate, *scale, *shift;  // of each channel; no gate is null
+  double offset;                     // of scale
   bool is_rms;
   double eps;
   double *mean, *variance;  // of each row

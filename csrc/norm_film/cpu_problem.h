@@ -59,8 +59,11 @@ struct Pair {
   }
   bool is_present() const { return !sources.empty(); }
 
+  // In the type of the arithmetic: where they are, or made in room.
   template <typename T>
   const T* widened(int64_t b, int64_t t, int64_t column, int64_t n, T* room) const {
+    if (sources.size() == 1 && sources[0].type == ARITHMETIC<T> && sources[0].c_step == 1)
+      return reinterpret_cast<const T*>(sources[0].at(b, t)) + column;
     for (size_t k = 0; k < sources.size(); ++k) {
       const Source& s = sources[k];
       const char* data = s.at(b, t) + column * s.c_step * bytes_of(s.type);
@@ -145,14 +148,17 @@ template <typename T>
 class Channels {
  public:
   static constexpr int ROOMS = 8;
-  T *scale, *shift;
+  const T *scale, *shift;
+  double offset = 0;  // of scale, as rows take it
   const T *gate = nullptr, *weight = nullptr, *bias = nullptr;
 
   Channels(const Problem& p, T* room, int64_t column, int64_t n) : p_(p), room_(room), column_(column), n_(n) {
-    scale = room_ + 5 * n_, shift = room_ + 6 * n_;
+    made_scale_ = room_ + 5 * n_, made_shift_ = room_ + 6 * n_;
+    scale = made_scale_, shift = made_shift_;
   }
-  // Of a row; where it shares them with the one before, that has them.
-  void of_row(int64_t row, bool is_first) {
+  // Of a row; where it shares them with the one before, that has them. With apart, gamma and beta may be taken as
+  // they are, and gamma_offset left to the kernel.
+  void of_row(int64_t row, bool is_first, bool apart = false) {
     const int64_t b = row / p_.in.T, t = row % p_.in.T;
     if (is_first) {
       weight = p_.weight.widened(b, t, column_, n_, room_);
@@ -162,7 +168,12 @@ class Channels {
     if (is_first || p_.rows_differ_in_affine()) {
       gamma_ = p_.gamma.widened(b, t, column_, n_, room_ + 3 * n_);
       const T* beta = p_.beta.widened(b, t, column_, n_, room_ + 4 * n_);
-      kernels().affine(ARITHMETIC<T>, n_, gamma_, p_.options.gamma_offset, weight, bias, beta, scale, shift);
+      if (apart && weight == nullptr && bias == nullptr && gamma_ != nullptr && beta != nullptr) {
+        scale = gamma_, shift = beta, offset = p_.options.gamma_offset;
+        return;
+      }
+      kernels().affine(ARITHMETIC<T>, n_, gamma_, p_.options.gamma_offset, weight, bias, beta, made_scale_,
+                       made_shift_);
     }
   }
   // gamma + gamma_offset, or 1
@@ -178,6 +189,7 @@ class Channels {
   T* room_;
   int64_t column_, n_;
   const T* gamma_ = nullptr;
+  T *made_scale_, *made_shift_;
 };
 
 Tensor statistic(int64_t groups) { return empty({groups}, ScalarType::Double); }

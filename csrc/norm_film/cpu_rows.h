@@ -28,7 +28,7 @@ Outputs rows_forward(const Problem& p, const OptionalTensor& pre_residual, const
       const Problem::Task task = p.task(n);
       const int64_t at_once = apart ? 1 : task.rows;
       for (int64_t row = task.first; row < task.first + task.rows; row += at_once) {
-        channels.of_row(row, row == task.first);
+        channels.of_row(row, row == task.first, true);
         const int64_t at = row * in.C * p.size;
         const NormRows rows{at_once,
                             in.C,
@@ -37,6 +37,7 @@ Outputs rows_forward(const Problem& p, const OptionalTensor& pre_residual, const
                             channels.gate,
                             channels.scale,
                             channels.shift,
+                            channels.offset,
                             p.options.norm == Norm::RMS,
                             p.options.eps,
                             numbers(out.mean) + row,
@@ -73,7 +74,7 @@ GradientsOut rows_backward(const Problem& p, const OptionalTensor& grad_y, const
       sums.clear(n);
       const int64_t at_once = of_rows_affine || of_rows_gate ? 1 : task.rows;
       for (int64_t row = task.first; row < task.first + task.rows; row += at_once) {
-        channels.of_row(row, row == task.first);
+        channels.of_row(row, row == task.first, true);
         if (of_rows_affine) std::fill_n(dz_n, 2 * C, T(0));
         if (of_rows_gate) std::fill_n(dh_x, C, T(0));
         const int64_t at = row * C * p.size;
@@ -84,6 +85,7 @@ GradientsOut rows_backward(const Problem& p, const OptionalTensor& grad_y, const
                             channels.gate,
                             channels.scale,
                             channels.shift,
+                            channels.offset,
                             p.options.norm == Norm::RMS,
                             p.options.eps,
                             numbers(mean) + row,
