@@ -4,6 +4,7 @@ from fusedattn._dispatch import UnsupportedError
 from fusedattn._export import decompositions
 from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
+from fusedattn.modules.blocks import FiLMResBlock, GatedConditionalConv2d, MultiHopFiLM, SqueezeExcite
 from fusedattn.modules.concat import ConcatConditioning
 from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
 from fusedattn.modules.film import FiLM
@@ -40,7 +41,11 @@ __all__ = [
     "ConditionalInstanceNorm",
     "ConditionalScale",
     "FiLM",
+    "FiLMResBlock",
+    "GatedConditionalConv2d",
+    "MultiHopFiLM",
     "ProjectedKeys",
+    "SqueezeExcite",
     "UnsupportedError",
     "additive_attention",
     "additive_attention_ref",

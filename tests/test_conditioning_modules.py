@@ -1,6 +1,7 @@
 """Modules that condition features, each against a plain composition of PyTorch's functions."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -22,6 +23,11 @@ from fusedattn import (
     ConditionalGate,
     ConditionalInstanceNorm,
     ConditionalScale,
+    FiLM,
+    FiLMResBlock,
+    GatedConditionalConv2d,
+    MultiHopFiLM,
+    SqueezeExcite,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:fusedattn. no kernel of .* can run:UserWarning")
@@ -126,6 +132,76 @@ def concat_linear(module, x, condition):
     return F.linear(torch.cat([condition, x], -1), module.weight)
 
 
+def squeeze_excite(module, x, residual):
+    return x * over_places(module.fc2(module.fc1(x.mean((2, 3))).relu()).sigmoid(), x) + residual
+
+
+def res_block(module, x, condition):
+    """With coordinate maps, or without."""
+    if module.coordinates:
+        H, W = x.shape[2:]
+        right = torch.linspace(-1, 1, W, dtype=x.dtype).view(1, 1, 1, W).expand(len(x), 1, H, W)
+        down = torch.linspace(-1, 1, H, dtype=x.dtype).view(1, 1, H, 1).expand(len(x), 1, H, W)
+        x = torch.cat([x, right, down], 1)
+    h = F.conv2d(x, module.input_proj.weight, module.input_proj.bias).relu()
+    gamma, beta = (over_places(t, x) for t in module.bn1.conditioner(condition).chunk(2, -1))
+    n = F.batch_norm(module.conv1(h), module.bn1.running_mean, module.bn1.running_var, training=True)
+    module.bn1.num_batches_tracked += 1
+    return h + torch.relu((1 + gamma) * n + beta)
+
+
+def gated(module, x, condition):
+    weight = module.weight.clone()
+    if module.mask is not None:
+        weight[:, :, 1, 1 + (module.mask == "B") :] = weight[:, :, 2:] = 0
+    a, b = F.conv2d(x, weight, module.bias, padding=1).chunk(2, 1)
+    if condition.dim() == 2:
+        condition = over_places(condition, x)
+    h_a, h_b = F.conv2d(condition, module.conditioner.weight[..., None, None]).chunk(2, 1)
+    return torch.tanh(a + h_a) * torch.sigmoid(b + h_b)
+
+
+def multi_hop(module, x, states, lengths):
+    """By the authors' formula, with tanh."""
+    context = states[torch.arange(len(states)), lengths - 1]
+    hidden = torch.arange(states.shape[1]) >= lengths[:, None]
+    for n, block in enumerate(module.blocks):
+        attention = module.attention[n % len(module.attention)]
+        tiled = context.unsqueeze(1).expand_as(states)
+        if module.fusing == "hadamard":
+            scores = (tiled * states) @ attention.weight
+        elif module.fusing == "sum":
+            scores = attention.query_proj(tiled + states).tanh() @ attention.weight.flatten()
+        else:
+            weight = torch.cat([attention.key_proj.weight, attention.query_proj.weight], 1)
+            both = F.linear(torch.cat([states, tiled], -1), weight, attention.query_proj.bias)
+            scores = both.tanh() @ attention.weight.flatten()
+        context = (scores.masked_fill(hidden, -torch.inf).softmax(1).unsqueeze(2) * states).sum(1)
+        x = block(x, torch.cat([context, x.mean(2)], 1) if module.feedback else context)
+    return x
+
+
+class WithLengths(nn.Module):
+    """Takes lengths by position."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def reset_parameters(self):
+        self.module.reset_parameters()
+
+    def forward(self, x, states, lengths):
+        return self.module(x, states, lengths=1 + lengths)
+
+
+def hops(**options):
+    width = 4 + 3 * options.get("feedback", False)
+    make = lambda: WithLengths(MultiHopFiLM(4, [FiLM(width, 3), FiLM(width, 3, activation="relu")], **options))  # noqa: E731
+    plain = lambda module, x, states, lengths: multi_hop(module.module, x, states, 1 + lengths)  # noqa: E731
+    return make, [(2, 3, 5), (2, 6, 4), ("index", 6, 2)], plain
+
+
 def evaluated(make):
     module = make().eval()
     nn.init.normal_(module.running_mean)
@@ -171,6 +247,22 @@ CASES = {
         [(2, 4, 3), (2, 4, 2)],
         concat_linear,
     ),
+    "squeeze_excite": (lambda: SqueezeExcite(6, 3), [(2, 6, 4, 5), (2, 6, 4, 5)], squeeze_excite),
+    "res_block": (lambda: FiLMResBlock(4, 3), [(2, 3, 5, 6), (2, 4)], res_block),
+    "res_block_without_coordinates": (
+        lambda: FiLMResBlock(4, 3, in_channels=5, coordinates=False, kernel_size=1),
+        [(2, 5, 3, 4), (2, 4)],
+        res_block,
+    ),
+    "gated": (lambda: GatedConditionalConv2d(3, 2, 3, 4), [(2, 3, 5, 6), (2, 4)], gated),
+    "gated_masked": (
+        lambda: GatedConditionalConv2d(3, 2, 3, 4, mask="B", bias=False),
+        [(2, 3, 5, 6), (2, 4, 5, 6)],
+        gated,
+    ),
+    "hops": hops(feedback=True),
+    "hops_concat": hops(fusing="concat", attention_dim=5, shared_attention=False),
+    "hops_sum": hops(fusing="sum"),
     "batch_norm_evaluated": (
         lambda: evaluated(lambda: ConditionalBatchNorm(4, 3, affine=False, activation="relu")),
         [(5, 3, 2, 6), (5, 4)],
@@ -276,7 +368,8 @@ def test_parameters_are_made_and_reset_anywhere(name):
 def test_symbolic_trace(name):
     module = trained(name)
     inputs = inputs_of(name)
-    traced = torch.fx.symbolic_trace(copy.deepcopy(module), {"residual": None} if len(inputs) == 2 else None)
+    absent = list(inspect.signature(module.forward).parameters)[len(inputs) :]
+    traced = torch.fx.symbolic_trace(copy.deepcopy(module), dict.fromkeys(absent))
     torch.testing.assert_close(traced(*inputs), module(*inputs))
 
 
@@ -361,6 +454,43 @@ def test_starts_as_a_linear_layer_does():
     assert torch.equal(gate.weight, torch.nn.Linear(4, 3).weight)
 
 
+def test_a_mask_hides_what_comes_later():
+    x = torch.randn(1, 3, 5, 5)
+    changed = x.flatten(2).clone()
+    changed[..., 12:] += 1
+    for mask, seen in (("A", 13), ("B", 12)):  # so many places see nothing of what has changed
+        module = GatedConditionalConv2d(3, 2, 3, mask=mask)
+        y, z = (module(t).flatten(2) for t in (x, changed.view_as(x)))
+        torch.testing.assert_close(y[..., :seen], z[..., :seen])
+        assert not torch.isclose(y[..., seen], z[..., seen]).any()
+        with torch.no_grad():
+            module.weight[:, :, 2] = torch.nan
+        torch.testing.assert_close(module(x).flatten(2), y)
+
+
+def test_weights_of_the_layers_that_modules_stand_for():
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    module = GatedConditionalConv2d(3, 2, 3)
+    module.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, 5, 5)
+    a, b = conv(x).chunk(2, 1)
+    torch.testing.assert_close(module(x), torch.tanh(a) * torch.sigmoid(b))
+    # As torchvision's: convolutions of one place.
+    layers = nn.ModuleDict({"fc1": nn.Conv2d(4, 2, 1), "fc2": nn.Conv2d(2, 4, 1)})
+    squeeze = SqueezeExcite(4, 2)
+    squeeze.load_state_dict(layers.state_dict())
+    z = conv(x)
+    gate = layers["fc2"](layers["fc1"](z.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    torch.testing.assert_close(squeeze(z), gate * z)
+
+
+def test_the_first_context_may_be_given():
+    module = trained("hops_sum", torch.float32).module
+    x, states = torch.randn(2, 3, 5), torch.randn(2, 6, 4)
+    torch.testing.assert_close(module(x, states), module(x, states, states[:, -1]))
+    assert not torch.equal(module(x, states), module(x, states, states[:, 0]))
+
+
 def call(make, *shapes):
     return lambda: make()(*map(torch.randn, shapes))
 
@@ -391,6 +521,30 @@ ERRORS = {
     "index": (
         lambda: ConditionalInstanceNorm(7, 3)(torch.randn(2, 3, 5), torch.zeros(2, 1, dtype=torch.int64)),
         r"ConditionalInstanceNorm: style: expected shape \(B,\) or \(\), got \(2, 1\)",
+    ),
+    "channels_of_x": (
+        call(lambda: SqueezeExcite(6), (2, 5, 3)),
+        r"SqueezeExcite: x: expected shape \(B, 6, ...\)",
+    ),
+    "mask": (lambda: GatedConditionalConv2d(3, 2, 3, mask="C"), "mask: expected None, 'A' or 'B', got 'C'"),
+    "even": (lambda: GatedConditionalConv2d(3, 2, (3, 2), mask="A"), r"kernel_size: expected odd .*\(3, 2\)"),
+    "unconditional": (
+        call(lambda: GatedConditionalConv2d(3, 2, 3), (2, 3, 5, 5), (2, 4)),
+        "condition: expected None without condition_dim, got a Tensor",
+    ),
+    "gated": (
+        call(lambda: GatedConditionalConv2d(3, 2, 3, 4), (2, 3, 5, 5), (2, 5)),
+        r"condition: expected shape \(B, 4\) or \(B, 4, H, W\), got \(2, 5\)",
+    ),
+    "block": (
+        call(lambda: FiLMResBlock(4, 3), (2, 3, 5, 5), (2, 5)),
+        r"ConditionalBatchNorm: condition: expected shape \(B, 4\), got \(2, 5\)",
+    ),
+    "fusing": (lambda: MultiHopFiLM(4, [FiLM(4, 3)], fusing="dot"), "fusing: expected one of .*got 'dot'"),
+    "blocks": (lambda: MultiHopFiLM(4, []), "blocks: expected one or more, got none"),
+    "states": (
+        call(lambda: MultiHopFiLM(4, [FiLM(4, 3)]), (2, 3, 5), (2, 6, 5)),
+        r"MultiHopFiLM: states: expected shape \(B, T, 4\), got \(2, 6, 5\)",
     ),
     "batch_norm": (
         call(lambda: ConditionalBatchNorm(4, 3), (2, 3, 5), (2, 3)),

@@ -13,13 +13,16 @@ from fusedattn._dispatch import check_backend, not_scriptable
 from fusedattn.ops.film import film
 
 # What extra_repr shows of a module that has it.
-_SHOWN = ("num_channels", "num_styles", "channel_dim", "gamma_offset", "eps", "momentum", "activation")
+_SHOWN = (
+    *("num_channels", "num_features", "num_styles", "channel_dim", "gamma_offset", "eps", "momentum"),
+    *("coordinates", "fusing", "feedback", "activation"),
+)
 
 
 @torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
-def _check(caller: str, condition: Tensor, width: int) -> None:
-    if condition.shape[-1:] != (width,):
-        raise ValueError(f"{caller}: condition: expected shape (B, {width}), got {tuple(condition.shape)}")
+def _check(caller: str, argument: str, t: Tensor, lead: str, width: int) -> None:
+    if t.shape[-1:] != (width,):
+        raise ValueError(f"{caller}: {argument}: expected shape ({lead}, {width}), got {tuple(t.shape)}")
 
 
 def check_activation(caller: str, argument: str, name: str | None) -> None:
@@ -75,9 +78,9 @@ class Conditioned(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHOWN if hasattr(self, name))
 
-    def check_condition(self, condition: Tensor, width: int) -> None:
-        """Raises unless the condition is (..., width)."""
-        _check(type(self).__name__, condition, width)
+    def check_condition(self, t: Tensor, width: int, *, argument: str = "condition", lead: str = "B") -> None:
+        """Raises unless a condition, or what stands for one, is (..., width)."""
+        _check(type(self).__name__, argument, t, lead, width)
 
 
 class PerChannel(Conditioned):
