@@ -3,6 +3,8 @@
 import copy
 import inspect
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from fusedattn import (
     MultiHopFiLM,
     SqueezeExcite,
 )
+from fusedattn.modules.conditioning import Conditioned
 
 pytestmark = pytest.mark.filterwarnings("ignore:fusedattn. no kernel of .* can run:UserWarning")
 
@@ -269,7 +272,15 @@ CASES = {
         batch_norm,
     ),
 }
-EVERY = pytest.mark.parametrize("name", CASES)
+convolves = not_on_the_standin("has no convolutions")
+CONVOLVE = ("concat", "res_block", "res_block_without_coordinates", "gated", "gated_masked")
+
+
+def named(cases, convolve):
+    return [pytest.param(name, marks=[convolves] if name in convolve else []) for name in cases]
+
+
+EVERY = pytest.mark.parametrize("name", named(CASES, CONVOLVE))
 
 
 def inputs_of(name, dtype=torch.float64):
@@ -454,6 +465,7 @@ def test_starts_as_a_linear_layer_does():
     assert torch.equal(gate.weight, torch.nn.Linear(4, 3).weight)
 
 
+@convolves
 def test_a_mask_hides_what_comes_later():
     x = torch.randn(1, 3, 5, 5)
     changed = x.flatten(2).clone()
@@ -468,6 +480,7 @@ def test_a_mask_hides_what_comes_later():
         torch.testing.assert_close(module(x).flatten(2), y)
 
 
+@convolves
 def test_weights_of_the_layers_that_modules_stand_for():
     conv = nn.Conv2d(3, 4, 3, padding=1)
     module = GatedConditionalConv2d(3, 2, 3)
@@ -489,6 +502,16 @@ def test_the_first_context_may_be_given():
     x, states = torch.randn(2, 3, 5), torch.randn(2, 6, 4)
     torch.testing.assert_close(module(x, states), module(x, states, states[:, -1]))
     assert not torch.equal(module(x, states), module(x, states, states[:, 0]))
+
+
+def test_the_documentation_lists_every_module():
+    text = (Path(__file__).parents[1] / "docs" / "conditioning.md").read_text()
+    listed = set(re.findall(r"`(\w+)\(", text.partition("## Where 1")[0]))
+    assert all(hasattr(fusedattn, name) for name in listed)
+    conditioned = {
+        name for name, x in vars(fusedattn).items() if isinstance(x, type) and issubclass(x, Conditioned)
+    }
+    assert conditioned == {name for name in listed if name[0].isupper()}
 
 
 def call(make, *shapes):
@@ -555,7 +578,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("case", named(ERRORS, ("unconditional", "gated", "block")))
 def test_errors(case):
     make, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):

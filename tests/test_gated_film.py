@@ -120,17 +120,25 @@ def test_a_wider_condition_is_not_rounded():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
-        ({"x": torch.ones(2, 3, 4)}, ValueError, r"x: expected an even number of channels .*\(2, 3, 4\)"),
-        ({"x": torch.ones(2, 4).long()}, ValueError, "x: expected a floating-point dtype, got torch.int64"),
-        ({"condition": torch.ones(2, 2)}, ValueError, r"condition: expected shape .*\(2, 4\).*, got \(2, 2\)"),
-        ({"condition": torch.ones(2, 4).double()}, ValueError, "condition: expected dtype torch.float32"),
-        ({"condition": 1.0}, TypeError, "condition: expected a Tensor"),
-        ({"channel_dim": 0}, ValueError, "channel_dim: expected a dimension of x other than the batch's"),
+        (lambda: {"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
+        (lambda: {"x": torch.ones(2, 3, 4)}, ValueError, r"x: expected an even number of channels .*\(2, 3, 4\)"),
+        (
+            lambda: {"x": torch.ones(2, 4).long()},
+            ValueError,
+            "x: expected a floating-point dtype, got torch.int64",
+        ),
+        (
+            lambda: {"condition": torch.ones(2, 2)},
+            ValueError,
+            r"condition: expected shape .*\(2, 4\).*, got \(2, 2\)",
+        ),
+        (lambda: {"condition": torch.ones(2, 4).double()}, ValueError, "condition: expected dtype torch.float32"),
+        (lambda: {"condition": 1.0}, TypeError, "condition: expected a Tensor"),
+        (lambda: {"channel_dim": 0}, ValueError, "channel_dim: expected a dimension of x other than the batch's"),
     ],
 )
 def test_errors(function, changes, error, message):
-    arguments = {"x": torch.ones(2, 4, 3), "condition": torch.ones(2, 4)} | changes
+    arguments = {"x": torch.ones(2, 4, 3), "condition": torch.ones(2, 4)} | changes()
     with pytest.raises(error, match=f"gated_film: {message}"):
         function(**arguments)
 
