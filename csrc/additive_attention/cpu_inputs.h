@@ -17,6 +17,7 @@
 #include "common/parallel.h"
 #include "cpu_kernel.h"
 #include "formula.h"
+#include "sizes.h"
 
 namespace fusedattn {
 namespace {
@@ -164,7 +165,7 @@ struct Inputs {
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     p.B = query.size(0), p.H = flat ? 1 : query.size(1), p.Tq = query.size(-2), p.D = query.size(-1);
     p.Tk = key.size(-2), p.Dv = value.size(-1);
-    check_sizes();
+    check_sizes(p.B, p.H, p.Tq, p.Tk, p.D, p.Dv);
     check_shape(key, "key", shape({p.Tk, p.D}));
     check_shape(value, "value", shape({p.Tk, p.Dv}));
     check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
@@ -266,18 +267,6 @@ struct Inputs {
         for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j * step];
       if (i % 16 == 15 && std::find(of_keys, of_keys + p.Tk, false) == of_keys + p.Tk) return;
     }
-  }
-
-  // An expanded tensor may have any size: what is computed from these must stay below 2^63.
-  void check_sizes() const {
-    int64_t work = 1;
-    bool fits = true;
-    for (int64_t size : {p.B, p.H, p.Tq, p.Tk, std::max(p.D, p.Dv)})
-      fits = fits && !__builtin_mul_overflow(work, std::max<int64_t>(size, 1), &work);
-    STD_TORCH_CHECK(fits && work < int64_t{1} << 56,
-                    "additive_attention: query, key and value: expected sizes with "
-                    "B H Tq Tk max(D, Dv) below 2^56, got B = ",
-                    p.B, ", H = ", p.H, ", Tq = ", p.Tq, ", Tk = ", p.Tk, ", D = ", p.D, ", Dv = ", p.Dv);
   }
 
   // (B, H, ...), or (B, ...) without heads.

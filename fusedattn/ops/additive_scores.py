@@ -4,8 +4,8 @@ Mathematics, for every batch element and head (i query, j key, d score channel):
 
     e_ij = scale * sum_d w_d tanh(q_id + k_jd)         then softcap: C tanh(e_ij / C)
 
-What is only (Tq, Tk) large composes in PyTorch at a few percent of the cost: other normalisers, coverage, biases of
-all kinds are a few lines over these scores. Forward and backward are those of additive attention
+What is only (Tq, Tk) large composes in PyTorch at a few percent of the cost: other normalisers, coverage, biases
+of all kinds are a few lines over these scores. Forward and backward are those of additive attention
 (``fusedattn/ops/additive_attention.py``), with g_ij the gradient of e_ij, through cap and scale.
 
 Symbols: B batch, H heads, Tq / Tk query / key length, D score width. Kernels: ``csrc/additive_attention/``,
@@ -100,9 +100,9 @@ def additive_scores(
 ) -> Tensor:
     """Scores of additive attention, ``scale * tanh(query + key) @ weight`` for all pairs, fused.
 
-    The primitive under :func:`fusedattn.additive_attention`, for what that does not have: softmax, mask and product
-    with the values are left to the caller. After Bahdanau, Cho and Bengio 2015 (arXiv:1409.0473). Shapes: B batch,
-    H heads (or none), Tq / Tk query / key length, D score width.
+    The primitive under :func:`fusedattn.additive_attention`, for what that does not have: softmax, mask and
+    product with the values are left to the caller. After Bahdanau, Cho and Bengio 2015 (arXiv:1409.0473).
+    Shapes: B batch, H heads (or none), Tq / Tk query / key length, D score width.
 
     Args:
         query: (B, Tq, D) or (B, H, Tq, D), already projected; float32, float64, float16 or bfloat16. Inner
@@ -119,7 +119,7 @@ def additive_scores(
         scores (B, [H,] Tq, Tk), in the dtype of query. Backward does not read them: they may be written in place,
         as by ``scores.masked_fill_(...)``. It computes the gradients that are asked for alone.
 
-    Every key is seen here: one that is masked afterwards must not hold NaN, whose gradient would be NaN times zero.
+    Every key is seen here: one that is masked afterwards must not hold NaN, whose gradient would be NaN times 0.
 
     Under autocast the inputs are cast to its dtype, except float64 ones. Second derivatives and forward-mode ones
     are computed through the reference formula, which builds the (B, H, Tq, Tk, D) tensor.
@@ -144,4 +144,3 @@ def additive_scores(
     )
     options = Options(scale, 0.0 if softcap is None or softcap == math.inf else softcap)
     return SCORES(backend, (query, key, weight), options)
-

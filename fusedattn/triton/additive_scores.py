@@ -1,7 +1,7 @@
 """The scores of additive attention alone, in Triton: the kernels are attention's (``additive_attention.py``).
 
-Backward is given what attention's first kernel computes, g_ij, but for cap and scale, which are (Tq, Tk) large: they
-and the padded transposes that the kernels read are PyTorch's own.
+Backward is given what attention's first kernel computes, g_ij, but for cap and scale, which are (Tq, Tk) large:
+they and the padded transposes that the kernels read are PyTorch's own.
 """
 
 import torch
