@@ -225,14 +225,6 @@ struct Problem {
   }
 };
 
-// residual or grad_output with the strides of x.
-Tensor like(const Layout& in, const Tensor& t, const char* name) {
-  bool same = t.scalar_type() == in.x.scalar_type() && t.dim() == in.x.dim();
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == in.x.size(d);
-  STD_TORCH_CHECK(same, "film: ", name, ": expected shape and dtype of x");
-  return in.like(t);
-}
-
 template <typename T>
 Tensor forward(const Layout& in, StorageType type, const FilmParameters& parameters,
                const OptionalTensor& residual, const FilmOptions& options) {
@@ -243,7 +235,7 @@ Tensor forward(const Layout& in, StorageType type, const FilmParameters& paramet
   const Cut cut(walk, {}, columns, std::max<int64_t>(1, PIECE / columns), p.cheap());
   Tensor y = empty_like(in);
   OptionalTensor addend;
-  if (residual) addend = like(in, *residual, "residual");
+  if (residual) addend = in.like(*residual, "residual");
   const char* r = addend ? static_cast<const char*>(addend->const_data_ptr()) : nullptr;
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const bool streamed = p.streams(y), needs_room = p.gamma.needs_room() || p.beta.needs_room();
@@ -476,7 +468,7 @@ Gradients backward(const Tensor& grad_output, const Layout& in, StorageType type
   needs_room |= p.gamma.needs_room() || p.beta.needs_room() || (drops_gamma && p.gamma.is_vector) ||
                 (drops_beta && p.beta.is_vector);
 
-  const Tensor grad = like(in, grad_output, "grad_output");
+  const Tensor grad = in.like(grad_output, "grad_output");
   Tensor dx = asked[0] ? empty_like(in) : empty({0}, in.x.scalar_type());
   const char* dy = static_cast<const char*>(grad.const_data_ptr());
   char* out = static_cast<char*>(dx.mutable_data_ptr());

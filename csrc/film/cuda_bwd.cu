@@ -32,8 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> film_bwd(const Tensor& grad_o
   }
   const FilmInputs in(x, gamma, beta, options);
   in.device.require(grad_output, "film", "grad_output");
-  STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(), "film: grad_output: expected the dtype of x");
-  const Tensor dy = in.layout.like(grad_output);
+  const Tensor dy = in.layout.like(grad_output, "grad_output");
   Tensor dx = torch::stable::empty_like(in.layout.x);
   gpu::with_storage(x.scalar_type(), "film: x", [&](auto storage) {
     using S = decltype(storage);

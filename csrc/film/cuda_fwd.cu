@@ -16,7 +16,7 @@ Tensor film_fwd(const Tensor& x, const OptionalTensor& gamma, const OptionalTens
   const FilmInputs in(x, gamma, beta, options);
   in.device.require(residual, "film", "residual");
   OptionalTensor addend;
-  if (residual) addend = in.layout.like(*residual);
+  if (residual) addend = in.layout.like(*residual, "residual");
   Tensor y = torch::stable::empty_like(in.layout.x);
   gpu::with_storage(x.scalar_type(), "film: x", [&](auto storage) {
     using S = decltype(storage);
