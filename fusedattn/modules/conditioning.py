@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fusedattn._conditioning import ACTIVATIONS
-from fusedattn._dispatch import check_backend, not_scriptable
+from fusedattn._dispatch import beside, check_backend, not_scriptable
 from fusedattn.ops.film import film
+
+# torch.fx.symbolic_trace cannot follow what depends on sizes or dtypes: it records calls of what is wrapped.
+torch.fx.wrap("beside")
 
 # What extra_repr shows of a module that has it.
 _SHOWN = (
@@ -19,7 +22,7 @@ _SHOWN = (
 )
 
 
-@torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
+@torch.fx.wrap
 def _check(caller: str, argument: str, t: Tensor, lead: str, width: int) -> None:
     if t.shape[-1:] != (width,):
         raise ValueError(f"{caller}: {argument}: expected shape ({lead}, {width}), got {tuple(t.shape)}")
@@ -108,9 +111,9 @@ class PerChannel(Conditioned):
         raise NotImplementedError
 
     def of_condition(self, condition: Tensor, x: Tensor) -> Tensor:
-        """What the linear layer makes, in the dtype of x."""
+        """What the linear layer makes, in the dtype of x, or float32 beside half precision."""
         self.check_condition(condition, self.condition_dim)
-        return self.conditioner(condition).to(x.dtype)
+        return beside(x, self.conditioner(condition))
 
     def film(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None) -> Tensor:
         return film(
