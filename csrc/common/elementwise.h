@@ -77,7 +77,8 @@ FUSEDATTN_INLINE void with_storage(StorageType type, const Body& body) {
 
 // n numbers of a storage type, `step` elements apart, into the type of the arithmetic; added to what is there or
 // not.
-static void widen(StorageType type, int64_t n, int64_t step, const void* from, void* to, bool added) {
+[[maybe_unused]] static void widen(StorageType type, int64_t n, int64_t step, const void* from, void* to,
+                                   bool added) {
   with_storage(type, [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -96,7 +97,7 @@ static void widen(StorageType type, int64_t n, int64_t step, const void* from, v
 }
 
 // And back, into neighbouring elements.
-static void narrow(StorageType type, int64_t n, const void* from, void* to) {
+[[maybe_unused]] static void narrow(StorageType type, int64_t n, const void* from, void* to) {
   with_storage(type, [&](auto storage) {
     using S = decltype(storage);
     FUSEDATTN_LEVEL::narrow(n, static_cast<const Arithmetic<S>*>(from), static_cast<S*>(to));
