@@ -125,14 +125,14 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
     for (int c = 0; c < KEYS; ++c) {
       prefetch(key + c * keys.stride + d, KEYS * keys.stride * static_cast<int64_t>(sizeof(K)));
       k[c] = get(row[c] + d, n);
-      bound = max(abs(k[c]), bound);
+      bound = max_abs(k[c], bound);
     }
     if (!exponentials && any(bound > m.limit)) {
       for (int64_t i = 0; i < chunk.queries; ++i)
         store(m.raw_query + i * W, get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
       backward_column<true, KEYS>(m.raw_query, k, m.g + j, p.Tk, 0, chunk.queries, m.dq + column, sum, dwd);
     } else {
-      for (int c = 0; c < KEYS && !exponentials; ++c) k[c] = exp_unclamped<2>(k[c]);
+      for (int c = 0; c < KEYS && !exponentials; ++c) k[c] = exp_unclamped<2, true>(k[c]);
       backward_column<false, KEYS>(m.q + column, k, m.g + j, p.Tk, 0, chunk.queries, m.dq + column, sum, dwd);
     }
     store(m.dw + d, load(m.dw + d) + dwd);
@@ -233,7 +233,7 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
   Vec<T> bound{}, key_bound{};
   for (int64_t i = 0; i < chunk.queries; ++i) {
     const Vec<T> v = get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n);
-    bound = max(abs(v), bound);
+    bound = max_abs(v, bound);
     store(q + i * W, v);
     store(dq + i * W, Vec<T>{});
   }
@@ -242,14 +242,14 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
     const S* x = p.key.row(at.b, at.h, first_key + j) + d;
     const Vec<T> v = seen == nullptr || seen[first_key + j] ? get(x, n) : Vec<T>{};
     __builtin_prefetch(x + W);  // the next strip's; rows lie too far apart for the hardware to see it
-    key_bound = max(abs(v), key_bound);
+    key_bound = max_abs(v, key_bound);
     store(k + j * W, v);
   }
   const T limit = ScoreRange<T>::PAIR;
   const bool sum_form = !(horizontal_max<T>(bound) + horizontal_max<T>(key_bound) <= limit);
   if (!sum_form) {
-    for (int64_t i = 0; i < chunk.queries; ++i) store(q + i * W, exp_unclamped<2>(load(q + i * W)));
-    for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_unclamped<2>(load(k + j * W)));
+    for (int64_t i = 0; i < chunk.queries; ++i) store(q + i * W, exp_unclamped<2, true>(load(q + i * W)));
+    for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_unclamped<2, true>(load(k + j * W)));
   }
 
   Strip<T> strip{chunk.queries,

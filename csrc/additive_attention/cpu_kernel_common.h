@@ -141,7 +141,7 @@ FUSEDATTN_INLINE void write_row(const GradientRows<S>& to, int64_t at, const T* 
 template <typename T>
 FUSEDATTN_INLINE Vec<T> denominator_of_sum(Vec<T> q, Vec<T> k, T limit) {
   // From below, where 1 + exp(2x) is 1 to rounding, the limit keeps exp_unclamped in its range.
-  return exp_unclamped<2>(max(splat(-2 * limit), min(splat(limit), q + k))) + 1;
+  return exp_unclamped<2, true>(max(splat(-2 * limit), min(splat(limit), q + k))) + 1;
 }
 
 // Pairs of rows are walked in tiles of Tile::QUERIES x TILE_KEYS, or a half or quarter of that, whose sums over d

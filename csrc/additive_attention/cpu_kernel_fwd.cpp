@@ -19,7 +19,7 @@ template <typename T>
 constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
 
 // y = exp(2x), zeros up to whole vectors; returns max |x|. Beyond ScoreRange::PAIR y is anything, and not used.
-template <typename S, typename T = Arithmetic<S>>
+template <bool PAIRED = true, typename S, typename T = Arithmetic<S>>
 FUSEDATTN_INLINE T exp2x_padded(const S* x, int64_t n, T* y) {
   constexpr int W = LANES<T>;
   Vec<T> bound{};
@@ -27,14 +27,14 @@ FUSEDATTN_INLINE T exp2x_padded(const S* x, int64_t n, T* y) {
   for (; d + W <= n; d += W) {
     const Vec<T> v = load(x + d);
     prefetch(x + d);
-    bound = max(abs(v), bound);
-    store(y + d, exp_unclamped<2>(v));
+    bound = max_abs(v, bound);
+    store(y + d, exp_unclamped<2, PAIRED>(v));
   }
   if (d < n) {
     const Vec<T> v = load_partial(x + d, n - d);
-    bound = max(abs(v), bound);
+    bound = max_abs(v, bound);
     store(y + d, Vec<T>{});
-    store_partial(y + d, exp_unclamped<2>(v), n - d);
+    store_partial(y + d, exp_unclamped<2, PAIRED>(v), n - d);
   }
   return horizontal_max<T>(bound);
 }
@@ -110,11 +110,13 @@ struct ScoreTile {
   }
 };
 
-template <typename S>
+template <typename S, typename T = Arithmetic<S>>
 void prepare_query(const AttentionProblem<S>& p, const Chunk& chunk, int64_t row) {
   const Place at = place_of(p, chunk, row / chunk.queries);
   const S* q = p.query.row(at.b, at.h, chunk.first_query + row % chunk.queries);
-  p.query_bound[row] = exp2x_padded(q, p.D, p.query_exp + row * p.D_padded);
+  T* exps = p.query_exp + row * p.D_padded;
+  // Exponentials of keys that were made ahead are not rounded as ours are.
+  p.query_bound[row] = p.key_exp == nullptr ? exp2x_padded(q, p.D, exps) : exp2x_padded<false>(q, p.D, exps);
 }
 
 // Rows of scores from sums over d: scaled, capped, masked. `keys` of them are visible, the block has `width`.
@@ -141,20 +143,20 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<S>& p, const Place& a
   }
 }
 
-// sums[j] over d of w r for one query and KEYS keys j that are not exponentials yet; returns max |k|. Beyond
-// ScoreRange::QUAD the sums are anything.
+// sums[j] over d of w r for one query and KEYS keys j that are not exponentials yet; `bound` grows to max |k|.
+// Beyond ScoreRange::QUAD the sums are anything.
 template <int KEYS, typename S, typename T = Arithmetic<S>>
-FUSEDATTN_INLINE T one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, const T* w, int64_t D,
-                                  T* sums) {
+FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, const T* w,
+                                     int64_t D, T* sums, Vec<T>& bound) {
   constexpr int W = LANES<T>;
-  Vec<T> acc[KEYS] = {}, bound{};
+  Vec<T> acc[KEYS] = {};
   const S* key[KEYS];
   for (int j = 0; j < KEYS; ++j) key[j] = k + index[j] * k_row;
   const auto denominator = [&](int j, int64_t d, int64_t n) {
     prefetch(key[KEYS - 1] + d, (1 + j) * k_row * static_cast<int64_t>(sizeof(S)));
-    const Vec<T> kd = n < W ? load_partial(key[j] + d, n) : load(key[j] + d);
-    bound = max(abs(kd), bound);
-    return load(q + d) * exp_unclamped<2>(kd) + 1;
+    const Vec<T> kd = get(key[j] + d, n);
+    bound = max_abs(kd, bound);
+    return load(q + d) * exp_unclamped<2, true>(kd) + 1;
   };
   int64_t d = 0;
   for (; d + 4 * W <= D; d += 4 * W)
@@ -164,21 +166,21 @@ FUSEDATTN_INLINE T one_query_tile(const T* q, const S* k, int64_t k_row, const i
       acc[j] += sum_of_four_quotients<T>(wd, t);
     }
   for (; d < D; d += W)
-    for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, D - d));
-  for (int j = 0; j < KEYS; ++j) sums[index[j]] = horizontal_sum<T>(acc[j]);
-  return horizontal_max<T>(bound);
+    for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, lower(W, D - d)));
+  T folded[KEYS];
+  fold_lanes(acc, folded);
+  for (int j = 0; j < KEYS; ++j) sums[index[j]] = folded[j];
 }
 
 template <typename S, typename T = Arithmetic<S>>
 __attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, const SeenKeys& keys, const T* w,
                                       int64_t D, T* sums) {
-  T bound = 0;
-  const auto include = [&](T tile) { bound = tile > bound ? tile : bound; };
+  Vec<T> bound{};
   int64_t n = 0;
   for (; n + 1 < keys.count; n += TILE_KEYS)  // the last key again costs less than single ones
-    include(one_query_tile<TILE_KEYS>(q, k, k_row, keys.index + n, w, D, sums));
-  for (; n < keys.count; ++n) include(one_query_tile<1>(q, k, k_row, keys.index + n, w, D, sums));
-  return bound;
+    one_query_tile<TILE_KEYS>(q, k, k_row, keys.index + n, w, D, sums, bound);
+  for (; n < keys.count; ++n) one_query_tile<1>(q, k, k_row, keys.index + n, w, D, sums, bound);
+  return horizontal_max<T>(bound);
 }
 
 template <typename S, typename T = Arithmetic<S>>

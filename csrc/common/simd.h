@@ -183,6 +183,17 @@ FUSEDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> 
 FUSEDATTN_INLINE Vec<float> abs(Vec<float> a) { return (Vec<float>)((IntVec<float>)a & 0x7FFFFFFF); }
 FUSEDATTN_INLINE Vec<double> abs(Vec<double> a) { return (Vec<double>)((IntVec<double>)a & 0x7FFFFFFFFFFFFFFF); }
 
+// The larger of |a| and a bound that is no NaN; a NaN in a is skipped.
+FUSEDATTN_INLINE Vec<float> max_abs(Vec<float> a, Vec<float> bound) {
+#if defined(__AVX512F__)
+  constexpr int MAGNITUDE = 0b1011;  // the larger magnitude, without its sign
+  return _mm512_range_ps(a, bound, MAGNITUDE);
+#else
+  return max(abs(a), bound);
+#endif
+}
+FUSEDATTN_INLINE Vec<double> max_abs(Vec<double> a, Vec<double> bound) { return max(abs(a), bound); }
+
 // Whether a comparison holds in any lane. Compilers differ in the type of integer that comparing doubles gives.
 template <typename V>
 FUSEDATTN_INLINE bool any(V v) {
@@ -233,43 +244,60 @@ FUSEDATTN_INLINE Vec<float> reciprocal(Vec<float> x) {
 
 FUSEDATTN_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
-// exp(FACTOR x) for FACTOR 1 or 2 to 2 ulp. Any number may come out where |FACTOR x| > 87. NaN stays NaN.
+// exp(FACTOR x) for FACTOR 1 or 2 to 2 ulp. Any number may come out where |FACTOR x| > 87. NaN stays NaN. A FACTOR
+// of exp(2q) and exp(2k) whose product is to be PAIRED may take log2 e rounded: x is then off by a fifth of its
+// own rounding, and q + k by that of the sum, also where they cancel.
+#if defined(__AVX2__)
+// With n = round(POWERS FACTOR x log2 e) and |f| <= 1/2 this is 2^(n / POWERS) 2^(f / POWERS): the fractional
+// powers of two are chosen from registers, and a short polynomial (Chebyshev fit of (2^(f / POWERS) - 1) / f,
+// error 5e-8 with 32 of them, 1e-8 with 8) does for the rest. Three to five multiply-type operations fewer than
+// with the whole of 2^f as a polynomial.
+constexpr int POWERS = VECTOR_BYTES == 64 ? 32 : 8;
+
+// Bits of 2^(j / POWERS), j the last bits of n, less those of j where n belongs: adding n there puts n / POWERS
+// into the exponent and takes away the rest, j.
+FUSEDATTN_INLINE IntVec<float> fractional_power(IntVec<float> n) {
 #if defined(__AVX512F__)
-// With n = round(16 FACTOR x log2 e) and |f| <= 1/2 this is 2^(n/16) 2^(f/16): the 16 fractional powers of two
-// fill one register, and a quadratic (Chebyshev fit of (2^(f/16) - 1) / f, error 2e-9) does for the rest.
-// Four multiply-type operations fewer than with the whole of 2^f as a polynomial.
-template <int FACTOR = 1>
+  const IntVec<float> low = {0x3F800000, 0x3F7ECD87, 0x3F7DAAC3, 0x3F7C980F, 0x3F7B95C2, 0x3F7AA43A,
+                             0x3F79C3D3, 0x3F78F4F0, 0x3F7837F0, 0x3F778D3A, 0x3F76F532, 0x3F767043,
+                             0x3F75FED7, 0x3F75A15B, 0x3F75583F, 0x3F7523F6};
+  const IntVec<float> high = {0x3F7504F3, 0x3F74FBAF, 0x3F7508A4, 0x3F752C4D, 0x3F75672A, 0x3F75B9BE,
+                              0x3F76248C, 0x3F76A81E, 0x3F7744FD, 0x3F77FBB8, 0x3F78CCDF, 0x3F79B907,
+                              0x3F7AC0C7, 0x3F7BE4BA, 0x3F7D257D, 0x3F7E83B3};
+  return (IntVec<float>)_mm512_permutex2var_epi32((__m512i)low, (__m512i)n, (__m512i)high);
+#else
+  const IntVec<float> powers = {0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7,
+                                0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7};
+  return (IntVec<float>)_mm256_permutevar8x32_epi32((__m256i)powers, (__m256i)n);
+#endif
+}
+
+template <int FACTOR = 1, bool PAIRED = false>
 FUSEDATTN_INLINE Vec<float> exp_unclamped(Vec<float> x) {
   const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
-  // Bits of 2^(j/16), less j << 19: adding n << 19 puts n / 16 into the exponent and takes away the rest, j.
-  const IntVec<float> power = {0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532,
-                               0x3F75FED7, 0x3F75583F, 0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C,
-                               0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D};
-  const Vec<float> shifted = x * (FACTOR * 16 * 1.44269502f) + ROUND;
+  const Vec<float> log2e = splat(FACTOR * POWERS * 1.44269502f);
+  const Vec<float> shifted = multiply_add(x, log2e, splat(ROUND));
   const Vec<float> n = shifted - ROUND;
-  const Vec<float> whole = multiply_add(x, splat(FACTOR * 16 * 1.44269502f), -n);  // log2 e in two parts
-  const Vec<float> f = x * (FACTOR * 16 * 1.92596299e-8f) + whole;
-  const IntVec<float> bits = (IntVec<float>)shifted;  // those of ROUND are shifted out
-  const IntVec<float> chosen = (IntVec<float>)_mm512_permutexvar_epi32((__m512i)bits, (__m512i)power);
-  const Vec<float> scaled = (Vec<float>)(chosen + (bits << 19));
-  Vec<float> p = f * 1.355112568e-5f + 9.384123109e-4f;
-  p = p * f + 4.332169878e-2f;
+  Vec<float> f = multiply_add(x, log2e, -n);
+  if constexpr (!PAIRED) f = x * (FACTOR * POWERS * 1.92596299e-8f) + f;  // log2 e in two parts
+  const IntVec<float> bits = (IntVec<float>)shifted;                      // those of ROUND are shifted out
+  const Vec<float> scaled = (Vec<float>)(fractional_power(bits) + (bits << (POWERS == 32 ? 18 : 20)));
+  Vec<float> p;
+  if constexpr (POWERS == 32)
+    p = f * 2.345961984e-04f + 2.166116610e-02f;
+  else
+    p = (f * 1.084208488e-04f + 3.754025558e-03f) * f + 8.664339781e-02f;
   return multiply_add(p * f, scaled, scaled);
 }
 #else
 // With n = round(FACTOR x log2 e) and |f| <= 1/2 this is 2^n 2^f, the second by a polynomial (Chebyshev fit of
 // (2^f - 1) / f, error 5e-9).
-template <int FACTOR = 1>
+template <int FACTOR = 1, bool PAIRED = false>
 FUSEDATTN_INLINE Vec<float> exp_unclamped(Vec<float> x) {
-  const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+  const float ROUND = 12582912.0f;  // as above
   const Vec<float> shifted = x * (FACTOR * 1.44269502f) + ROUND;
   const Vec<float> n = shifted - ROUND;
-#if defined(__FMA__)
-  const Vec<float> whole = multiply_add(x, splat(FACTOR * 1.44269502f), -n);  // log2 e in two parts
-  const Vec<float> f = x * (FACTOR * 1.92596299e-8f) + whole;
-#else
   const Vec<float> f = ((x * float(FACTOR) - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269502f;
-#endif
   Vec<float> p = f * 1.546144746e-4f + 1.339086735e-3f;
   p = p * f + 9.618056670e-3f;
   p = p * f + 5.550357104e-2f;
@@ -281,7 +309,7 @@ FUSEDATTN_INLINE Vec<float> exp_unclamped(Vec<float> x) {
 #endif
 
 // As above in float64, for |FACTOR x| <= 708: Taylor polynomial of degree 13, truncation error 4e-18.
-template <int FACTOR = 1>
+template <int FACTOR = 1, bool PAIRED = false>
 FUSEDATTN_INLINE Vec<double> exp_unclamped(Vec<double> x) {
   x *= double(FACTOR);
   const double ROUND = 6755399441055744.0;  // 1.5 * 2^52
@@ -380,10 +408,33 @@ FUSEDATTN_INLINE void horizontal_sum4(const Vec<T>* acc, T* out) {
 // Half precision is stored in half a vector.
 typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2)));
 
+// By intrinsics: GCC 12 converts half a vector at a time.
+FUSEDATTN_INLINE IntVec<float> widened(Bits16 bits) {
+#if defined(__AVX512F__)
+  return (IntVec<float>)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (IntVec<float>)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, IntVec<float>);
+#endif
+}
+// Of numbers below 2^16.
+FUSEDATTN_INLINE Bits16 narrowed(IntVec<float> words) {
+#if defined(__AVX512F__)
+  return (Bits16)_mm512_cvtepi32_epi16((__m512i)words);
+#elif defined(__AVX2__)
+  constexpr int EVEN = 0b1000;  // quarters 0 and 2: packing keeps to halves
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, EVEN));
+#else
+  return __builtin_convertvector(words, Bits16);
+#endif
+}
+
 FUSEDATTN_INLINE Vec<float> load(const BFloat16* p) {
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
-  return (Vec<float>)(__builtin_convertvector(bits, IntVec<float>) << 16);
+  return (Vec<float>)(widened(bits) << 16);
 }
 
 FUSEDATTN_INLINE Vec<float> load(const Half* p) {
@@ -395,7 +446,7 @@ FUSEDATTN_INLINE Vec<float> load(const Half* p) {
   // Shift the 15 magnitude bits into place; multiplying by 2^112 rebiases the exponent, subnormals included.
   Bits16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
-  const IntVec<float> h = __builtin_convertvector(bits, IntVec<float>);
+  const IntVec<float> h = widened(bits);
   const IntVec<float> magnitude = h & 0x7FFF;
   const IntVec<float> finite = (IntVec<float>)((Vec<float>)(magnitude << 13) * 0x1p112f);
   const IntVec<float> special = (magnitude << 13) | 0x7F800000;
@@ -408,7 +459,7 @@ FUSEDATTN_INLINE Bits16 rounded(const BFloat16*, Vec<float> v) {
   typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
   const Words word = (Words)v;
   const Words nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v == v ? nearest : (word >> 16) | 0x40, Bits16);
+  return narrowed((IntVec<float>)(v == v ? nearest : (word >> 16) | 0x40));
 }
 FUSEDATTN_INLINE Bits16 rounded(const Half*, Vec<float> v) {
 #if defined(__AVX512F__)
@@ -425,7 +476,7 @@ FUSEDATTN_INLINE Bits16 rounded(const Half*, Vec<float> v) {
   IntVec<float> result = magnitude < (113 << 23) ? subnormal : normal;
   result = magnitude >= 0x477FF000 ? IntVec<float>{} + 0x7C00 : result;  // rounds past the largest half
   result = magnitude > 0x7F800000 ? IntVec<float>{} + 0x7E00 : result;
-  return __builtin_convertvector(result | sign, Bits16);
+  return narrowed(result | sign);
 #endif
 }
 
