@@ -151,9 +151,10 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
 template <bool exponentials, typename S, typename K, typename T = Arithmetic<S>>
 void backward_key_walk(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at, const Rowwise<T>& m,
                        Rows<K> keys, int64_t j, int64_t last_key, const GradientRows<S>& grad_key) {
-  for (; j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
+  // More keys at a time spare queries some of the reading, but are in each other's way in the first-level cache.
+  for (; chunk.queries > 1 && j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
     backward_key_rows<BACKWARD_KEYS, exponentials>(p, chunk, at, m, keys, j, grad_key);
-  for (; j + 2 <= last_key; j += 2) backward_key_rows<2, exponentials>(p, chunk, at, m, keys, j, grad_key);
+  for (; j + 4 <= last_key; j += 4) backward_key_rows<4, exponentials>(p, chunk, at, m, keys, j, grad_key);
   for (; j < last_key; ++j) backward_key_rows<1, exponentials>(p, chunk, at, m, keys, j, grad_key);
 }
 

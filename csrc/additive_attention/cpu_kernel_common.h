@@ -115,7 +115,8 @@ FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {
   put(out, x, n);
 }
 
-// n lanes of x to element `at` of a gradient. Half precision is streamed by write_row alone, in whole cache lines.
+// n lanes of x to element `at` of a gradient. Half precision is streamed two vectors at a time, in whole cache
+// lines.
 template <typename S, typename T = Arithmetic<S>>
 FUSEDATTN_INLINE void write(const GradientRows<S>& to, int64_t at, Vec<T> x, int64_t n) {
   if constexpr (!IS_NARROW<S>)
@@ -125,15 +126,22 @@ FUSEDATTN_INLINE void write(const GradientRows<S>& to, int64_t at, Vec<T> x, int
   put(to.rows + at, x, n);
 }
 
-// The same of n elements at x.
+// Two whole vectors.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void write(const GradientRows<S>& to, int64_t at, Vec<T> low, Vec<T> high) {
+  if constexpr (IS_NARROW<S>) {
+    if (to.streamed) return stream(to.rows + at, low, high);
+    if (!to.added && !to.unfinished) return store(to.rows + at, low, high);
+  }
+  write(to, at, low, LANES<T>);
+  write(to, at + LANES<T>, high, LANES<T>);
+}
+
+// n elements at x.
 template <typename S, typename T = Arithmetic<S>>
 FUSEDATTN_INLINE void write_row(const GradientRows<S>& to, int64_t at, const T* x, int64_t n) {
   constexpr int W = LANES<T>;
-  if constexpr (IS_NARROW<S>)
-    if (to.streamed) {
-      for (int64_t d = 0; d < n; d += 2 * W) stream(to.rows + at + d, load(x + d), load(x + d + W));
-      return;
-    }
+  for (; n >= 2 * W; n -= 2 * W, at += 2 * W, x += 2 * W) write(to, at, load(x), load(x + W));
   for (int64_t d = 0; d < n; d += W) write(to, at + d, get(x + d, lower(W, n - d)), lower(W, n - d));
 }
 

@@ -5,12 +5,11 @@ namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
 
-// A ROWS x (VECTORS lanes) block of the product, in registers; `ahead` bytes further on lies what comes next.
+// Adds a ROWS x (VECTORS lanes) block of the product, in registers; `ahead` bytes further on lies what comes next.
 template <int ROWS, int VECTORS, typename S, typename T = Arithmetic<S>>
-FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
-                                  int64_t b_row, T* out, int64_t out_row, Output output, int64_t ahead) {
+FUSEDATTN_INLINE void add_product(int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
+                                  int64_t b_row, int64_t ahead, Vec<T> (&acc)[ROWS][VECTORS]) {
   constexpr int W = LANES<T>;
-  Vec<T> acc[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> bk[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
@@ -22,6 +21,14 @@ FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t 
       for (int v = 0; v < VECTORS; ++v) acc[m][v] += s * bk[v];
     }
   }
+}
+
+template <int ROWS, int VECTORS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void matmul_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
+                                  int64_t b_row, T* out, int64_t out_row, Output output, int64_t ahead) {
+  constexpr int W = LANES<T>;
+  Vec<T> acc[ROWS][VECTORS] = {};
+  add_product(K, a, a_row, a_column, b, b_row, ahead, acc);
   for (int m = 0; m < ROWS; ++m)
     for (int v = 0; v < VECTORS; ++v) write<T>(out + m * out_row + v * W, acc[m][v], W, output);
 }
@@ -199,8 +206,19 @@ void grad_values(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head,
            grad_context, dc_row, nullptr, out, p.Dv, output);
   };
   if constexpr (IS_NARROW<S>) {
-    product(scratch, Output::WRITTEN);
-    for (int64_t c = 0; c < keys; ++c) write_row(grad_value, (first_key + c) * p.Dv, scratch + c * p.Dv, p.Dv);
+    constexpr int W = LANES<T>, ROWS = 4;
+    if (chunk.queries <= ROWWISE_QUERIES && keys % ROWS == 0 && p.Dv % (2 * W) == 0) {
+      const T* a = probabilities + head * chunk.queries * p.Tk + first_key;
+      for (int64_t c = 0; c < keys; c += ROWS)
+        for (int64_t d = 0; d < p.Dv; d += 2 * W) {
+          Vec<T> sums[ROWS][2] = {};
+          add_product(chunk.queries, a + c, 1, p.Tk, grad_context + d, dc_row, 0, sums);
+          for (int r = 0; r < ROWS; ++r) write(grad_value, (first_key + c + r) * p.Dv + d, sums[r][0], sums[r][1]);
+        }
+    } else {
+      product(scratch, Output::WRITTEN);
+      for (int64_t c = 0; c < keys; ++c) write_row(grad_value, (first_key + c) * p.Dv, scratch + c * p.Dv, p.Dv);
+    }
     stream_fence();
   } else {
     product(grad_value.rows + first_key * p.Dv, grad_value.streamed ? Output::STREAMED

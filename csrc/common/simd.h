@@ -454,12 +454,24 @@ FUSEDATTN_INLINE Vec<float> load(const Half* p) {
 #endif
 }
 
-// To nearest even; NaN stays NaN. The first argument tells the type.
+// To nearest even; NaN stays NaN. The upper halves are the result.
+FUSEDATTN_INLINE IntVec<float> rounded_to_bfloat16(Vec<float> v) {
+  const IntVec<float> word = (IntVec<float>)v, below_half = word + 0x7FFF;
+  constexpr int LAST_BIT = 0x10000, QUIET = 0x400000;
+#if defined(__AVX512F__)
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)word, _mm512_set1_epi32(LAST_BIT));
+  const __m512i nearest =
+      _mm512_mask_add_epi32((__m512i)below_half, odd, (__m512i)below_half, _mm512_set1_epi32(1));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return (IntVec<float>)_mm512_mask_or_epi32(nearest, nan, (__m512i)word, _mm512_set1_epi32(QUIET));
+#else
+  return v == v ? below_half + ((word & LAST_BIT) != 0 ? IntVec<float>{} + 1 : IntVec<float>{}) : word | QUIET;
+#endif
+}
+
+// The first argument tells the type.
 FUSEDATTN_INLINE Bits16 rounded(const BFloat16*, Vec<float> v) {
-  typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
-  const Words word = (Words)v;
-  const Words nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-  return narrowed((IntVec<float>)(v == v ? nearest : (word >> 16) | 0x40));
+  return narrowed((rounded_to_bfloat16(v) >> 16) & 0xFFFF);
 }
 FUSEDATTN_INLINE Bits16 rounded(const Half*, Vec<float> v) {
 #if defined(__AVX512F__)
@@ -489,17 +501,36 @@ FUSEDATTN_INLINE void store(Half* p, Vec<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// Two vectors that together fill a cache line.
+// Two vectors, which together fill a cache line.
+#if defined(__AVX512F__)
+FUSEDATTN_INLINE __m512i rounded(const BFloat16*, Vec<float> low, Vec<float> high) {
+  uint16_t odd __attribute__((vector_size(64)));
+  for (int l = 0; l < 32; ++l) odd[l] = 2 * l + 1;
+  return _mm512_permutex2var_epi16((__m512i)rounded_to_bfloat16(low), (__m512i)odd,
+                                   (__m512i)rounded_to_bfloat16(high));
+}
+FUSEDATTN_INLINE __m512i rounded(const Half* p, Vec<float> low, Vec<float> high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)rounded(p, low)), (__m256i)rounded(p, high), 1);
+}
+template <typename S>
+FUSEDATTN_INLINE void store(S* p, Vec<float> low, Vec<float> high) {
+  _mm512_storeu_si512((__m512i*)p, rounded(p, low, high));
+}
 template <typename S>
 FUSEDATTN_INLINE void stream(S* p, Vec<float> low, Vec<float> high) {
-#if defined(__AVX512F__)
-  const __m512i bits = _mm512_castsi256_si512((__m256i)rounded(p, low));
-  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(bits, (__m256i)rounded(p, high), 1));
+  _mm512_stream_si512((__m512i*)p, rounded(p, low, high));
+}
 #else
+template <typename S>
+FUSEDATTN_INLINE void store(S* p, Vec<float> low, Vec<float> high) {
   store(p, low);
   store(p + LANES<float>, high);
-#endif
 }
+template <typename S>
+FUSEDATTN_INLINE void stream(S* p, Vec<float> low, Vec<float> high) {
+  store(p, low, high);
+}
+#endif
 
 // Fewer than a vector of them.
 template <typename S>
