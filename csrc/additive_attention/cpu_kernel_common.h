@@ -115,6 +115,12 @@ FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {
   put(out, x, n);
 }
 
+// Whether this chunk of queries is all of the gradient.
+template <typename S>
+FUSEDATTN_INLINE bool is_whole(const GradientRows<S>& to) {
+  return !to.added && !to.unfinished;
+}
+
 // n lanes of x to element `at` of a gradient. Half precision is streamed two vectors at a time, in whole cache
 // lines.
 template <typename S, typename T = Arithmetic<S>>
@@ -126,23 +132,15 @@ FUSEDATTN_INLINE void write(const GradientRows<S>& to, int64_t at, Vec<T> x, int
   put(to.rows + at, x, n);
 }
 
-// Two whole vectors.
-template <typename S, typename T = Arithmetic<S>>
-FUSEDATTN_INLINE void write(const GradientRows<S>& to, int64_t at, Vec<T> low, Vec<T> high) {
-  if constexpr (IS_NARROW<S>) {
-    if (to.streamed) return stream(to.rows + at, low, high);
-    if (!to.added && !to.unfinished) return store(to.rows + at, low, high);
-  }
-  write(to, at, low, LANES<T>);
-  write(to, at + LANES<T>, high, LANES<T>);
-}
-
 // n elements at x.
 template <typename S, typename T = Arithmetic<S>>
 FUSEDATTN_INLINE void write_row(const GradientRows<S>& to, int64_t at, const T* x, int64_t n) {
   constexpr int W = LANES<T>;
-  for (; n >= 2 * W; n -= 2 * W, at += 2 * W, x += 2 * W) write(to, at, load(x), load(x + W));
-  for (int64_t d = 0; d < n; d += W) write(to, at + d, get(x + d, lower(W, n - d)), lower(W, n - d));
+  int64_t d = 0;
+  if constexpr (IS_NARROW<S>)
+    if (is_whole(to))
+      for (; d + 2 * W <= n; d += 2 * W) store(to.rows + at + d, load(x + d), load(x + d + W), to.streamed);
+  for (; d < n; d += W) write(to, at + d, get(x + d, lower(W, n - d)), lower(W, n - d));
 }
 
 // 1 + exp(2 min(q + k, limit))

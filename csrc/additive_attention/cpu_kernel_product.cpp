@@ -196,6 +196,13 @@ void grad_weights(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head
     dot(values);
 }
 
+// Row r of two vectors to out + r * stride. Not a loop: GCC 12 would keep the vectors in memory for it.
+template <int r = 0, int ROWS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void store_pairs(S* out, int64_t stride, const Vec<T> (&x)[ROWS][2], bool streamed) {
+  store(out + r * stride, x[r][0], x[r][1], streamed);
+  if constexpr (r + 1 < ROWS) store_pairs<r + 1>(out, stride, x, streamed);
+}
+
 template <typename S, typename T = Arithmetic<S>>
 void grad_values(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key,
                  const T* probabilities, const T* grad_context, int64_t dc_row, const GradientRows<S>& grad_value,
@@ -207,13 +214,13 @@ void grad_values(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head,
   };
   if constexpr (IS_NARROW<S>) {
     constexpr int W = LANES<T>, ROWS = 4;
-    if (chunk.queries <= ROWWISE_QUERIES && keys % ROWS == 0 && p.Dv % (2 * W) == 0) {
+    if (chunk.queries <= ROWWISE_QUERIES && is_whole(grad_value) && keys % ROWS == 0 && p.Dv % (2 * W) == 0) {
       const T* a = probabilities + head * chunk.queries * p.Tk + first_key;
       for (int64_t c = 0; c < keys; c += ROWS)
         for (int64_t d = 0; d < p.Dv; d += 2 * W) {
           Vec<T> sums[ROWS][2] = {};
           add_product(chunk.queries, a + c, 1, p.Tk, grad_context + d, dc_row, 0, sums);
-          for (int r = 0; r < ROWS; ++r) write(grad_value, (first_key + c + r) * p.Dv + d, sums[r][0], sums[r][1]);
+          store_pairs(grad_value.rows + (first_key + c) * p.Dv + d, p.Dv, sums, grad_value.streamed);
         }
     } else {
       product(scratch, Output::WRITTEN);

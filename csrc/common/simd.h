@@ -513,22 +513,18 @@ FUSEDATTN_INLINE __m512i rounded(const Half* p, Vec<float> low, Vec<float> high)
   return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)rounded(p, low)), (__m256i)rounded(p, high), 1);
 }
 template <typename S>
-FUSEDATTN_INLINE void store(S* p, Vec<float> low, Vec<float> high) {
-  _mm512_storeu_si512((__m512i*)p, rounded(p, low, high));
-}
-template <typename S>
-FUSEDATTN_INLINE void stream(S* p, Vec<float> low, Vec<float> high) {
-  _mm512_stream_si512((__m512i*)p, rounded(p, low, high));
+FUSEDATTN_INLINE void store(S* p, Vec<float> low, Vec<float> high, bool streamed) {
+  const __m512i bits = rounded(p, low, high);
+  if (streamed)
+    _mm512_stream_si512((__m512i*)p, bits);
+  else
+    _mm512_storeu_si512((__m512i*)p, bits);
 }
 #else
 template <typename S>
-FUSEDATTN_INLINE void store(S* p, Vec<float> low, Vec<float> high) {
+FUSEDATTN_INLINE void store(S* p, Vec<float> low, Vec<float> high, bool) {
   store(p, low);
   store(p + LANES<float>, high);
-}
-template <typename S>
-FUSEDATTN_INLINE void stream(S* p, Vec<float> low, Vec<float> high) {
-  store(p, low, high);
 }
 #endif
 
