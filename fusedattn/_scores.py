@@ -26,8 +26,8 @@ class Fold(_autograd.Fold):
     expanded with stride 0, not copied.
     """
 
-    def __init__(self, N, tensors, dims):
-        super().__init__(N, tensors, dims)
+    def __init__(self, N, tensors, dims, options):
+        super().__init__(N, tensors, dims, options)
         self.heads = tensors[0].dim() - (dims[0] is not None) == 4
 
     def _joined(self, t, dim):
