@@ -578,6 +578,22 @@ ERRORS = {
 }
 
 
+def test_what_is_no_tensor_is_named():
+    for module in (ConditionalBias(4, 3), AdaLayerNorm(4, 3), ConditionalBatchNorm(4, 3)):
+        with pytest.raises(TypeError, match=f"{type(module).__name__}: condition: expected a Tensor, got list"):
+            module(torch.randn(2, 3), [1.0])
+
+
+def test_float32_parameters_beside_half_precision_are_not_rounded():
+    torch.manual_seed(0)
+    x, condition = torch.randn(2, 6, 5).bfloat16(), torch.randn(2, 4)
+    for module in (FiLM(4, 6), AdaGroupNorm(4, 6, 2), ConditionalBatchNorm(4, 6)):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        expected = module(x.float(), condition).bfloat16()
+        torch.testing.assert_close(module(x, condition), expected, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("case", named(ERRORS, ("unconditional", "gated", "block")))
 def test_errors(case):
     make, message = ERRORS[case]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedattn._dispatch import beside
 from fusedattn.modules.attention import BahdanauAttention
 from fusedattn.modules.concat import ConcatConditioning
 from fusedattn.modules.conditioning import Conditioned
@@ -14,7 +15,8 @@ from fusedattn.modules.normalization import ConditionalBatchNorm
 from fusedattn.ops.film import film
 from fusedattn.ops.gated_film import gated_film
 
-# torch.fx.symbolic_trace cannot follow what depends on sizes: it records the calls of functions that are wrapped.
+# torch.fx.symbolic_trace cannot follow what depends on sizes and dtypes: it records the calls of what is wrapped.
+torch.fx.wrap("beside")
 
 
 @torch.fx.wrap
@@ -67,7 +69,7 @@ class SqueezeExcite(Conditioned):
         """Gates the channels of x (B, C, ...); adds residual, like x."""
         means = _pooled(x, self.num_channels)
         gate = torch.sigmoid(self.fc2(torch.relu(self.fc1(means))))
-        return film(x, gate.to(x.dtype), residual=residual, backend=self.backend)
+        return film(x, beside(x, gate), residual=residual, backend=self.backend)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -255,7 +257,8 @@ class GatedConditionalConv2d(Conditioned, nn.Conv2d):
             raise ValueError(
                 "GatedConditionalConv2d: condition: expected None without condition_dim, got a Tensor"
             )
-        return gated_film(z, _of_places(condition, self.conditioner.weight).to(z.dtype), backend=self.backend)
+        condition = beside(z, _of_places(condition, self.conditioner.weight))
+        return gated_film(z, condition, backend=self.backend)
 
     if TYPE_CHECKING:
         __call__ = forward

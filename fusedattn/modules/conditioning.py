@@ -24,6 +24,8 @@ _SHOWN = (
 
 @torch.fx.wrap
 def _check(caller: str, argument: str, t: Tensor, lead: str, width: int) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{caller}: {argument}: expected a Tensor, got {type(t).__name__}")
     if t.shape[-1:] != (width,):
         raise ValueError(f"{caller}: {argument}: expected shape ({lead}, {width}), got {tuple(t.shape)}")
 
@@ -172,6 +174,7 @@ class ConditionalBias(PerChannel):
     Raises:
         ValueError: an activation or backend that does not exist; when called, a condition of another width, or
             what :func:`fusedattn.film` refuses.
+        TypeError: when called, a condition that is no Tensor.
     """
 
     def _make_conditioner(self, factory: dict[str, Any]) -> nn.Linear:

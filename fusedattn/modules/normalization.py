@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fusedattn._conditioning import ACTIVATIONS, HALF, Parameter
+from fusedattn._dispatch import beside
 from fusedattn.modules.conditioning import Conditioned, Conditioner, check_activation
 from fusedattn.ops.norm_film import norm_film
+
+# torch.fx.symbolic_trace cannot follow what depends on sizes and dtypes: it records the calls of what is wrapped.
+torch.fx.wrap("beside")
 
 
 class _Norm(Conditioned):
@@ -44,7 +48,7 @@ class _Adaptive(_Norm):
     def of_condition(self, condition: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         self.check_condition(condition, self.condition_dim)
         made = self.linear(ACTIVATIONS[self.condition_activation](condition))
-        parts = made.to(x.dtype).chunk(self.number, dim=-1)
+        parts = beside(x, made).chunk(self.number, dim=-1)
         return tuple(parts[n] for n in range(self.number))  # by number, for torch.fx.symbolic_trace
 
 
@@ -315,15 +319,15 @@ class AdaLayerNormSingle(_OfBlock):
             the table (C,) and a part of the condition (B, C) or (B, T, C).
         """
         self.check_condition(condition, 6 * self.num_channels)
-        parts = condition.to(x.dtype).chunk(6, dim=-1)
-        table = self.scale_shift_table.to(x.dtype).unbind()
+        parts = beside(x, condition).chunk(6, dim=-1)
+        table = beside(x, self.scale_shift_table).unbind()
         return self.modulate(x, tuple((table[n], parts[n]) for n in range(6)))
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-@torch.fx.wrap  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on sizes
+@torch.fx.wrap
 def _moments(x: Tensor, style: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Deviation and mean of each channel of a style, (B, C)."""
     C = x.shape[1]
@@ -444,8 +448,8 @@ class ConditionalInstanceNorm(_Norm):
         """
         return self.normed(
             x,
-            _of_style(self.weight, style).to(x.dtype),
-            _of_style(self.bias, style).to(x.dtype),
+            beside(x, _of_style(self.weight, style)),
+            beside(x, _of_style(self.bias, style)),
             norm="instance",
             residual=residual,
         )
@@ -514,7 +518,7 @@ class ConditionalBatchNorm(_Norm, _NormBase):
     def forward(self, x: Tensor, condition: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises and modulates x (B, C, ...) by condition (B, condition_dim)."""
         self.check_condition(condition, self.condition_dim)
-        gamma, beta = self.conditioner(condition).to(x.dtype).chunk(2, dim=-1)
+        gamma, beta = beside(x, self.conditioner(condition)).chunk(2, dim=-1)
         affine = self.weight is not None
         return self.normed(
             x,
