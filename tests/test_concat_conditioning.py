@@ -6,6 +6,7 @@ from device import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedattn import ConcatConditioning
 
@@ -100,6 +101,30 @@ def test_the_condition_of_half_precision_is_as_exact_as_the_concatenation():
     # The sums of x, of the condition and of both are rounded, each to its own size.
     error, allowed = ((t.double() - exact).abs().max() for t in (y, plain))
     assert y.dtype == torch.bfloat16 and error <= 3 * allowed
+
+
+class Largest(TorchDispatchMode):
+    """The largest result of any operator."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for t in results if isinstance(results, (tuple, list)) else (results,):
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return results
+
+
+@pytest.mark.parametrize("places", [(), (9, 8)], ids=["vector", "map"])
+def test_nothing_is_as_large_as_the_concatenation(places):
+    layer = nn.Conv2d(40, 4, 3, padding=1)
+    x, condition = torch.randn(8, 20, 9, 8, requires_grad=True), torch.randn(8, 20, *places, requires_grad=True)
+    module = ConcatConditioning(layer, 20)
+    with Largest() as ours:
+        module(x, condition).sum().backward()
+    with Largest() as plain:
+        concatenated(layer, x, condition, False).sum().backward()
+    assert ours.elements == x.numel() and plain.elements == 2 * x.numel()
 
 
 def test_parameters_are_the_layers_own():

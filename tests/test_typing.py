@@ -35,6 +35,12 @@ def test_results_where_the_flags_are_not_known() -> None:
 def test_results_of_film_and_of_modules() -> None:
     assert_type(film(q, w, channel_dim=2), Tensor)
     assert_type(FiLM(4, 3)(q, q[:, 0]), Tensor)
+    norm = fusedattn.AdaLayerNormZero(4, 4)
+    y, gate, shift, scale, _ = norm(q, q[:, 0])
+    assert_type(norm.add_norm(y, q, gate, shift, scale), tuple[Tensor, Tensor])
+    assert_type(fusedattn.ConditionalBatchNorm(4, 3)(q, q[:, 0]), Tensor)
+    assert_type(fusedattn.ConcatConditioning(torch.nn.Linear(8, 3), 4)(q, q), Tensor)
+    assert_type(fusedattn.gated_film(q, channel_dim=2), Tensor)
     attention, step = AdditiveAttention(4, 4, 4), BahdanauAttention(4, 4, 4)
     assert_type(attention(q, q), Tensor)
     assert_type(attention(q, q, is_causal=True, return_weights=True), tuple[Tensor, Tensor])
