@@ -375,7 +375,8 @@ class MultiHopFiLM(Conditioned):
             x: what the first block takes.
             states: (B, T, state_dim) of the question.
             context: (B, state_dim), the query of the first hop. Default: the last state of each question.
-            lengths: int (B,); states at or after a length are invisible. Default: None, all are seen.
+            lengths: int (B,); states at or after a length are invisible; with ``"hadamard"`` they must be finite.
+                Default: None, all are seen.
 
         Returns:
             what the last block makes.

@@ -465,7 +465,7 @@ class ConditionalBatchNorm(_Norm, _NormBase):
     conditioner(condition)``, a linear layer or, with ``hidden_dim``, the paper's network of one hidden layer with
     relu. Starts as the batch norm: the last linear layer is zero. ``load_state_dict(batch_norm.state_dict(),
     strict=False)`` takes over an ``nn.BatchNorm2d`` (or 1d, 3d) as it was trained. Running statistics are kept and
-    used as there.
+    used as there; those of a batch are of one process: ``nn.SyncBatchNorm.convert_sync_batchnorm`` passes it by.
 
     Args:
         condition_dim: width of the condition.
