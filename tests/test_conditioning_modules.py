@@ -265,6 +265,7 @@ CASES = {
     ),
     "hops": hops(feedback=True),
     "hops_concat": hops(fusing="concat", attention_dim=5, shared_attention=False),
+    "hops_shared": hops(fusing="concat"),
     "hops_sum": hops(fusing="sum"),
     "batch_norm_evaluated": (
         lambda: evaluated(lambda: ConditionalBatchNorm(4, 3, affine=False, activation="relu")),

@@ -12,6 +12,7 @@ from fusedattn.modules.attention import BahdanauAttention
 from fusedattn.modules.concat import ConcatConditioning
 from fusedattn.modules.conditioning import Conditioned
 from fusedattn.modules.normalization import ConditionalBatchNorm
+from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.film import film
 from fusedattn.ops.gated_film import gated_film
 
@@ -307,7 +308,9 @@ class _Additive(BahdanauAttention):
         if self.tied:
             self.key_proj.weight = self.query_proj.weight
 
-    def forward(self, context: Tensor, states: Tensor, *, key_lengths: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, context: Tensor, states: Tensor | ProjectedKeys, *, key_lengths: Tensor | None
+    ) -> Tensor:
         return super().forward(context, states, key_lengths=key_lengths, return_weights=False)
 
 
@@ -383,9 +386,13 @@ class MultiHopFiLM(Conditioned):
         """
         self.check_condition(states, self.state_dim, argument="states", lead="B, T")
         context = _last(states, lengths) if context is None else context
+        memory: Tensor | ProjectedKeys = states
+        shared = self.attention[0] if len(self.attention) == 1 else None
+        if isinstance(shared, _Additive) and not isinstance(states, torch.fx.Proxy):  # which cannot follow this
+            memory, lengths = shared.project_keys(states, key_lengths=lengths), None  # once for all hops
         for n, block in enumerate(self.blocks):
             attention = self.attention[n if len(self.attention) > 1 else 0]
-            context = attention(context, states, key_lengths=lengths)
+            context = attention(context, memory, key_lengths=lengths)
             x = block(x, torch.cat([context, _pooled(x)], -1) if self.feedback else context)
         return x
 
