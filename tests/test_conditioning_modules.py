@@ -498,6 +498,25 @@ def test_weights_of_the_layers_that_modules_stand_for():
     torch.testing.assert_close(squeeze(z), gate * z)
 
 
+class Zeroed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.linear.weight)
+
+
+def test_reset_leaves_blocks_to_reset_themselves():
+    module = MultiHopFiLM(4, [nn.Sequential(Zeroed(), nn.Linear(4, 4))])
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 7.0)
+    module.reset_parameters()
+    zeroed, linear = module.blocks[0]
+    assert not zeroed.linear.weight.any() and (zeroed.linear.bias == 7).all()
+    assert not any((p == 7).any() for p in (*linear.parameters(), *module.attention.parameters()))
+
+
 def test_the_first_context_may_be_given():
     module = trained("hops_sum", torch.float32).module
     x, states = torch.randn(2, 3, 5), torch.randn(2, 6, 4)

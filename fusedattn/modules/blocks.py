@@ -304,9 +304,9 @@ class _Additive(BahdanauAttention):
         super().__init__(state_dim, state_dim, attention_dim, **options)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
         if self.tied:
             self.key_proj.weight = self.query_proj.weight
+        super().reset_parameters()
 
     def forward(  # type: ignore[override]
         self, context: Tensor, states: Tensor | ProjectedKeys, *, key_lengths: Tensor | None

@@ -3,6 +3,7 @@
 Dumoulin et al. 2018 (Feature-wise transformations, doi:10.23915/distill.00011) surveys the family.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,12 @@ class Conditioner(nn.Linear):
                 self.bias.add_((place > n * width) * (place <= (n + 1) * width) * start)
 
 
+def _reset(module: nn.Module) -> None:
+    """Resets the modules within; what is in one that can do so itself is left to it."""
+    for child in module.children():
+        getattr(child, "reset_parameters", partial(_reset, child))()
+
+
 class Conditioned(nn.Module):
     """What conditioned modules have in common."""
 
@@ -75,10 +82,7 @@ class Conditioned(nn.Module):
 
     def reset_parameters(self) -> None:
         """Everything as at the start, see the class."""
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and reset is not None:
-                reset()
+        _reset(self)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHOWN if hasattr(self, name))
