@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from fusedattn._options import AdditiveAttentionOptions, schema
 from fusedattn._options import AdditiveScoresOptions as Options
-from fusedattn.triton._common import arithmetic, on_device_of, register
+from fusedattn.triton._common import Kernel, arithmetic, on_device_of, register
 from fusedattn.triton.additive_attention_bwd import PAD, key_gradient, packed_rows, query_gradient
 from fusedattn.triton.additive_attention_fwd import write_scores
 from fusedattn.triton.additive_attention_problem import Problem, check
@@ -75,3 +75,8 @@ register(
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_weight)",
     additive_scores_bwd,
 )
+
+
+def kernels(target=("cuda", 90)) -> list[Kernel]:
+    """None but attention's, in specialisations that its typical calls have."""
+    return []
