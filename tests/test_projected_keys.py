@@ -282,7 +282,10 @@ def test_inference_mode_notices_edits_too(step):
         assert keys.exponentials(torch.float32)[1] > 1e3
 
 
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=str)
+WAYS = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda t: pickle.loads(pickle.dumps(t))}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_copies_of_edited_keys_do_without_exponentials(step, way):
     module, query, memory, _ = step
     with torch.no_grad():

@@ -302,7 +302,7 @@ class Walk:
         """Extents of a tile: long enough along memory to coalesce, then as many rows as fill it."""
         (elements,) = tile.extents_in(self.view.x.dtype)
         if self.row.size <= 128:
-            elements //= 4  # each of many rows has its addresses in registers
+            elements //= 8  # each of many rows has its addresses in registers
         block_r = power_of_2(rows, elements // power_of_2(self.row.size, elements // 4))
         return {"BLOCK_R": block_r, "BLOCK_N": power_of_2(self.row.size, elements // block_r)}
 
