@@ -5,14 +5,13 @@ its dimensions: (), (C,), (B, C), or those of x, any size of which may be 1.
 """
 
 import numbers
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import autocast
+from fusedattn._dispatch import autocast, fail
 
 Parameter = Tensor | tuple[Tensor, Tensor] | None
 HALF = (torch.float16, torch.bfloat16)
@@ -99,11 +98,7 @@ def per_channel(t: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: 
     return t if other is None else t + other
 
 
-# Checks. Each error names the op, the argument, what was expected and what was received.
-
-
-def fail(op: str, argument: str, expected: str, received) -> NoReturn:
-    raise ValueError(f"{op}: {argument}: expected {expected}, got {received}")
+# Checks
 
 
 def check_dense(op: str, name: str, t: Tensor | None, wanted: str) -> None:

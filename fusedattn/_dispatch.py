@@ -1,9 +1,9 @@
-"""Chooses a backend and says why the others cannot run: one predicate per backend does both."""
+"""Chooses a backend and says why the others cannot run: one predicate per backend does both. And the errors."""
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ LEAST_TRITON_CAPABILITY = (8, 0)  # that it supports; it compiles for 7.5, too, 
 
 class UnsupportedError(ValueError):
     """No backend, or not the one asked for, can run these inputs. The message lists every reason."""
+
+
+def fail(op: str, argument: str, expected: str, received: Any) -> NoReturn:
+    """Every error of an argument names the op, the argument, what was expected and what was received."""
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {received}")
 
 
 NO_REASONS: dict[str, str] = {}

@@ -1,11 +1,12 @@
 """What the ops over additive scores share: the scores themselves, checks of their inputs, vmap into the heads."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedattn import _autograd
+from fusedattn._dispatch import fail
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,10 +64,6 @@ class Fold(_autograd.Fold):
 
 
 # Checks
-
-
-def fail(op: str, argument: str, expected: str, received) -> NoReturn:
-    raise ValueError(f"{op}: {argument}: expected {expected}, got {received}")
 
 
 def require_tensors(op: str, **tensors) -> None:

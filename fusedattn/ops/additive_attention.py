@@ -29,7 +29,15 @@ import torch
 from torch import Tensor
 
 from fusedattn import _autograd, _scores, _steps
-from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable, tf32_allowed
+from fusedattn._dispatch import (
+    UnsupportedError,
+    autocast,
+    autocast_enabled,
+    choose,
+    fail,
+    overridable,
+    tf32_allowed,
+)
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn._scores import accumulation_dtype, shape_text
 from fusedattn._typing import attention_function
@@ -172,7 +180,7 @@ ATTENTION = _autograd.Op(
 # Public function
 
 
-_fail = partial(_scores.fail, "additive_attention")
+_fail = partial(fail, "additive_attention")
 
 
 def _check_mask(mask, full, device):

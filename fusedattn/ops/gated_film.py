@@ -14,8 +14,8 @@ Symbols: B batch, C channels of y. Tests: ``tests/test_gated_film.py``.
 import torch
 from torch import Tensor
 
-from fusedattn._conditioning import HALF, Parameter, check_features, check_parameter, fail, in_dtype, parts, total
-from fusedattn._dispatch import BACKENDS, autocast_enabled, choose, overridable
+from fusedattn._conditioning import HALF, Parameter, check_features, check_parameter, in_dtype, parts, total
+from fusedattn._dispatch import BACKENDS, autocast_enabled, choose, fail, overridable
 
 # Reference
 

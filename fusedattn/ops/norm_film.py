@@ -45,13 +45,12 @@ from fusedattn._conditioning import (
     check_like,
     check_parameter,
     check_same,
-    fail,
     have_one_per_channel,
     in_dtype,
     parts,
     per_channel,
 )
-from fusedattn._dispatch import autocast_enabled, choose, overridable
+from fusedattn._dispatch import autocast_enabled, choose, fail, overridable
 from fusedattn._options import NormFilmOptions as Options
 
 # In the order of the enum in csrc/norm_film/options.h.
