@@ -47,9 +47,10 @@ def test_changelog_starts_with_this_version():
     assert versions[0] == fusedattn.__version__
 
 
-def test_readme_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_readme_examples_run():
+    names: dict = {}  # a later one goes on from those before
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
 
 
 def test_fresh_memory_is_poisoned():

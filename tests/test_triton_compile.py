@@ -27,7 +27,7 @@ def film_call(shape, channel_dim, activation=0, shared=False, dtype=torch.float3
     C = x.shape[channel_dim]
     gamma = torch.empty((C,) if shared else (shape[0], C), dtype=dtype, device="meta")
     film.forward(x, gamma, *(None,) * 4, channel_dim, 0.0, activation)
-    film.backward(x, x, gamma, *(None,) * 3, channel_dim, 0.0, activation)
+    film.backward(x, x, gamma, *(None,) * 3, channel_dim, 0.0, activation, 0b11)
 
 
 @pytest.mark.parametrize("activation", range(film_problem.ACTIVATIONS))
@@ -91,7 +91,9 @@ def test_random_lengths_compile_few_kernels_of_additive_attention():
 
         def call(inputs=inputs):
             context, lse, _, scores = additive_attention.additive_attention_fwd(*inputs, *options, False, False)
-            additive_attention.additive_attention_bwd(context, None, None, *inputs, *options, context, lse, scores)
+            additive_attention.additive_attention_bwd(
+                context, None, None, *inputs, *options, context, lse, scores, 0b1111
+            )
 
         found.update(kernel.specialisation for kernel in recorded(call))
     assert len(found) <= 12
