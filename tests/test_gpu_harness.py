@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,7 +56,11 @@ time.sleep(60)
 def test_a_stage_is_stopped_at_its_limit(code, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 2)
     start = time.monotonic()
-    outcome, *_ = stages.run([("long", python(code), 5.0)], 60.0, tmp_path, say=lambda text: None)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    try:
+        outcome, *_ = stages.run([("long", python(code), 5.0)], 60.0, tmp_path, say=lambda text: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.cut and time.monotonic() - start < 20
     log = (tmp_path / "log.txt").read_text()
     if code == POLITE:

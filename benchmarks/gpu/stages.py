@@ -160,7 +160,12 @@ def run_command(command: list[str], seconds: float, log: Path, variables: dict[s
     At the limit its process group is interrupted, as by Ctrl-C, on which pytest still sums up; GRACE seconds later
     what is left of it is killed.
     """
-    options = {"cwd": ROOT, "env": os.environ | variables, "start_new_session": True}
+    options = {
+        "cwd": ROOT,
+        "env": os.environ | variables,
+        "start_new_session": True,
+        "preexec_fn": _heed_interrupts,
+    }
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     except FileNotFoundError as error:  # a tool that is not here: status of a shell
@@ -183,6 +188,11 @@ def run_command(command: list[str], seconds: float, log: Path, variables: dict[s
     _signal_group(process, signal.SIGKILL)  # what the stage left running would hold the GPU, and our pipe
     copier.join()
     return process.returncode, cut
+
+
+def _heed_interrupts() -> None:
+    """A shell's background jobs are started with interrupts ignored, which those whom they start would inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal_group(process: subprocess.Popen, which: int) -> None:
