@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fusedattn import _flops, _library
+from fusedattn._dispatch import UnsupportedError
 
 # The families of backends: a dispatch key holds one kernel, so Triton's operators have names of their own.
 _SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
@@ -121,7 +122,24 @@ class Op:
         """Runs forward on a backend, with every derivative that may be asked for; the reference takes no flags."""
         if backend == "reference" or forward_ad._current_level >= 0:
             return self.reference(*tensors, options)
-        return self.operators[backend](*tensors, *options, *flags)
+        try:
+            return self.operators[backend](*tensors, *options, *flags)
+        except (TypeError, RuntimeError) as error:
+            self._name_subclass(tensors, error)
+            raise
+
+    def _name_subclass(self, tensors: tuple, error: Exception) -> None:
+        """In place of the dispatcher's error: the argument that is a subclass without a rule for the operator."""
+        from torch._subclasses import FakeTensor
+
+        names = (*self.inputs, *self.others, *self.added)
+        for name, t in zip(names, tensors, strict=True):
+            if isinstance(t, FakeTensor):  # it has rules
+                continue
+            if isinstance(t, Tensor) and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                reason = str(error).strip().partition("\n")[0]
+                got = f"got {type(t).__name__}, with which the operator fails: {reason}"
+                raise UnsupportedError(f"{self.name}: {name}: expected a plain Tensor, {got}") from error
 
     def decompositions(self) -> dict[torch._ops.OpOverload, Callable]:
         """Forward by each family of backends as the reference's ATen operators."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusedattn import FiLM, additive_attention, additive_attention_ref, film
+from fusedattn import FiLM, UnsupportedError, additive_attention, additive_attention_ref, film, norm_film
 
 
 def gradients(function, inputs, **options):
@@ -72,6 +72,37 @@ def test_kinds_of_tensors_that_are_not_known_are_named(kind):
         film(convert(query))
     with pytest.raises(error, match=f"film: residual: expected .*{word}"):
         film(query, residual=convert(query))
+
+
+class Opaque(torch.Tensor):
+    """A subclass that has no rule for our operators."""
+
+    @staticmethod
+    def __new__(cls, t):
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype, device=t.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"no rule for {func}")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_subclass_of_tensor_without_a_rule_is_named(grad):
+    query, key, weight = torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(5, requires_grad=grad)
+    for name, arguments in (
+        ("query", (Opaque(query), key, key, weight)),
+        ("value", (query, key, Opaque(key), weight)),
+    ):
+        with pytest.raises(
+            UnsupportedError, match=f"attention: {name}: expected a plain Tensor, got Opaque.*no rule"
+        ):
+            additive_attention(*arguments)
+    with pytest.raises(
+        UnsupportedError, match="film: gamma: expected a plain Tensor, got Opaque, .*no rule for fused"
+    ):
+        film(query, Opaque(torch.randn(3)))
+    with pytest.raises(UnsupportedError, match="norm_film: x: expected a plain Tensor, got Opaque"):
+        norm_film(Opaque(query), norm="layer")
 
 
 def test_scale_of_nan_is_an_error():

@@ -114,7 +114,8 @@ def _reference(
         h = h.to(x.dtype)
     norm = NORMS[options.norm]
     groups = {"layer": 1, "rms": 1, "group": options.num_groups}.get(norm, C)
-    grouped = h.to(arithmetic).unflatten(channel_dim, (groups, C // groups))
+    before, after = h.shape[:channel_dim], h.shape[channel_dim + 1 :]
+    grouped = h.to(arithmetic).reshape(*before, groups, C // groups, *after)
     if options.training:
         mean, var = _statistics(grouped, options)
     else:
