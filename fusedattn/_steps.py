@@ -38,24 +38,30 @@ def are_recorded() -> bool:
     )
 
 
+def version(t: Tensor | None) -> int | None:
+    """Counted up by edits in place; None where they are not counted."""
+    return None if t is None or t.is_inference() else t._version
+
+
 class Shared:
     """What the steps of loops share: key (B, [H,] Tk, D), value (B, [H,] Tk, Dv), and a weight at a time."""
 
     def __init__(self, key: Tensor, value: Tensor):
         self.key, self.value = key, value
-        self._sources: list | None = None
+        self._sources: tuple = ()
+        self._state: list | None = None
         self._weight: Tensor | None = None
         self._token: Tensor | None = None
 
     def with_weight(self, sources: tuple, make: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
         """(``make()``, the token that stands for key, value and it, or None where none of them has a gradient).
 
-        Both are made once, for as long as the tensors that the weight is made of are the same, unedited.
+        Both are made once, for as long as the tensors that the weight is made of are the same, unedited, and the
+        same ones ask for a gradient.
         """
-        now = [(t, None if t is None or t.is_inference() else t._version) for t in sources]
-        known = self._sources
-        if known is None or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(now, known, strict=True)):
-            self._sources, self._weight = now, make()
+        state = [(version(t), t is not None and t.requires_grad) for t in (*sources, self.key, self.value)]
+        if state != self._state or any(a is not b for a, b in zip(sources, self._sources, strict=True)):
+            self._sources, self._state, self._weight = sources, state, make()
             token = _Joint.apply(self.key, self.value, self._weight)
             self._token = token if token.requires_grad else None
         return self._weight, self._token  # type: ignore[return-value]

@@ -344,6 +344,24 @@ def test_parameters_that_change_between_loops(decoder):
     assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_asks_for_a_gradient_may_change_between_loops(decoder, cast, monkeypatch):
+    state, memory = data()
+    keys = ProjectedKeys(torch.randn(3, 7, 8), memory.detach())
+    if cast:
+        keys = keys.to(torch.bfloat16)
+    decoder.attention.weight.requires_grad_(False)
+    decoder(state, keys).backward()
+    decoder.attention.weight.requires_grad_()
+    keys.key.requires_grad_()
+    wanted = (state, decoder.attention.weight, keys.key)
+
+    def run():
+        return torch.autograd.grad(decoder(state, keys), wanted)
+
+    close(run(), step_by_step(monkeypatch, run))
+
+
 def test_a_normalised_weight_follows_its_parameters(monkeypatch):
     decoder, (state, memory) = Decoder(normalize=True), data()
     keys = decoder.project(memory)

@@ -11,6 +11,7 @@ from torch.utils import _pytree
 
 from fusedattn import _steps
 from fusedattn._scores import accumulation_dtype
+from fusedattn._steps import version
 from fusedattn.ops.additive_attention import seen_keys
 
 
@@ -21,10 +22,6 @@ class _Exponentials(NamedTuple):
     bound: Tensor
     key: Tensor
     versions: tuple[int | None, ...]
-
-
-def _version(t: Tensor | None) -> int | None:
-    return None if t is None or t.is_inference() else t._version
 
 
 def over_heads(mask: Tensor | None, has_heads: bool) -> Tensor | None:
@@ -65,7 +62,7 @@ class ProjectedKeys:
     _cast = None
 
     def _versions(self) -> tuple[int | None, ...]:
-        return _version(self.key), _version(self.mask), _version(self.key_lengths)
+        return version(self.key), version(self.mask), version(self.key_lengths)
 
     def _keep(self, exp: Tensor, bound: Tensor) -> ProjectedKeys:
         object.__setattr__(self, "_exponentials", _Exponentials(exp, bound, self.key, self._versions()))
@@ -114,7 +111,8 @@ class ProjectedKeys:
         """With key and value in a dtype, cast once for all steps."""
         if self.key.dtype is dtype and self.value.dtype is dtype:
             return self
-        state = dtype, torch.is_grad_enabled(), *self._versions(), _version(self.value)
+        grads = torch.is_grad_enabled(), self.key.requires_grad, self.value.requires_grad
+        state = dtype, grads, *self._versions(), version(self.value)
         if self._cast is not None and self._cast[0] == state and _steps.are_recorded():
             return self._cast[1]
         keys = ProjectedKeys(self.key.to(dtype), self.value.to(dtype), self.mask, self.key_lengths)
