@@ -247,10 +247,15 @@ class Operators:
             ctx.mark_non_differentiable(*unasked, *outputs[self._visible :])
         ctx.set_materialize_grads(False)
 
-    def first_derivative(self, ctx, *grads):
+    def given(self, ctx, grads) -> list | None:
+        """The gradients of the outputs that were asked for; None where there are none."""
         # torch.compile gives zeros for placeholders.
         grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=False)]
-        if not any([grad is not None for grad in grads]):
+        return grads if any([grad is not None for grad in grads]) else None
+
+    def first_derivative(self, ctx, *grads):
+        grads = self.given(ctx, grads)
+        if grads is None:
             return (None,) * len(ctx.needs_input_grad)
         return self.gradients(ctx, grads, ctx.saved_tensors, ctx.needs_input_grad[: len(self.op.inputs)])
 
@@ -347,10 +352,7 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
     """
 
     def quick(ctx, *arguments):
-        with below_autograd():
-            outputs = operator._op(*arguments)
-        save(ctx, arguments, outputs)
-        return outputs
+        return run_saving(ctx, operator, save, arguments)
 
     def forward(*arguments):
         return operator(*arguments)
@@ -372,6 +374,14 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
         quick_function(name, quick, backward),
         function(name, forward=forward, setup_context=setup_context, backward=backward, vmap=vmap_rule),
     )
+
+
+def run_saving(ctx, operator, save, arguments: tuple):
+    """An operator within a Function's forward."""
+    with below_autograd():
+        outputs = operator._op(*arguments)
+    save(ctx, arguments, outputs)
+    return outputs
 
 
 def function(name: str, **methods) -> type[Function]:

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._mode_utils import no_dispatch
 
 from fusedattn import _library
+from fusedattn._dtypes import accumulation_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 P = ParamSpec("P")
@@ -231,7 +232,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 def beside(x: Tensor, t: Tensor) -> Tensor:
     """A parameter t in the dtype of x, but float32 beside half precision stays what it is: kernels take it so."""
-    return t if t.dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32)) else t.to(x.dtype)
+    return t if t.dtype in (x.dtype, accumulation_dtype(x.dtype)) else t.to(x.dtype)
 
 
 def autocast(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

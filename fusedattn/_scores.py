@@ -7,11 +7,7 @@ from torch import Tensor
 
 from fusedattn import _autograd
 from fusedattn._dispatch import fail
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the inner arithmetic, of ``lse`` and of kept scores: at least float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from fusedattn._dtypes import accumulation_dtype
 
 
 def reference(query: Tensor, key: Tensor, weight: Tensor, scale: float, softcap: float) -> Tensor:

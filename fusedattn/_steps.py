@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, Variable, forward_ad
 
-from fusedattn._autograd import Op, Operators, below_autograd, quick_function
+from fusedattn._autograd import Op, Operators, below_autograd, quick_function, run_saving
 
 
 def are_recorded() -> bool:
@@ -85,16 +85,13 @@ def _step(operators: Operators) -> type[Function]:
     """The Function of a step: forward's, with the token as one more argument."""
 
     def forward(ctx, *arguments):
-        with below_autograd():
-            outputs = operators.fwd._op(*arguments[:-1])
-        operators.save_forward(ctx, arguments[:-1], outputs)
-        return outputs
+        return run_saving(ctx, operators.fwd, operators.save_forward, arguments[:-1])
 
     def backward(ctx, *grads):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return operators.first_derivative(ctx, *grads)
-        grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=False)]
-        if not any([grad is not None for grad in grads]):
+        grads = operators.given(ctx, grads)
+        if grads is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, joint = ctx.saved_tensors, ctx.next_functions[-1][0]
         if torch._C._will_engine_execute_node(joint):
@@ -116,12 +113,12 @@ class _Record(NamedTuple):
 
 def _add(records: dict[int, list[_Record]], record: _Record) -> None:
     task = torch._C._current_graph_task_id()
-
-    def drop() -> None:
-        records.pop(task, None)
-
     if task not in records:
         records[task] = []
+
+        def drop() -> None:
+            records.pop(task, None)
+
         Variable._execution_engine.queue_callback(drop)
     records[task].append(record)
 

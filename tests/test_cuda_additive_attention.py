@@ -17,7 +17,7 @@ from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, 
 from tolerance import TF32_EPS
 from torch.autograd import Function
 
-from fusedattn._scores import accumulation_dtype
+from fusedattn._dtypes import accumulation_dtype
 
 CHUNK = 1 << 24  # BACKWARD_CHUNK of cuda_bwd.cuh
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fusedattn import _steps
-from fusedattn._scores import accumulation_dtype
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._steps import version
 from fusedattn.ops.additive_attention import seen_keys
 

@@ -38,8 +38,9 @@ from fusedattn._dispatch import (
     overridable,
     tf32_allowed,
 )
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
-from fusedattn._scores import accumulation_dtype, shape_text
+from fusedattn._scores import shape_text
 from fusedattn._typing import attention_function
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

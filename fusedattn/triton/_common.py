@@ -69,9 +69,9 @@ def number(x, dtype: tl.constexpr):
     return x
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scratch and sums."""
-    return torch.promote_types(dtype, torch.float32)
+def asked_for(output_mask: int, n: int) -> list[bool]:
+    """Which of its n results a backward operator is asked for."""
+    return [bool(output_mask >> k & 1) for k in range(n)]
 
 
 def on_device_of(t: torch.Tensor):

@@ -39,9 +39,10 @@ from typing import NamedTuple
 
 import torch
 
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn._options import schema
-from fusedattn.triton._common import Kernel, arithmetic, on_device_of, recorded, register
+from fusedattn.triton._common import Kernel, asked_for, on_device_of, recorded, register
 from fusedattn.triton.additive_attention_bwd import (
     key_gradient,
     packed_rows,
@@ -80,7 +81,7 @@ def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
-    empty = functools.partial(torch.empty, dtype=arithmetic(query.dtype), device=query.device)
+    empty = functools.partial(torch.empty, dtype=accumulation_dtype(query.dtype), device=query.device)
     lse, scores = empty(rows), empty((*rows, Tk) if keep_scores or return_weights else 0)
     if Tk == 0:
         lse.fill_(float("-inf"))
@@ -109,10 +110,10 @@ def additive_attention_bwd(
 ):  # fmt: skip
     """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
     *options, context, lse, scores, output_mask = rest
-    asked = [bool(output_mask >> n & 1) for n in range(4)]
+    asked = asked_for(output_mask, 4)
     of_query, of_key, of_value, of_weight = asked
     inputs = (query, key, value, weight)
-    Tq, Tk, Dv, wide = query.shape[-2], key.shape[-2], value.shape[-1], arithmetic(query.dtype)
+    Tq, Tk, Dv, wide = query.shape[-2], key.shape[-2], value.shape[-1], accumulation_dtype(query.dtype)
     check(
         *inputs,
         mask,

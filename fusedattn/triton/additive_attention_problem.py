@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
-from fusedattn.triton import _common, _tiles
+from fusedattn.triton import _tiles
 from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, recording_for, require
 
 _require = functools.partial(require, "additive_attention")
@@ -154,7 +155,7 @@ def pack(t, channels, block, by_row=False, key_lengths=None, sight=None):
     t = _unexpanded(t, [dim for dim in same if dim > 0 or key_lengths is None])
     sight = sight or {"seen": None, "stride_sb": 0, "stride_sh": 0, "keys_end": t.shape[2]}
     (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
-    empty = functools.partial(torch.empty, dtype=_common.arithmetic(t.dtype), device=t.device)
+    empty = functools.partial(torch.empty, dtype=accumulation_dtype(t.dtype), device=t.device)
     packed, bounds = empty(B, H, tiles, channels * block), empty(B, H, tiles)
     block_d = min(128, 8192 // block) // packed.itemsize  # whole sectors of a row; 16 numbers of float32 a thread
     launch(
@@ -181,7 +182,7 @@ def _packed_weight(weight, channels):
     """(H or 1, channels) in the dtype of the arithmetic, padded with 0."""
     if weight.shape[0] > 1 and weight.stride(0) == 0:
         weight = weight[:1]
-    weight = weight.to(_common.arithmetic(weight.dtype))
+    weight = weight.to(accumulation_dtype(weight.dtype))
     if weight.shape[1] < channels:
         weight = torch.nn.functional.pad(weight, (0, channels - weight.shape[1]))
     return weight.contiguous(), (channels if weight.shape[0] > 1 else 0)
@@ -214,7 +215,7 @@ def check(query, key, value, weight, mask, key_lengths, **others) -> None:
     dtype, device = query.dtype, query.device
     _require("key", key, (*lead, Tk, D), dtype, device)
     _require("value", value, (*lead, Tk, Dv), dtype, device)
-    wide = _common.arithmetic(dtype)
+    wide = accumulation_dtype(dtype)
     _require("weight", weight, (D,) if rank == 3 else (H, D), wide if weight.dtype == wide else dtype, device)
     if mask is not None:
         _require("mask", mask, (*lead, Tq, Tk), torch.bool, device)
@@ -238,7 +239,7 @@ class Problem:
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
         self.options = _kernel_options(options, query.dtype)
-        self.empty = functools.partial(torch.empty, dtype=_common.arithmetic(query.dtype), device=query.device)
+        self.empty = functools.partial(torch.empty, dtype=accumulation_dtype(query.dtype), device=query.device)
         self.BH = self.B * self.H
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)

@@ -8,9 +8,10 @@ import torch
 import triton
 from torch.nn.functional import pad
 
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions, schema
 from fusedattn._options import AdditiveScoresOptions as Options
-from fusedattn.triton._common import Kernel, arithmetic, on_device_of, register
+from fusedattn.triton._common import Kernel, asked_for, on_device_of, register
 from fusedattn.triton.additive_attention_bwd import PAD, key_gradient, packed_rows, query_gradient
 from fusedattn.triton.additive_attention_fwd import write_scores
 from fusedattn.triton.additive_attention_problem import Problem, check
@@ -40,7 +41,7 @@ def additive_scores_bwd(grad_scores, query, key, weight, *rest):
     """``fusedattn::additive_scores_bwd_triton``."""
     *numbers, output_mask = rest
     options = Options(*numbers)
-    of_query, of_key, of_weight = [bool(output_mask >> n & 1) for n in range(3)]
+    of_query, of_key, of_weight = asked_for(output_mask, 3)
     Tq, Tk = query.shape[-2], key.shape[-2]
     check(query, key, key, weight, None, None, grad_scores=(grad_scores, (Tq, Tk), query.dtype))
     inputs = {"query": (query, of_query), "key": (key, of_key), "weight": (weight, of_weight)}
@@ -48,7 +49,7 @@ def additive_scores_bwd(grad_scores, query, key, weight, *rest):
         return tuple(t.new_zeros(t.shape if asked else 0) for t, asked in inputs.values())
     with on_device_of(query):
         problem = _problem(query, key, weight, options)
-        g = grad_scores.reshape(problem.B, problem.H, Tq, Tk).to(arithmetic(query.dtype)) * options.scale
+        g = grad_scores.reshape(problem.B, problem.H, Tq, Tk).to(accumulation_dtype(query.dtype)) * options.scale
         if options.softcap:
             g = g * (1.0 - (_scores(problem) / options.softcap).square_())
         queries, keys = packed_rows(problem)

@@ -34,10 +34,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import FilmOptions as Options
 from fusedattn._options import schema
 from fusedattn.triton import _tiles, film_broadcast, film_problem
-from fusedattn.triton._common import Kernel, arithmetic, launch, load_wide, number, recorded, register, require
+from fusedattn.triton._common import Kernel, asked_for, launch, load_wide, number, recorded, register, require
 from fusedattn.triton.film_problem import (
     GELU,
     SILU,
@@ -250,7 +251,7 @@ def _check(x, parameters, options: Options, **like_x: Tensor | None) -> None:
     """Raises where kernels would read what is not there; parameters in the order of ``film_broadcast.NAMES``."""
     if not 0 < options.channel_dim < x.dim():
         raise RuntimeError(f"film: channel_dim: expected 1 to {x.dim() - 1}, got {options.channel_dim}")
-    B, C, wide = x.shape[0], x.shape[options.channel_dim], arithmetic(x.dtype)
+    B, C, wide = x.shape[0], x.shape[options.channel_dim], accumulation_dtype(x.dtype)
     for name, t in zip(film_broadcast.NAMES, parameters, strict=True):
         if t is not None:
             full = x.shape if t.dim() == x.dim() else (B, C)[2 - t.dim() :] if t.dim() <= 2 else ()
@@ -309,7 +310,7 @@ def backward(grad_output, x, gamma, beta, gamma_added, beta_added, *rest):
     _check(x, parameters, options, grad_output=grad_output)
     view = View(x, options.channel_dim, (gamma, beta))
     dx = torch.empty_like(view.x)
-    of_x, of_gamma, of_beta, *of_added = [bool(output_mask >> n & 1) for n in range(5)]
+    of_x, of_gamma, of_beta, *of_added = asked_for(output_mask, 5)
     asked = (of_gamma, of_added[0], of_beta, of_added[1])
     grads = [t.new_empty(t.shape) if a and t is not None else None for a, t in zip(asked, parameters, strict=True)]
     dy, numbers = view.like(grad_output), kernel_options(options, x.dtype)
@@ -341,7 +342,7 @@ def _backward(tile, view, grad_output, gamma, beta, dx, grads, options):
         if grad is None or grad.numel() == math.prod(partial_shape):
             sums.append(grad)
         else:
-            sums.append(torch.empty(partial_shape, dtype=arithmetic(dx.dtype), device=dx.device))
+            sums.append(torch.empty(partial_shape, dtype=accumulation_dtype(dx.dtype), device=dx.device))
     pointers = grad_output, view.x, gamma, beta, dx, *sums
     arguments = (*pointers, *_strides(gamma, beta), *sizes)
     launch(kernel, (tiles * pieces,), *arguments, options=options, **blocks, num_warps=tile.warps)

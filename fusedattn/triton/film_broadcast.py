@@ -28,9 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import FilmOptions as Options
 from fusedattn.triton import _tiles, film_problem
-from fusedattn.triton._common import arithmetic, launch, load_wide, number
+from fusedattn.triton._common import launch, load_wide, number
 from fusedattn.triton.film_problem import View, activate, affine, aligned, grad_z, power_of_2
 
 OUTER = 3  # more remain only where parameters of rank 5 repeat in turns
@@ -274,7 +275,7 @@ class Walk:
 
     def _spread(self, t: Tensor) -> Tensor:
         """A value for each element."""
-        return torch.empty_like(self.view.x, dtype=arithmetic(t.dtype)).copy_(t)
+        return torch.empty_like(self.view.x, dtype=accumulation_dtype(t.dtype)).copy_(t)
 
     def _joined(self) -> list[_Dim]:
         x, dims = self.view.x, list[_Dim]()
@@ -406,7 +407,7 @@ class _Gradient:
         self.places = [d for _, dim in along if dim is not None for d in dim.of]
         sizes = [size for size, _ in along]
         self.is_direct = all(sizes[n] == 1 for n in self.summed)
-        dtype = t.dtype if self.is_direct else arithmetic(t.dtype)
+        dtype = t.dtype if self.is_direct else accumulation_dtype(t.dtype)
         self.parts = torch.empty(sizes, dtype=dtype, device=t.device)
 
     def of(self, given: Tensor, channel_dim: int) -> Tensor:

@@ -14,8 +14,8 @@ from fusedattn.triton._common import argument, on_device_of
 
 PROGRAMS = 1024  # a backward pass is cut into about this many where runs, rows or columns give fewer: some 8 an SM
 
-# As in csrc/film/options.h, whose activations are numbered so. In products the tensor comes first: the interpreter
-# takes a constexpr times a tensor for a constexpr.
+# Numbered as in csrc/common/activation.h. In products the tensor comes first: the interpreter takes a constexpr
+# times a tensor for a constexpr.
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)
 SILU = tl.constexpr(3)
