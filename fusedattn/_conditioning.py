@@ -66,6 +66,11 @@ def in_dtype(parameter, dtype: torch.dtype):
     return autocast(parameter, dtype) if isinstance(parameter, Tensor) else parameter
 
 
+def gradient_fakes(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    """Of an operator's backward, by shape and dtype: (0,) for a parameter that is None."""
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters)
+
+
 # One value per channel, of each batch element or all
 
 

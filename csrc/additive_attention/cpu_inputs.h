@@ -82,8 +82,6 @@ auto with_storage(ScalarType type, const Run& run) {
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // body(first, last, scratch) over [0, tasks); grain is how many tasks are worth a thread.
 template <typename T, typename Body>
 void parallel(int64_t tasks, int64_t grain, int64_t scratch_size, const Body& body) {

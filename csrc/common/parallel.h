@@ -14,6 +14,8 @@
 
 namespace fusedattn {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // body(first, last) over [0, tasks), on torch's threads; grain is how many tasks are worth a thread. Tasks may
 // differ in cost (lengths, causal masks): a thread that is done with its own share, the same at every call and so
 // perhaps still in its cache, takes from those of others. Which thread runs a task is left to chance. An error of

@@ -39,6 +39,13 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Whether t has the shape and dtype of x.
+inline bool is_like(const Tensor& t, const Tensor& x) {
+  bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+  return same;
+}
+
 // y with the strides that empty_like gives for an input that was copied, which is what the operator's fake
 // promises. Where the input is dense it gave them already.
 inline Tensor as_empty_like(const Tensor& y, const Tensor& input) {

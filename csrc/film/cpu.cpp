@@ -32,8 +32,6 @@ constexpr int64_t COLUMNS = 2048;    // of a row whose sums over other rows stay
 constexpr int64_t ALONE = 65536;     // elements that one thread does before a second has started
 constexpr int64_t MOST_ROWS = 1024;  // of a sum in single precision
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const FilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(film); }
 
 Tensor empty_like(const Layout& in) {

@@ -114,9 +114,7 @@ struct Layout {
 
   // residual or grad_output with the strides of x.
   Tensor like(const Tensor& t, const char* name) const {
-    bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
-    for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
-    STD_TORCH_CHECK(same, "film: ", name, ": expected the shape and dtype of x");
+    STD_TORCH_CHECK(is_like(t, x), "film: ", name, ": expected the shape and dtype of x");
     if (same_strides(t, x)) return t;
     Tensor copy = torch::stable::empty_like(x);
     torch::stable::copy_(copy, t);

@@ -25,8 +25,6 @@ constexpr int64_t ALONE = 32768;     // elements that one thread does before a s
 constexpr int64_t MOST_ROWS = 1024;  // of a sum in single precision
 constexpr int64_t COLUMNS = 256;     // of a task of the second step
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const NormFilmKernels& kernels() { return FUSEDATTN_LEVEL_TABLE(norm_film); }
 
 // The inputs of both passes that have values along x.

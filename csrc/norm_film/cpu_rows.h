@@ -10,6 +10,27 @@
 namespace fusedattn {
 namespace {
 
+// `count` rows from this one on, as the kernels take them; `result` is the large tensor that they write.
+template <typename T>
+NormRows rows_from(const Problem& p, int64_t row, int64_t count, const void* pre_residual,
+                   const Channels<T>& channels, const Tensor& mean, const Tensor& variance, T* room,
+                   const Tensor& result) {
+  return {count,
+          p.in.C,
+          bytes(p.in.x) + row * p.in.C * p.size,
+          pre_residual,
+          channels.gate,
+          channels.scale,
+          channels.shift,
+          channels.offset,
+          p.options.norm == Norm::RMS,
+          p.options.eps,
+          numbers(mean) + row,
+          numbers(variance) + row,
+          room,
+          p.streams(result)};
+}
+
 template <typename T>
 Outputs rows_forward(const Problem& p, const OptionalTensor& pre_residual, const OptionalTensor& residual) {
   const NormLayout& in = p.in;
@@ -30,20 +51,8 @@ Outputs rows_forward(const Problem& p, const OptionalTensor& pre_residual, const
       for (int64_t row = task.first; row < task.first + task.rows; row += at_once) {
         channels.of_row(row, row == task.first, true);
         const int64_t at = row * in.C * p.size;
-        const NormRows rows{at_once,
-                            in.C,
-                            offset(bytes(in.x), at),
-                            offset(bytes(before), at),
-                            channels.gate,
-                            channels.scale,
-                            channels.shift,
-                            channels.offset,
-                            p.options.norm == Norm::RMS,
-                            p.options.eps,
-                            numbers(out.mean) + row,
-                            numbers(out.variance) + row,
-                            room.get() + Channels<T>::ROOMS * in.C,
-                            p.streams(out.y)};
+        const NormRows rows = rows_from(p, row, at_once, offset(bytes(before), at), channels, out.mean,
+                                        out.variance, room.get() + Channels<T>::ROOMS * in.C, out.y);
         kernels().rows_forward(p.type, p.options.activation, rows, offset(bytes(after), at), offset(h, at),
                                y + at);
       }
@@ -78,20 +87,8 @@ GradientsOut rows_backward(const Problem& p, const OptionalTensor& grad_y, const
         if (of_rows_affine) std::fill_n(dz_n, 2 * C, T(0));
         if (of_rows_gate) std::fill_n(dh_x, C, T(0));
         const int64_t at = row * C * p.size;
-        const NormRows rows{at_once,
-                            C,
-                            offset(bytes(in.x), at),
-                            nullptr,
-                            channels.gate,
-                            channels.scale,
-                            channels.shift,
-                            channels.offset,
-                            p.options.norm == Norm::RMS,
-                            p.options.eps,
-                            numbers(mean) + row,
-                            numbers(variance) + row,
-                            own,
-                            p.streams(asked[X] ? out.dx : out.dr)};
+        const NormRows rows =
+            rows_from(p, row, at_once, nullptr, channels, mean, variance, own, asked[X] ? out.dx : out.dr);
         kernels().rows_backward(p.type, p.options.activation, rows,
                                 {offset(bytes(h), at), offset(bytes(dy), at), offset(bytes(dh), at),
                                  offset(dx, at), offset(dr, at), of_rows_affine ? dz_n : sums.of(n, DZ_N),

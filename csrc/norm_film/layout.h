@@ -63,9 +63,7 @@ struct NormLayout {
 
   // t, of the shape and dtype of x, in this layout.
   Tensor like(const Tensor& t, const char* name) const {
-    bool same = t.scalar_type() == x.scalar_type() && t.dim() == static_cast<int64_t>(sizes.size());
-    for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes[d];
-    STD_TORCH_CHECK(same, "norm_film: ", name, ": expected shape and dtype of x");
+    STD_TORCH_CHECK(is_like(t, x), "norm_film: ", name, ": expected shape and dtype of x");
     return lies_so(t) ? t : in_layout(t);
   }
 

@@ -26,6 +26,7 @@ from fusedattn._conditioning import (
     Parameter,
     check_affine,
     check_features,
+    gradient_fakes,
     have_one_per_channel,
     in_dtype,
     is_wider,
@@ -92,10 +93,7 @@ def _fwd_fake(x, gamma, beta, gamma_added, beta_added, residual, *options):
 
 
 def _bwd_fake(grad_output, x, gamma, beta, gamma_added, beta_added, *options):
-    def like(parameter):
-        return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
-
-    return torch.empty_like(x), *map(like, (gamma, beta, gamma_added, beta_added))
+    return torch.empty_like(x), *gradient_fakes(x, gamma, beta, gamma_added, beta_added)
 
 
 class _Fold(_conditioning.Fold):

@@ -45,6 +45,7 @@ from fusedattn._conditioning import (
     check_like,
     check_parameter,
     check_same,
+    gradient_fakes,
     have_one_per_channel,
     in_dtype,
     parts,
@@ -211,12 +212,9 @@ def _fwd_fake(x, *arguments):
 
 
 def _bwd_fake(grad_y, grad_h, x, *arguments):
-    def like(parameter):
-        return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
-
     *parameters, pre_residual = arguments[:9]
     grad_pre_residual = x.new_empty(0) if pre_residual is None else torch.empty_like(x)
-    return torch.empty_like(x), *map(like, parameters), grad_pre_residual
+    return torch.empty_like(x), *gradient_fakes(x, *parameters), grad_pre_residual
 
 
 class _BatchFold(_conditioning.Fold):
