@@ -16,6 +16,21 @@ def reference(query: Tensor, key: Tensor, weight: Tensor, scale: float, softcap:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
+def without_unseen(visible: Tensor, *rows: Tensor) -> list[Tensor]:
+    """Rows of keys (B, [H,] Tk, width), zero where no query sees the key: it is absent, whatever it holds."""
+    unseen = ~visible.any(-2).unsqueeze(-1)
+    return [t.masked_fill(unseen, 0.0) for t in rows]
+
+
+def of_visible(visible: Tensor, scores: Tensor) -> Tensor:
+    """Scores, -inf at invisible keys, but 0 in a row that sees none.
+
+    Such a row is computed over zeros and masked afterwards: no NaN in any derivative.
+    """
+    hidden, empty = ~visible, ~visible.any(-1, keepdim=True)
+    return scores.masked_fill(hidden, float("-inf")).masked_fill(empty, 0.0)
+
+
 class Fold(_autograd.Fold):
     """Into the heads: N of (B, H, ...) become (B, N H, ...), or N of (B, ...) become (B, N, ...).
 

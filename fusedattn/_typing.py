@@ -23,7 +23,7 @@ class AttentionOptions(TypedDict, total=False):
     scale: float
     softcap: float | None
     activation: str
-    normalizer: str
+    normalizer: str | Callable[[Tensor], Tensor]
     dropout_p: float
     backend: str
 

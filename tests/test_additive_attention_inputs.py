@@ -84,7 +84,14 @@ BAD_INPUTS = {
     "softcap_negative": ("softcap", -1.0, ValueError, "softcap: expected a positive number"),
     "softcap_nan": ("softcap", math.nan, ValueError, "softcap: expected a positive number"),
     "activation": ("activation", "relu", UnsupportedError, "activation='relu'"),
-    "normalizer": ("normalizer", "sparsemax", UnsupportedError, "normalizer='sparsemax'"),
+    "normalizer": ("normalizer", "sparsemax", ValueError, "normalizer: expected one of .*got 'sparsemax'"),
+    "normalizer_none": ("normalizer", None, ValueError, "normalizer: expected one of 'softmax', .*got None"),
+    "normalizer_shape": (
+        "normalizer",
+        lambda: lambda scores: scores[0],
+        ValueError,
+        r"normalizer: expected one that returns weights of shape \(2, 3, 5\), got \(3, 5\)",
+    ),
     "dropout": ("dropout_p", 0.1, UnsupportedError, "dropout_p=0.1"),
     "backend": ("backend", "tpu", ValueError, "backend: expected one of .*got 'tpu'"),
 }

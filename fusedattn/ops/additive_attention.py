@@ -17,18 +17,21 @@ so no transcendental function is evaluated per pair and channel. Backward, with 
     dq_id = 4 w_d sum_j g_ij (r - r^2)     dk_jd = 4 w_d sum_i g_ij (r - r^2)
     dw_d  = sum_ij g_ij - 2 sum_ij g_ij r              dx_j = sum_i p_ij dc_i
 
+Other normalisers than the softmax are composed over the scores (``fusedattn/_normalizers.py``).
+
 Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width. Kernels:
 ``csrc/additive_attention/`` (C++, CUDA), ``fusedattn/triton/additive_attention.py``. Tests:
 ``tests/test_additive_attention.py``, ``tests/test_triton_additive_attention.py``. Benchmark: ``benchmarks/``.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _scores, _steps
+from fusedattn import _autograd, _normalizers, _scores, _steps
 from fusedattn._dispatch import (
     UnsupportedError,
     autocast,
@@ -42,6 +45,7 @@ from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn._scores import shape_text
 from fusedattn._typing import attention_function
+from fusedattn.ops.additive_scores import additive_scores
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -68,16 +72,13 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     shape = (*query.shape[:-1], key.shape[-2])
     visible = _visible_keys(shape, query.device, mask, key_lengths, options.is_causal)
     if mask is not None or key_lengths is not None or options.is_causal:
-        unseen = ~visible.any(-2).unsqueeze(-1)  # by any query: absent, whatever they hold
-        key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
+        key, value = _scores.without_unseen(visible, key, value)
     scores = _scores.reference(query, key, weight, options.scale, options.softcap)
-    row = visible.any(-1, keepdim=True)
-    # A row without a visible key is computed over zeros and masked afterwards: no NaN in any derivative.
-    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~row, 0.0)
+    scores = _scores.of_visible(visible, scores)
     # A weight wider than the other inputs makes wider scores; results are in the dtype of those.
     weights = torch.softmax(scores, -1).to(query.dtype).masked_fill(~visible, 0.0)
     lse = torch.logsumexp(scores.to(accumulation_dtype(scores.dtype)), -1)
-    return weights @ value, lse.masked_fill(~row.squeeze(-1), float("-inf")), weights
+    return weights @ value, lse.masked_fill(~visible.any(-1), float("-inf")), weights
 
 
 @attention_function
@@ -94,7 +95,7 @@ def additive_attention_ref(
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
-    normalizer: str = "softmax",
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     dropout_p: float = 0.0,
     return_weights: bool = False,
     return_lse: bool = False,
@@ -259,7 +260,7 @@ def additive_attention(
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
-    normalizer: str = "softmax",
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     dropout_p: float = 0.0,
     return_weights: bool = False,
     return_lse: bool = False,
@@ -285,9 +286,15 @@ def additive_attention(
         scale: factor of the score. Default: 1.0.
         softcap: C > 0 caps the scaled score to C * tanh(score / C) (the clipping of pointer networks, Bello et
             al. 2017, arXiv:1611.09940). Default: None.
-        activation, normalizer, dropout_p: only ``"tanh"``, ``"softmax"`` and 0.0 for now.
+        normalizer: ``"softmax"``; ``"sigmoid"``, sigma(e) / sum sigma(e) over the visible keys, which smooths
+            (Chorowski et al. 2015, arXiv:1506.07503); or a callable that takes the scores (B, [H,] Tq, Tk), in
+            float32 for half-precision inputs and -inf at invisible keys, to weights of that shape: sparsemax,
+            entmax, any that works along the last dimension. A row without a visible key is 0 for it. Any but
+            softmax is composed in PyTorch over :func:`fusedattn.additive_scores`, with memory for
+            (B, [H,] Tq, Tk). Default: ``"softmax"``.
+        activation, dropout_p: only ``"tanh"`` and 0.0 for now.
         return_weights: also return the weights, differentiable.
-        return_lse: also return the log-sum-exp of the scores, differentiable.
+        return_lse: also return the log-sum-exp of the scores, differentiable; with softmax alone.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch).
 
     Returns:
@@ -312,10 +319,10 @@ def additive_attention(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    if activation != "tanh" or normalizer != "softmax" or dropout_p != 0:
+    if activation != "tanh" or dropout_p != 0:
         raise UnsupportedError(
-            "additive_attention: only activation='tanh', normalizer='softmax' and dropout_p=0.0 are supported "
-            f"for now, got activation={activation!r}, normalizer={normalizer!r}, dropout_p={dropout_p!r}"
+            "additive_attention: only activation='tanh' and dropout_p=0.0 are supported for now, "
+            f"got activation={activation!r}, dropout_p={dropout_p!r}"
         )
     return attend(
         query,
@@ -327,6 +334,7 @@ def additive_attention(
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
+        normalizer=normalizer,
         return_weights=return_weights,
         return_lse=return_lse,
         backend=backend,
@@ -345,6 +353,7 @@ def attend(
     is_causal: bool = False,
     scale: float = 1.0,
     softcap: float | None = None,
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     return_weights: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -366,6 +375,7 @@ def attend(
                 is_causal=is_causal,
                 scale=scale,
                 softcap=softcap,
+                normalizer=normalizer,
                 return_weights=return_weights,
                 return_lse=return_lse,
                 backend=backend,
@@ -376,6 +386,22 @@ def attend(
     query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
     _scores.check_numbers("additive_attention", scale, softcap)
     dtype = query.dtype
+    if mask is not None:
+        full = (*query.shape[:-1], key.shape[-2])
+        _check_mask(mask, full, device)
+    if key_lengths is not None:
+        _check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
+        key_lengths = key_lengths.to(torch.int64)
+    if callable(normalizer) or normalizer != "softmax":
+        if return_lse:
+            _fail("return_lse", "False with a normalizer other than 'softmax'", return_lse)
+        visible = None
+        if mask is not None or key_lengths is not None or is_causal:
+            full = (*query.shape[:-1], key.shape[-2])
+            visible = _visible_keys(full, device, mask, key_lengths, is_causal)
+        score = partial(additive_scores, scale=scale, softcap=softcap, backend=backend)
+        of_all = _normalizers.attend("additive_attention", query, key, value, weight, visible, normalizer, score)
+        return of_all if return_weights else of_all[0]
     backend = choose(
         "additive_attention",
         backend,
@@ -383,13 +409,8 @@ def attend(
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
     )
-    if mask is not None:
-        full = (*query.shape[:-1], key.shape[-2])
-        _check_mask(mask, full, device)
-        mask = mask if backend == "reference" else mask.expand(full)
-    if key_lengths is not None:
-        _check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
-        key_lengths = key_lengths.to(torch.int64)
+    if mask is not None and backend != "reference":
+        mask = mask.expand(full)
     tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound)
     options = Options(is_causal, scale, 0.0 if softcap is None or softcap == math.inf else softcap)
     flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())

@@ -1,0 +1,61 @@
+"""Normalisers of additive attention other than the softmax, composed in PyTorch over the scores.
+
+With the scores e_ij of ``fusedattn/ops/additive_scores.py``, -inf at the keys that query i does not see::
+
+    p_i = normalizer(e_i)      c_i = sum_j p_ij x_j      "sigmoid": p_ij = sigma(e_ij) / sum_j sigma(e_ij)
+
+What is only (Tq, Tk) large costs a few percent of the scores: a normaliser needs no kernels. Tests:
+``tests/test_normalizers.py``.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedattn import _scores
+from fusedattn._dispatch import fail
+from fusedattn._dtypes import accumulation_dtype
+
+
+def smoothed(scores: Tensor) -> Tensor:
+    """sigma(e) / sum sigma(e), also where every sigma(e) is too small for a number."""
+    return torch.softmax(F.logsigmoid(scores), -1)
+
+
+NAMED: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": smoothed}
+
+
+def attend(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    visible: Tensor | None,
+    normalizer: str | Callable[[Tensor], Tensor],
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(context, weights); ``score`` makes the scores of query, key and weight, ``visible`` is None for all keys.
+
+    Scores and normaliser work in float32 at least; weights and context are in the dtype of the query.
+    """
+    normalize = normalizer if callable(normalizer) else NAMED.get(normalizer)
+    if normalize is None:
+        names = ", ".join(map(repr, ("softmax", *NAMED)))
+        fail(op, "normalizer", f"one of {names}, or a callable on the scores", repr(normalizer))
+    if visible is not None:
+        key, value = _scores.without_unseen(visible, key, value)
+    wide = accumulation_dtype(query.dtype)
+    scores = score(query.to(wide), key.to(wide), weight.to(wide))
+    if visible is not None:
+        scores = _scores.of_visible(visible, scores)
+    weights = normalize(scores)
+    if not isinstance(weights, Tensor) or weights.shape != scores.shape:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        fail(op, "normalizer", f"one that returns weights of shape {tuple(scores.shape)}", got)
+    weights = weights.to(query.dtype)
+    if visible is not None:
+        weights = weights.masked_fill(~visible, 0.0)
+    return weights @ value, weights
