@@ -22,6 +22,7 @@ from fusedattn.ops.additive_attention import additive_attention, additive_attent
 from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.film import film, film_ref
 from fusedattn.ops.gated_film import gated_film, gated_film_ref
+from fusedattn.ops.merge_attention import merge_attention, merge_attention_ref
 from fusedattn.ops.norm_film import norm_film, norm_film_ref
 
 __version__ = "0.1.0"
@@ -57,6 +58,8 @@ __all__ = [
     "film_ref",
     "gated_film",
     "gated_film_ref",
+    "merge_attention",
+    "merge_attention_ref",
     "norm_film",
     "norm_film_ref",
 ]
