@@ -5,6 +5,7 @@ from fusedattn._export import decompositions
 from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.blocks import FiLMResBlock, GatedConditionalConv2d, MultiHopFiLM, SqueezeExcite
+from fusedattn.modules.causal_attention import CausalAdditiveAttention
 from fusedattn.modules.concat import ConcatConditioning
 from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
 from fusedattn.modules.film import FiLM
@@ -35,6 +36,7 @@ __all__ = [
     "AdaLayerNormZero",
     "AdditiveAttention",
     "BahdanauAttention",
+    "CausalAdditiveAttention",
     "ConcatConditioning",
     "ConditionalBatchNorm",
     "ConditionalBias",

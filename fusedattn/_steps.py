@@ -142,7 +142,8 @@ class _Joint(Function):
             query, scores = record.saved[0], record.saved[-1]
             # Rows that a step was not given are hidden by their scores; without these, steps differ in batch.
             batch = None if scores.numel() else query.shape[0]
-            groups.setdefault((record.operators, record.options, batch), []).append(record)
+            masked = record.saved[4] is not None
+            groups.setdefault((record.operators, record.options, batch, masked), []).append(record)
         found: list[Tensor | None] = [None, None, None]
         for group in groups.values():
             parts = _joint_gradients(group, ctx.shared, ctx.needs_input_grad)

@@ -98,9 +98,14 @@ def attention_function(function: Callable[..., Any]) -> AttentionFunction:
     return function
 
 
-class ModuleOptions(TypedDict, total=False):
-    """Of :meth:`fusedattn.AdditiveAttention.forward`, but ``return_weights``."""
+class HidingOptions(TypedDict, total=False):
+    """Of modules, which keys are hidden."""
 
     mask: Tensor | None
     key_lengths: Tensor | None
+
+
+class ModuleOptions(HidingOptions, total=False):
+    """Of :meth:`fusedattn.AdditiveAttention.forward`, but ``return_weights``."""
+
     is_causal: bool

@@ -223,8 +223,8 @@ def test_bad_arguments():
         module(query[0], key)
     with pytest.raises(ValueError, match=r"key: expected shape \(B, Tk, 10\), got \(5, 10\)"):
         module(query, key[0])
-    with pytest.raises(ValueError, match="mask: pass it to project_keys"):
-        module(query, module.project_keys(key), mask=torch.ones(3, 5) > 0)
+    with pytest.raises(ValueError, match="value: pass it to project_keys"):
+        module(query, module.project_keys(key), key)
 
 
 @cpu_alone

@@ -118,6 +118,38 @@ def test_gradients_are_those_step_by_step(kind, masked, monkeypatch):
     assert all(map(torch.equal, actual, run()))
 
 
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("heads", [None, 2])
+def test_steps_with_masks_of_their_own(heads, masked, monkeypatch):
+    """Some have one, some have none: two calls for all, of keys that hide others themselves."""
+    torch.manual_seed(2)
+    module = AdditiveAttention(6, 9, 8, num_heads=heads or 1)
+    queries, memory = torch.randn(4, 3, 1, 6, requires_grad=True), torch.randn(3, 7, 9, requires_grad=True)
+    options = MASKS[masked]()
+    if "mask" in options:
+        options["mask"] = options["mask"][:, None]
+    lengths = torch.tensor([1, 7, 3])
+    own = [{}, {"mask": torch.arange(7) > 3}, {"key_lengths": lengths}, {"mask": torch.rand(3, 1, 7) > 0.5}]
+
+    def run():
+        keys = module.project_keys(memory, **options)
+        contexts = [module(query, keys, **of) for query, of in zip(queries, own, strict=True)]
+        return torch.autograd.grad(torch.cat(contexts).sin().sum(), [queries, memory, *module.parameters()])
+
+    with Calls() as calls:
+        actual = run()
+    assert sorted(calls.masks) == [0b0001] * 4 + [0b1110] * (1 if "mask" in options else 2)
+    close(actual, step_by_step(monkeypatch, run))
+    for query, of in zip(queries, own, strict=True):
+        seen = torch.ones(3, 1, 7, dtype=torch.bool)
+        for hiding in (options, of):
+            if "mask" in hiding:
+                seen = seen & hiding["mask"]
+            if "key_lengths" in hiding:
+                seen = seen & (torch.arange(7) < hiding["key_lengths"][:, None, None])
+        close(module(query, module.project_keys(memory, **options), **of), module(query, memory, mask=seen))
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_second_derivatives(kind, monkeypatch):
     decoder, (state, memory) = Decoder(**DECODERS[kind]).double(), (t.detach().double() for t in data())

@@ -61,8 +61,8 @@ class AdditiveAttention(nn.Module):
             every head sees the values as they are, and the contexts of the heads are concatenated.
         out_dim: project the context to this width. Default: None, no output projection.
         bias: biases of the query, value and output projections. Default: True.
-        normalize: use ``g weight / |weight|`` with a learned g per head (Luong's normed form, as in
-            TensorFlow's ``BahdanauAttention(normalize=True)``). Default: False.
+        normalize: use ``g weight / |weight|`` with a learned g per head: weight normalisation (Salimans and Kingma
+            2016, arXiv:1602.07868), as TensorFlow's ``BahdanauAttention(normalize=True)``. Default: False.
         softcap: see :func:`fusedattn.additive_attention`. Default: None.
         backend: see :func:`fusedattn.additive_attention`. Default: ``"auto"``.
         device, dtype: of the parameters.
@@ -117,8 +117,8 @@ class AdditiveAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Linear layers as ``nn.Linear``; weight uniform within 1 / sqrt(D); g = 1 / sqrt(D)."""
-        for module in (self.query_proj, self.key_proj, self.value_proj, self.out_proj):
-            if module is not None:
+        for module in self.children():
+            if isinstance(module, nn.Linear):
                 module.reset_parameters()
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
@@ -212,7 +212,8 @@ class AdditiveAttention(nn.Module):
 
         Args:
             query: (B, Tq, query_dim).
-            key: (B, Tk, key_dim), or the result of :meth:`project_keys`.
+            key: (B, Tk, key_dim), or the result of :meth:`project_keys`, of which ``mask`` and ``key_lengths``
+                hide more than those that were projected with them.
             value: (B, Tk, value_dim). Default: key.
             mask: bool, broadcastable to (B, H, Tq, Tk), or to (B, Tq, Tk) for every head; True = may attend.
             key_lengths: int (B,); keys at or after a length are invisible.
@@ -223,45 +224,68 @@ class AdditiveAttention(nn.Module):
             (B, Tq, out_dim), or the width of the concatenated contexts without an output projection.
         """
         _check(query, "AdditiveAttention: query", "B", "Tq", self.query_dim)
+        context, weights = self._attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            key_lengths=key_lengths,
+            is_causal=is_causal,
+            return_weights=return_weights,
+        )
+        return (context, weights) if return_weights else context
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor | ProjectedKeys,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None,
+        key_lengths: Tensor | None,
+        return_weights: bool,
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
+        """(context (B, Tq, width), weights (B, H, Tq, Tk) if asked for); options are those of ``attend``."""
         query = self._heads(self.query_proj(query))
-        token = None
+        token, has_heads = None, self.num_heads > 1
         if isinstance(key, ProjectedKeys):
-            for name, given in (("value", value), ("mask", mask), ("key_lengths", key_lengths)):
-                if given is not None:
-                    raise ValueError(f"AdditiveAttention: {name}: pass it to project_keys, not with ProjectedKeys")
+            if value is not None:
+                raise ValueError("AdditiveAttention: value: pass it to project_keys, not with ProjectedKeys")
             keys = key.in_dtype(query.dtype)
-            if are_recorded():
+            key_exp, key_bound = keys.exponentials(query.dtype)
+            if are_recorded() and not key.is_growing:
                 weight, token = keys.shared().with_weight((self.weight, self.weight_g), self._score_weight)
             else:
                 weight = self._score_weight()
+            if mask is not None or key_lengths is not None:
+                keys = keys.hiding(over_heads(mask, has_heads), key_lengths)
         else:
             key, value = self._project(key, value)
             keys = ProjectedKeys(_cast(key, query.dtype), _cast(value, query.dtype), mask, key_lengths)
+            key_exp, key_bound = None, None
             weight = self._score_weight()
-        key_exp, key_bound = keys.exponentials(query.dtype)
         result: Any = attend(
             query,
             keys.key,
             keys.value,
             beside(query, weight),
-            mask=over_heads(keys.mask, self.num_heads > 1),
+            mask=over_heads(keys.mask, has_heads),
             key_lengths=keys.key_lengths,
-            is_causal=is_causal,
             softcap=self.softcap,
             return_weights=return_weights,
             backend=self.backend,
             key_exp=key_exp,
             key_bound=key_bound,
             token=token,
+            **options,
         )
-        context = result[0] if return_weights else result
-        if self.num_heads > 1:
+        context, weights = result if return_weights else (result, None)
+        if has_heads:
             context = context.transpose(1, 2).flatten(2)
-        if self.out_proj is not None:
-            context = self.out_proj(context)
-        if not return_weights:
-            return context
-        return context, result[1].unsqueeze(1) if self.num_heads == 1 else result[1]
+        elif weights is not None:
+            weights = weights.unsqueeze(1)
+        return (context if self.out_proj is None else self.out_proj(context)), weights
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -12,6 +12,7 @@ from torch.utils import _pytree
 from fusedattn import _steps
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._steps import version
+from fusedattn.modules.growing_rows import GrowingRows
 from fusedattn.ops.additive_attention import seen_keys
 
 
@@ -49,6 +50,8 @@ class ProjectedKeys:
     On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the
     tensors and versions that they were computed from: keys that were replaced or edited in place, or whose mask or
     lengths were, do without, and so do copies. Keys that no query sees may hold anything.
+
+    ``keys.append(more)`` has one key more, without a copy of those before it.
     """
 
     key: Tensor
@@ -60,6 +63,7 @@ class ProjectedKeys:
     _exponentials = None
     _shared = None
     _cast = None
+    _growing = None
 
     def _versions(self) -> tuple[int | None, ...]:
         return version(self.key), version(self.mask), version(self.key_lengths)
@@ -106,6 +110,32 @@ class ProjectedKeys:
         if self._shared is None:
             object.__setattr__(self, "_shared", _steps.Shared(self.key, self.value))
         return self._shared  # type: ignore[return-value]
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether these are the keys of one step, to which the next one adds."""
+        return self._growing is not None
+
+    def append(self, more: ProjectedKeys) -> ProjectedKeys:
+        """These and one key more (B, [H,] 1, D), visible to all: what a net that attends to its own past sees."""
+        if self.mask is not None or self.key_lengths is not None:
+            raise ValueError("ProjectedKeys: append: expected keys without mask and key_lengths of their own")
+        key, value = self._growing or (GrowingRows.of(self.key), GrowingRows.of(self.value))
+        key, value = key.append(more.key), value.append(more.value)
+        keys = ProjectedKeys(key.rows, value.rows)
+        object.__setattr__(keys, "_growing", (key, value))
+        return keys
+
+    def hiding(self, mask: Tensor | None, key_lengths: Tensor | None) -> ProjectedKeys:
+        """To a step with a mask, (B, H, Tq, Tk) or without H as for :func:`over_heads`, and lengths of its own."""
+        if mask is None and key_lengths is None:
+            return self
+        if key_lengths is not None:
+            # As part of the mask: steps whose masks differ have joint gradients.
+            within = seen_keys(self.key, None, key_lengths).unsqueeze(-2)
+            mask = within if mask is None else mask & within
+        own = over_heads(self.mask, self.key.dim() == 4)
+        return replace(self, mask=mask if own is None else own & mask)  # type: ignore[operator]  # one of them is
 
     def in_dtype(self, dtype: torch.dtype) -> ProjectedKeys:
         """With key and value in a dtype, cast once for all steps."""
