@@ -1,5 +1,6 @@
 """Additive attention and feature-wise conditioning (FiLM) for PyTorch, fused."""
 
+from fusedattn import dropin
 from fusedattn._dispatch import UnsupportedError
 from fusedattn._export import decompositions
 from fusedattn._library import empty_cache
@@ -55,6 +56,7 @@ __all__ = [
     "additive_scores",
     "additive_scores_ref",
     "decompositions",
+    "dropin",
     "empty_cache",
     "film",
     "film_ref",
