@@ -221,7 +221,7 @@ def test_vmap(shapes):
         return function(x, (gamma, added[0]) if added else gamma, parameters[-1], activation="silu").square().sum()
 
     for pattern in itertools.product((True, False), repeat=len(shapes)):
-        if not any(pattern):
+        if not any(pattern) or (INTERPRETED and 1 < sum(pattern) < len(pattern)):
             continue
         args = tensors([(3, *s) if p else s for s, p in zip(shapes, pattern, strict=True)])
         dims = tuple(0 if p else None for p in pattern)

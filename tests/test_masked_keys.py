@@ -101,9 +101,12 @@ SIZES = [
     shape(2, 20, 37, 40, 18, H=2),
     shape(3, 70, 83, 6, 7),
 ]
-if INTERPRETED:
-    SIZES = [shape(2, 1, 61, 5, 4), shape(2, 6, 37, 4, 4, H=2), shape(2, 33, 67, 2, 5)]
 SPECIALS = [math.nan, math.inf, -math.inf, 1e38]
+if INTERPRETED:  # where a case takes seconds, and kernels see a mask as strides: forms that differ in these
+    SIZES = [shape(2, 1, 61, 5, 4), shape(2, 6, 37, 4, 4, H=2), shape(1, 33, 67, 2, 5)]
+    SPECIALS = SPECIALS[:2]
+    kept = ("keys", "batch_keys", "full", "transposed", "all_masked", "lengths", "everything")
+    FORMS = {form: FORMS[form] for form in kept}
 PLACES = [("key",), ("value",), ("key", "value")]
 
 
@@ -121,9 +124,10 @@ def test_what_a_hidden_key_holds_does_not_matter_to_the_reference(sizes, form, p
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("sizes", [shape(1, 2, 700, 2, 3), shape(1, 17, 700, 2, 3)])
-@pytest.mark.parametrize("form", ["batch_keys", "queries_keys"])
-def test_keys_split_over_threads_or_programs(sizes, form):
+@pytest.mark.parametrize("Tq", [2, 17])
+@pytest.mark.parametrize("form", ["batch_keys", "full"])
+def test_keys_split_over_threads_or_programs(Tq, form):
+    sizes = shape(1, Tq, 300 if INTERPRETED else 700, 2, 3)
     check_absent(sizes, torch.float32, form, ("key", "value"), math.nan)
 
 
