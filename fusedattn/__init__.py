@@ -8,8 +8,10 @@ from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
 from fusedattn.modules.blocks import FiLMResBlock, GatedConditionalConv2d, MultiHopFiLM, SqueezeExcite
 from fusedattn.modules.causal_attention import CausalAdditiveAttention
 from fusedattn.modules.concat import ConcatConditioning
+from fusedattn.modules.concat_attention import ConcatAttention
 from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
 from fusedattn.modules.film import FiLM
+from fusedattn.modules.multi_hop_attention import MultiHopAttention
 from fusedattn.modules.normalization import (
     AdaGroupNorm,
     AdaIN,
@@ -19,7 +21,9 @@ from fusedattn.modules.normalization import (
     ConditionalBatchNorm,
     ConditionalInstanceNorm,
 )
+from fusedattn.modules.pointer_attention import PointerAttention
 from fusedattn.modules.projected_keys import ProjectedKeys
+from fusedattn.modules.spatial_attention import SpatialAttention
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
 from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.film import film, film_ref
@@ -38,6 +42,7 @@ __all__ = [
     "AdditiveAttention",
     "BahdanauAttention",
     "CausalAdditiveAttention",
+    "ConcatAttention",
     "ConcatConditioning",
     "ConditionalBatchNorm",
     "ConditionalBias",
@@ -47,8 +52,11 @@ __all__ = [
     "FiLM",
     "FiLMResBlock",
     "GatedConditionalConv2d",
+    "MultiHopAttention",
     "MultiHopFiLM",
+    "PointerAttention",
     "ProjectedKeys",
+    "SpatialAttention",
     "SqueezeExcite",
     "UnsupportedError",
     "additive_attention",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, overload
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -96,6 +97,21 @@ class AttentionFunction(Protocol):
 def attention_function(function: Callable[..., Any]) -> AttentionFunction:
     """Decorator: has the type above."""
     return function
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Of the constructors of modules with one head that cap the scores in their own way."""
+
+    normalize: bool
+    backend: str
+    device: torch.device | str | int | None
+    dtype: torch.dtype | None
+
+
+class CappedScoreOptions(ScoreOptions, total=False):
+    """Of the constructors of the others."""
+
+    softcap: float | None
 
 
 class HidingOptions(TypedDict, total=False):

@@ -22,12 +22,12 @@ def _check(t: Tensor, name: str, *shape: str | int) -> None:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
 
 
-def _for_one_query(mask: Tensor | None) -> Tensor | None:
+def _for_one_query(mask: Tensor | None, caller: str = "BahdanauAttention") -> Tensor | None:
     """A mask (B, T) as (B, Tq, Tk)."""
     if mask is None:
         return None
     if mask.dim() != 2:
-        raise ValueError(f"BahdanauAttention: mask: expected shape (B, T), got {tuple(mask.shape)}")
+        raise ValueError(f"{caller}: mask: expected shape (B, T), got {tuple(mask.shape)}")
     return mask.unsqueeze(1)
 
 

@@ -34,6 +34,10 @@ def over_heads(mask: Tensor | None, has_heads: bool) -> Tensor | None:
     return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
+def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if mask is None else mask if other is None else mask & other
+
+
 @dataclass(frozen=True, eq=False)
 class ProjectedKeys:
     """Keys and values projected once, for many decoding steps. Made by :meth:`AdditiveAttention.project_keys`.
@@ -130,12 +134,19 @@ class ProjectedKeys:
         """To a step with a mask, (B, H, Tq, Tk) or without H as for :func:`over_heads`, and lengths of its own."""
         if mask is None and key_lengths is None:
             return self
-        if key_lengths is not None:
-            # As part of the mask: steps whose masks differ have joint gradients.
-            within = seen_keys(self.key, None, key_lengths).unsqueeze(-2)
-            mask = within if mask is None else mask & within
-        own = over_heads(self.mask, self.key.dim() == 4)
-        return replace(self, mask=mask if own is None else own & mask)  # type: ignore[operator]  # one of them is
+        if mask is not None and mask.dtype is not torch.bool:
+            raise ValueError(f"ProjectedKeys: mask: expected a bool Tensor (True = may attend), got {mask.dtype}")
+        # Lengths as part of the mask: steps whose masks differ have joint gradients.
+        mask = _both(mask, self._within(key_lengths))
+        return replace(self, mask=_both(over_heads(self.mask, self.key.dim() == 4), mask))
+
+    def visible(self) -> Tensor | None:
+        """bool, broadcastable to (B, [H,] Tq, Tk): mask and lengths in one; None where they hide nothing."""
+        return _both(over_heads(self.mask, self.key.dim() == 4), self._within(self.key_lengths))
+
+    def _within(self, key_lengths: Tensor | None) -> Tensor | None:
+        """bool (B, [H,] 1, Tk): the keys before the lengths."""
+        return None if key_lengths is None else seen_keys(self.key, None, key_lengths).unsqueeze(-2)
 
     def in_dtype(self, dtype: torch.dtype) -> ProjectedKeys:
         """With key and value in a dtype, cast once for all steps."""
