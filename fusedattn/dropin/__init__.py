@@ -21,7 +21,21 @@ from fusedattn.dropin._report import Entry, Report
 __all__ = ["Adapter", "Entry", "Report", "replace", "restore", "supported"]
 
 # The files that hold adapters, each in a tuple ADAPTERS.
-_FILES = ("diffusers", "gnmt")
+_FILES = (
+    "allennlp",
+    "attention_learn_to_route",
+    "bentrevett",
+    "d2l",
+    "diffusers",
+    "espnet",
+    "fairseq",
+    "gnmt",
+    "keras",
+    "news_recommendation",
+    "opennmt",
+    "pytorch_tutorial",
+    "speechbrain",
+)
 
 
 @functools.cache

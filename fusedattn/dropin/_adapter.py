@@ -37,7 +37,7 @@ class Adapter:
         inside: children whose work is done without calling them; where one has hooks, the original runs.
         reasons: why a module of these shapes is not what is known, in words; empty if it is.
         limits: where answers differ from the original's. Printed with the report.
-        state: attributes that ``fused`` keeps on the module, which ``restore`` drops.
+        state: attributes that ``fused`` keeps on the module; the module's ``reset()`` and ``restore`` drop them.
         tolerance: of the probe, which is in float64; larger where the original turns to float32 inside.
     """
 
@@ -143,8 +143,11 @@ def renamed(cls: type[nn.Module], adapter: Adapter) -> tuple[dict[str, str], lis
     return {a: b for (a, _), (b, _) in pairs if a != b}, reasons
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody is told of its calls."""
-    return bool(
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether somebody is told of its calls, or of those of what is in it."""
+    if module is None:
+        return False
+    hooks = (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+    return bool(hooks) or any([has_hooks(child) for child in module._modules.values()])

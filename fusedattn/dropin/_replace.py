@@ -25,16 +25,12 @@ Selection = str | type | Iterable[str | type] | None
 def fused_class(cls: Any, adapter: Adapter) -> Any:
     """The subclass whose instances run ``adapter.fused``, or the method of ``cls`` where hooks would be missed."""
     method = getattr(cls, adapter.method)
-    inside = [tuple(name.split(".")) for name in adapter.inside]
     names, _ = renamed(cls, adapter)
 
     @functools.wraps(method)  # its signature
     def fused(self, *args, **kwargs):
-        for path in inside:
-            child = self
-            for name in path:
-                child = None if child is None else child._modules.get(name)
-            if child is not None and has_hooks(child):
+        for name in adapter.inside:
+            if has_hooks(self._modules.get(name)):
                 return method(self, *args, **kwargs)
         if names:
             kwargs = {names.get(name, name): value for name, value in kwargs.items()}
@@ -46,6 +42,10 @@ def fused_class(cls: Any, adapter: Adapter) -> Any:
             construct, args = rebuild, (cls, adapter.name)
         return construct, args, *rest
 
+    def reset(self):
+        cls.reset(self)
+        _forget(self, adapter)
+
     namespace = {
         adapter.method: fused,
         "__reduce_ex__": reduce,
@@ -55,6 +55,8 @@ def fused_class(cls: Any, adapter: Adapter) -> Any:
         "_fusedattn_original": cls,
         "_fusedattn_adapter": adapter,
     }
+    if adapter.state and hasattr(cls, "reset"):  # which begins a new loop
+        namespace["reset"] = functools.wraps(cls.reset)(reset)
     fused_cls = type(cls)(cls.__name__, (cls,), namespace)
     return fused_cls
 
@@ -70,6 +72,11 @@ def rebuild(cls: Any, name: str) -> nn.Module:
 def _adapter_of(module: nn.Module) -> Adapter | None:
     """Of a module that was replaced."""
     return getattr(type(module), "_fusedattn_adapter", None)
+
+
+def _forget(module: nn.Module, adapter: Adapter) -> None:
+    for attribute in adapter.state:
+        module.__dict__.pop(attribute, None)
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -96,8 +103,7 @@ def restore(model: nn.Module) -> list[str]:
             raise UnsupportedError(f"restore: {name or 'the model'} was made a {cls.__name__} after replace()")
     for _, module in fused:
         made: Any = type(module)
-        for attribute in made._fusedattn_adapter.state:
-            module.__dict__.pop(attribute, None)
+        _forget(module, made._fusedattn_adapter)
         _become(module, made._fusedattn_original)
     return [name for name, _ in fused]
 
@@ -121,7 +127,7 @@ class _Judge:
         sizes, reasons = match(adapter, module)
         reasons += renamed(cls, adapter)[1]
         reasons = reasons or adapter.reasons(module)
-        hooked = [name for name, child in module.named_modules() if name in adapter.inside and has_hooks(child)]
+        hooked = [name for name in adapter.inside if has_hooks(module._modules.get(name))]
         reasons += [f"{name} has hooks, which would not be called" for name in hooked]
         if reasons:
             return reasons

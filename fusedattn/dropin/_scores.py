@@ -1,21 +1,77 @@
-"""What adapters of attention share."""
+"""What adapters of attention share: scores alone, or a step of a decoder over keys that stay."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedattn._dispatch import beside
+from fusedattn._steps import are_recorded, version
+from fusedattn.modules.projected_keys import ProjectedKeys
+from fusedattn.ops.additive_attention import attend
 from fusedattn.ops.additive_scores import additive_scores
 
-FUSES = "scores without the (B, Tq, Tk, D) tensor"
-NAN_ROWS = "a row without a valid key gets context 0 and weights 0, the original gives NaN"
+SCORES = "scores without the (B, Tq, Tk, D) tensor"
+ATTENTION = "scores, softmax and context in one pass"
+STEPS = f"{ATTENTION}; the gradients of keys once for all steps"
+NAN_ROWS = "a row without a valid key gets context and weights 0, where the original gives NaN"
+KEPT = "_fusedattn_keys"  # the attribute that holds what steps share
 
 
-def scores(query: Tensor, key: Tensor, weight: Tensor, **options) -> Tensor:
+def scores(query: Tensor, key: Tensor, weight: Tensor, **options: Any) -> Tensor:
     """(B, Tq, Tk) of query (B, Tq, D), key (B, Tk, D) and weight (D,)."""
     return additive_scores(query, key, beside(query, weight), **options)
 
 
 def score_weight(linear: nn.Linear) -> Tensor:
-    """(D,) of the linear layer to one score, whose bias the softmax cancels: its gradient is zero, but there."""
+    """(D,) of the linear layer to one score. Its bias the softmax cancels: a gradient of zero, but not None."""
     weight = linear.weight.view(-1)
     return weight if linear.bias is None else torch.add(weight, linear.bias, alpha=0)
+
+
+def kept_keys(module: nn.Module, sources: tuple, make: Callable[[], tuple]) -> ProjectedKeys:
+    """The key, value and mask that ``make()`` makes of ``sources``, as the steps of a loop share them.
+
+    They stay on the module for as long as it comes with the same sources, unedited.
+    """
+    kept, versions = getattr(module, KEPT, None), [version(t) for t in sources if isinstance(t, Tensor)]
+    if kept is not None and kept[1] == versions and all(a is b for a, b in zip(kept[0], sources, strict=True)):
+        return kept[2]
+    keys = ProjectedKeys(*make())
+    if not torch.compiler.is_compiling():
+        keys = keys.with_exponentials()
+        setattr(module, KEPT, (sources, versions, keys))
+    return keys
+
+
+def _weights(linears: Sequence[nn.Linear]) -> Tensor:
+    weights = [score_weight(linear) for linear in linears]
+    return weights[0] if len(weights) == 1 else torch.stack(weights)
+
+
+def step(
+    query: Tensor, keys: ProjectedKeys, linears: Sequence[nn.Linear], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Context and weights of a query (B, 1, D) and one linear layer to a score, or (B, H, 1, D) and H of them."""
+    keys, token = keys.in_dtype(query.dtype), None
+    key_exp, key_bound = keys.exponentials(query.dtype)
+    if are_recorded():
+        sources = tuple(t for linear in linears for t in (linear.weight, linear.bias))
+        weight, token = keys.shared().with_weight(sources, functools.partial(_weights, linears))
+    else:
+        weight = _weights(linears)
+    result: Any = attend(
+        query,
+        keys.key,
+        keys.value,
+        beside(query, weight),
+        mask=keys.mask,
+        return_weights=True,
+        key_exp=key_exp,
+        key_bound=key_bound,
+        token=token,
+        **options,
+    )
+    return result
