@@ -10,7 +10,9 @@ from fusedattn.modules.causal_attention import CausalAdditiveAttention
 from fusedattn.modules.concat import ConcatConditioning
 from fusedattn.modules.concat_attention import ConcatAttention
 from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, ConditionalScale
+from fusedattn.modules.coverage_attention import CoverageAttention
 from fusedattn.modules.film import FiLM
+from fusedattn.modules.forward_attention import ForwardAttention
 from fusedattn.modules.multi_hop_attention import MultiHopAttention
 from fusedattn.modules.normalization import (
     AdaGroupNorm,
@@ -49,8 +51,10 @@ __all__ = [
     "ConditionalGate",
     "ConditionalInstanceNorm",
     "ConditionalScale",
+    "CoverageAttention",
     "FiLM",
     "FiLMResBlock",
+    "ForwardAttention",
     "GatedConditionalConv2d",
     "MultiHopAttention",
     "MultiHopFiLM",

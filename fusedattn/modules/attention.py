@@ -254,7 +254,7 @@ class AdditiveAttention(nn.Module):
                 raise ValueError("AdditiveAttention: value: pass it to project_keys, not with ProjectedKeys")
             keys = key.in_dtype(query.dtype)
             key_exp, key_bound = keys.exponentials(query.dtype)
-            if are_recorded() and not key.is_growing:
+            if are_recorded() and key.is_shared:
                 weight, token = keys.shared().with_weight((self.weight, self.weight_g), self._score_weight)
             else:
                 weight = self._score_weight()

@@ -68,6 +68,7 @@ class ProjectedKeys:
     _shared = None
     _cast = None
     _growing = None
+    is_shared = True
 
     def _versions(self) -> tuple[int | None, ...]:
         return version(self.key), version(self.mask), version(self.key_lengths)
@@ -115,10 +116,11 @@ class ProjectedKeys:
             object.__setattr__(self, "_shared", _steps.Shared(self.key, self.value))
         return self._shared  # type: ignore[return-value]
 
-    @property
-    def is_growing(self) -> bool:
-        """Whether these are the keys of one step, to which the next one adds."""
-        return self._growing is not None
+    def of_one_step(self, key: Tensor, value: Tensor) -> ProjectedKeys:
+        """With a key and a value that belong to one step: nothing is shared by its gradients."""
+        keys = replace(self, key=key, value=value)
+        object.__setattr__(keys, "is_shared", False)
+        return keys
 
     def append(self, more: ProjectedKeys) -> ProjectedKeys:
         """These and one key more (B, [H,] 1, D), visible to all: what a net that attends to its own past sees."""
@@ -126,7 +128,7 @@ class ProjectedKeys:
             raise ValueError("ProjectedKeys: append: expected keys without mask and key_lengths of their own")
         key, value = self._growing or (GrowingRows.of(self.key), GrowingRows.of(self.value))
         key, value = key.append(more.key), value.append(more.value)
-        keys = ProjectedKeys(key.rows, value.rows)
+        keys = self.of_one_step(key.rows, value.rows)
         object.__setattr__(keys, "_growing", (key, value))
         return keys
 
