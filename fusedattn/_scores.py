@@ -18,8 +18,8 @@ def reference(query: Tensor, key: Tensor, weight: Tensor, scale: float, softcap:
 
 def without_unseen(visible: Tensor, *rows: Tensor) -> list[Tensor]:
     """Rows of keys (B, [H,] Tk, width), zero where no query sees the key: it is absent, whatever it holds."""
-    unseen = ~visible.any(-2).unsqueeze(-1)
-    return [t.masked_fill(unseen, 0.0) for t in rows]
+    seen = visible.any(-2).unsqueeze(-1)
+    return [torch.where(seen, t, 0.0) for t in rows]  # masked_fill takes twice the time for such a mask
 
 
 def of_visible(visible: Tensor, scores: Tensor) -> Tensor:

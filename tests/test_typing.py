@@ -49,6 +49,24 @@ def test_results_of_film_and_of_modules() -> None:
     assert_type(step(q[:, 0], q, return_weights=False), Tensor)
 
 
+def test_results_of_the_forms_of_attention() -> None:
+    smoothed = additive_attention(q, q, q, w, normalizer="sigmoid", return_weights=True)
+    assert_type(smoothed, tuple[Tensor, Tensor])
+    assert_type(additive_attention(q, q, q, w, normalizer=lambda scores: scores.softmax(-1)), Tensor)
+    lse = torch.ones(2, 3)
+    assert_type(fusedattn.merge_attention([q, q], [lse, lse]), tuple[Tensor, Tensor])
+    concat, causal = fusedattn.ConcatAttention(4, 4, 4), fusedattn.CausalAdditiveAttention(4, 4, 4)
+    assert_type(concat(q, q), tuple[Tensor, Tensor])
+    assert_type(concat(q, q, return_weights=False), Tensor)
+    assert_type(causal(q, q), Tensor)
+    keys = causal.append(None, q[:, 0])
+    assert_type(keys, ProjectedKeys)
+    assert_type(causal.step(q[:, 0], keys), Tensor)
+    assert_type(causal.step(q[:, 0], keys, 1, return_weights=True), tuple[Tensor, Tensor])
+    assert_type(fusedattn.PointerAttention(4, 4, 4)(q, q), Tensor)
+    assert_type(fusedattn.MultiHopAttention(4, 4, 4, 2)(q[:, 0], q), tuple[Tensor, Tensor])
+
+
 @pytest.mark.parametrize(
     ("function", "options", "decisive"),
     [
