@@ -12,7 +12,7 @@ namespace fusedattn {
 // last one is a row, whose elements are neighbours, and the product of the others counts rows.
 template <int VIEWS>
 struct Walk {
-  static constexpr int MOST_DIMS = 64;  // of a tensor in torch
+  static constexpr int MOST_DIMS = 64 + 1;  // of a tensor in torch, and close()
 
   struct Dim {
     int64_t size;
@@ -43,9 +43,10 @@ struct Walk {
     dims[count++] = dim;
   }
 
-  // After the last add(): a tensor of one element is a row, too.
-  void close() {
-    if (count == 0) dims[count++] = {1, {}};
+  // After the last add(): a tensor of one element is a row, too, and so is each element where those of the tensor
+  // are neighbours, but not in that other view.
+  void close(int other) {
+    if (count == 0 || row().step[other] != 1) dims[count++] = {1, {}};
   }
 
   const Dim& row() const { return dims[count - 1]; }

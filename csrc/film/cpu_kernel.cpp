@@ -1,69 +1,10 @@
 // CPU kernels of FiLM, compiled once per instruction set. Bound by memory: one read of each input and one write
 // of each output, everything between in registers.
-#include "cpu_kernel.h"
-
-#include "common/elementwise.h"
+#include "cpu_kernel_common.h"
 
 namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
-
-// gamma or beta along a row, numbers of type P.
-template <typename P, bool is_vector>
-struct Values {
-  using T = Arithmetic<P>;
-  const P* values;
-  Vec<T> one, offset;
-
-  __attribute__((always_inline)) Values(const void* of, int64_t at, T offset)
-      : values(static_cast<const P*>(of) + at) {
-    this->offset = splat(offset);
-    if constexpr (!is_vector) one = splat(*values + offset);
-  }
-  __attribute__((always_inline)) Vec<T> operator()(int64_t i) const {
-    if constexpr (is_vector)
-      return load(values + i) + offset;
-    else
-      return one;
-  }
-  __attribute__((always_inline)) Vec<T> tail(int64_t i, int64_t n) const {
-    if constexpr (is_vector)
-      return load_partial(values + i, n) + offset;
-    else
-      return one;
-  }
-};
-
-// Where dz x or dz of a row goes, numbers of type P.
-template <typename P, bool is_vector>
-struct Sums {
-  using T = Arithmetic<P>;
-  static constexpr int SEVERAL = 4;  // one sum alone would wait for each addition
-  P* out;
-  bool added;
-  Vec<T> sum[SEVERAL] = {};
-
-  __attribute__((always_inline)) Sums(void* to, int64_t step, int64_t row, bool is_fresh)
-      : out(static_cast<P*>(to) + row * step), added(step == 0 && (row > 0 || !is_fresh)) {}
-  __attribute__((always_inline)) void put(int64_t i, int which, Vec<T> v) {
-    if constexpr (is_vector)
-      store(out + i, added ? load(out + i) + v : v);
-    else
-      sum[which] += v;
-  }
-  __attribute__((always_inline)) void put_tail(int64_t i, int64_t n, Vec<T> v) {
-    if constexpr (is_vector)
-      store_partial(out + i, added ? load_partial(out + i, n) + v : v, n);
-    else
-      sum[0] += first_lanes<T>(n) ? v : Vec<T>{};
-  }
-  __attribute__((always_inline)) void close() {
-    if constexpr (!is_vector) {
-      const T total = sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-      *out = added ? *out + total : total;
-    }
-  }
-};
 
 // P: the type of gamma, beta and their gradients.
 template <Activation activation, typename S, bool gamma_is_vector, bool beta_is_vector, typename P = Arithmetic<S>>
@@ -83,13 +24,13 @@ struct Rows {
       S* y = static_cast<S*>(out) + r * t.step;
       int64_t i = 0;
       for (; i + W <= t.n; i += W) {
-        Vec<T> v = activate<activation, M>(load(x + i) * scale(i) + shift(i));
+        Vec<T> v = activate<activation, M>(load(x + i) * scale(Whole{}, i, W) + shift(Whole{}, i, W));
         if (residual != nullptr) v += load(residual + i);
         put(y + i, v, t.streamed);
       }
       if (i == t.n) continue;
       const int64_t n = t.n - i;
-      Vec<T> v = activate<activation, M>(load_partial(x + i, n) * scale.tail(i, n) + shift.tail(i, n));
+      Vec<T> v = activate<activation, M>(load_partial(x + i, n) * scale(Partial{}, i, n) + shift(Partial{}, i, n));
       if (residual != nullptr) v += load_partial(residual + i, n);
       store_partial(y + i, v, n);
     }
@@ -105,28 +46,27 @@ struct Rows {
       const S* dy = static_cast<const S*>(grad) + r * t.step;
       S* dx = static_cast<S*>(out) + (to.keeps_dx ? r * t.step : 0);
       const auto step = [&](int64_t i, int which) {
-        const Vec<T> in = load(x + i), a = scale(i);
+        const Vec<T> in = load(x + i), a = scale(Whole{}, i, W);
         Vec<T> g = load(dy + i);
-        if constexpr (activation != Activation::NONE) g *= slope<activation, M>(in * a + shift(i));
+        if constexpr (activation != Activation::NONE) g *= slope<activation, M>(in * a + shift(Whole{}, i, W));
         put(dx + i, g * a, t.streamed);
-        dz_x.put(i, which, g * in);
-        dz.put(i, which, g);
+        dz_x.put(Whole{}, i, W, which, g * in);
+        dz.put(Whole{}, i, W, which, g);
       };
       int64_t i = 0;
       if constexpr (!gamma_is_vector || !beta_is_vector) {
-        constexpr int SEVERAL = Sums<P, false>::SEVERAL;
         for (; i + SEVERAL * W <= t.n; i += SEVERAL * W)
           for (int u = 0; u < SEVERAL; ++u) step(i + u * W, u);
       }
       for (; i + W <= t.n; i += W) step(i, 0);
       if (i < t.n) {
         const int64_t n = t.n - i;
-        const Vec<T> in = load_partial(x + i, n), a = scale.tail(i, n);
+        const Vec<T> in = load_partial(x + i, n), a = scale(Partial{}, i, n);
         Vec<T> g = load_partial(dy + i, n);
-        if constexpr (activation != Activation::NONE) g *= slope<activation, M>(in * a + shift.tail(i, n));
+        if constexpr (activation != Activation::NONE) g *= slope<activation, M>(in * a + shift(Partial{}, i, n));
         store_partial(dx + i, g * a, n);
-        dz_x.put_tail(i, n, g * in);
-        dz.put_tail(i, n, g);
+        dz_x.put(Partial{}, i, n, 0, g * in);
+        dz.put(Partial{}, i, n, 0, g);
       }
       dz_x.close();
       dz.close();

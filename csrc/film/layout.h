@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -26,9 +27,11 @@ struct FilmParameters {
   }
 };
 
-// View 0 is x, then come the values of the parameters, then their gradients, which lie dense in the order of x.
-using FilmWalk = Walk<1 + 2 * FILM_PARAMETERS>;
-constexpr int VALUES = 1, GRADIENTS = 1 + FILM_PARAMETERS;
+// View 0 is x, then come the values of the parameters, then their gradients, which lie dense in the order of x;
+// last what lies along x at steps of its own (gated_film's two halves, of which x is one).
+using FilmWalk = Walk<2 + 2 * FILM_PARAMETERS>;
+constexpr int VALUES = 1, GRADIENTS = 1 + FILM_PARAMETERS, SOURCE = 1 + 2 * FILM_PARAMETERS;
+using FilmStrides = std::array<std::vector<int64_t>, FILM_PARAMETERS>;
 
 // x as (B, M, C, N) in memory order: B batch, M positions before and N positions after the channel. Copied only
 // where it is not dense with the batch outermost.
@@ -38,14 +41,18 @@ struct Layout {
   bool copied = false;
 
   std::vector<int64_t> order;  // of dimensions in memory
+  const char *op, *parameters;
 
-  Layout(const Tensor& input, const FilmOptions& options) : x(input), order(memory_order(input)) {
+  Layout(const Tensor& input, const FilmOptions& options) : Layout(input, options.channel_dim) {}
+  // `op` and `parameters`: for messages.
+  Layout(const Tensor& input, int64_t channel_dim, const char* op = "film",
+         const char* parameters = "gamma and beta")
+      : x(input), channel_dim(channel_dim), order(memory_order(input)), op(op), parameters(parameters) {
     if (!dense_in(x, order) || order[0] != 0) {
       x = torch::stable::contiguous(x);
       copied = true;
       std::iota(order.begin(), order.end(), 0);
     }
-    channel_dim = options.channel_dim;
     B = x.size(0), M = 1, C = x.size(channel_dim), N = 1;
     bool before = true;
     for (size_t n = 1; n < order.size(); ++n) {
@@ -66,11 +73,11 @@ struct Layout {
     else if (t.dim() == 2)
       dims = {0, channel_dim};
     else
-      STD_TORCH_CHECK(t.dim() == 0, "film: gamma and beta: expected 0, 1, 2 or ", x.dim(), " dimensions, got ",
+      STD_TORCH_CHECK(t.dim() == 0, op, ": ", parameters, ": expected 0, 1, 2 or ", x.dim(), " dimensions, got ",
                       t.dim());
     for (size_t d = 0; d < dims.size(); ++d)
-      STD_TORCH_CHECK(t.size(d) == 1 || t.size(d) == x.size(dims[d]), "film: gamma and beta: expected size 1 or ",
-                      x.size(dims[d]), " in dimension ", d, ", got ", t.size(d));
+      STD_TORCH_CHECK(t.size(d) == 1 || t.size(d) == x.size(dims[d]), op, ": ", parameters,
+                      ": expected size 1 or ", x.size(dims[d]), " in dimension ", d, ", got ", t.size(d));
     return dims;
   }
 
@@ -88,23 +95,33 @@ struct Layout {
     return strides;
   }
 
-  FilmWalk walk(const FilmParameters& parameters) const {
+  // `gradients`: the strides of those of the parameters.
+  FilmWalk walk(const FilmParameters& parameters, const FilmStrides& gradients, const Tensor& source) const {
     std::vector<FilmWalk::Dim> dims(x.dim());
-    for (int64_t d = 0; d < x.dim(); ++d) dims[d] = {x.size(d), {x.stride(d)}};
+    for (int64_t d = 0; d < x.dim(); ++d) {
+      dims[d] = {x.size(d), {x.stride(d)}};
+      dims[d].step[SOURCE] = source.stride(d);
+    }
     for (int p = 0; p < FILM_PARAMETERS; ++p) {
       if (!parameters[p]) continue;
       const Tensor& t = *parameters[p];
-      const std::vector<int64_t> own = dims_of(t), dense = dense_strides(t);
+      const std::vector<int64_t> own = dims_of(t);
       for (size_t d = 0; d < own.size(); ++d) {
         if (t.size(d) == 1) continue;
         dims[own[d]].step[VALUES + p] = t.stride(d);
-        dims[own[d]].step[GRADIENTS + p] = dense[d];
+        dims[own[d]].step[GRADIENTS + p] = gradients[p][d];
       }
     }
     FilmWalk walk;
     for (const int64_t d : order) walk.add(dims[d]);
-    walk.close();
+    walk.close(SOURCE);
     return walk;
+  }
+  FilmWalk walk(const FilmParameters& parameters) const {
+    FilmStrides gradients;
+    for (int p = 0; p < FILM_PARAMETERS; ++p)
+      if (parameters[p]) gradients[p] = dense_strides(*parameters[p]);
+    return walk(parameters, gradients, x);
   }
 
   void check_parameter(const Tensor& t) const {
@@ -114,11 +131,19 @@ struct Layout {
 
   // residual or grad_output with the strides of x.
   Tensor like(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(is_like(t, x), "film: ", name, ": expected the shape and dtype of x");
+    STD_TORCH_CHECK(is_like(t, x), op, ": ", name, ": expected the shape and dtype of x");
     if (same_strides(t, x)) return t;
     Tensor copy = torch::stable::empty_like(x);
     torch::stable::copy_(copy, t);
     return copy;
+  }
+
+  // That of y, dense in the order of x, with another number of channels.
+  Layout of(const Tensor& y) const {
+    Layout other = *this;
+    other.x = y;
+    other.C = y.size(channel_dim);
+    return other;
   }
 
   Tensor restored(const Tensor& y, const Tensor& input) const { return copied ? as_empty_like(y, input) : y; }

@@ -3,7 +3,9 @@
 // Bound by memory: a row is read once, kept in the cache for the passes over it, and its results are written once.
 // Its mean is found in two steps, of h and then of what the first left, and so is the variance: exact however far
 // the mean is from 0.
-#include "cpu_kernel_common.h"
+#include "cpu_kernel.h"
+
+#include "common/along.h"
 #include "formula.h"
 
 // From the C library; <cmath> would bring weak inline functions.

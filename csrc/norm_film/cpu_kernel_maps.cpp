@@ -3,7 +3,8 @@
 // Rows of n neighbouring elements are either one channel's positions, whose numbers are one a row, or the channels
 // of one position, whose numbers are vectors that all rows share. Moments are taken chunk by chunk, each
 // relative to a number near its mean, and then merged (Chan et al. 1983): exact however far the mean is from 0.
-#include "cpu_kernel_common.h"
+#include "common/along.h"
+#include "cpu_kernel.h"
 #include "formula.h"
 
 namespace fusedattn {

@@ -1,8 +1,7 @@
-// What the kernel files of norm_film share: loops along a row in whole vectors and its end.
+// Loops along a row in whole vectors and its end. For kernel files alone (see simd.h).
 #pragma once
 
-#include "common/elementwise.h"
-#include "cpu_kernel.h"
+#include "elementwise.h"
 
 namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
