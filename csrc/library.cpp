@@ -5,6 +5,7 @@
 #include "additive_attention/options.h"
 #include "additive_scores/options.h"
 #include "film/options.h"
+#include "gated_film/options.h"
 #include "norm_film/options.h"
 
 STABLE_TORCH_LIBRARY(fusedattn, m) {
@@ -45,6 +46,15 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "Tensor? beta_added, " FUSEDATTN_FILM_OPTIONS
       ", int output_mask) -> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta, Tensor grad_gamma_added, Tensor "
       "grad_beta_added)");
+
+  // x (B, ...) with 2C channels at channel_dim, condition and what is added to it as film's beta for them. y has C
+  // channels.
+  m.def("gated_film_fwd(Tensor x, Tensor? condition, Tensor? condition_added, " FUSEDATTN_GATED_FILM_OPTIONS
+        ") -> Tensor");
+  m.def(
+      "gated_film_bwd(Tensor grad_output, Tensor x, Tensor? condition, Tensor? "
+      "condition_added, " FUSEDATTN_GATED_FILM_OPTIONS
+      ", int output_mask) -> (Tensor grad_x, Tensor grad_condition, Tensor grad_condition_added)");
 
   // x, gamma, beta and what is added to them as for film, but with one value per channel as (C,) or (B, C), or one
   // for each element as x; so is pre_gate. weight and bias (C,) or (B, C). pre_residual and residual like x.

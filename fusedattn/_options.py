@@ -20,6 +20,10 @@ class FilmOptions(NamedTuple):
     activation: int  # index into ACTIVATIONS of _conditioning.py
 
 
+class GatedFilmOptions(NamedTuple):
+    channel_dim: int
+
+
 class NormFilmOptions(NamedTuple):
     norm: int  # index into NORMS of ops/norm_film.py
     num_groups: int  # of group norm

@@ -11,6 +11,8 @@ from fusedattn import (
     additive_scores_ref,
     film,
     film_ref,
+    gated_film,
+    gated_film_ref,
     norm_film,
     norm_film_ref,
 )
@@ -53,6 +55,15 @@ def modulate(function):
     return call
 
 
+def gated_film_inputs():
+    shapes = {"x": (2, 6, 4), "condition": (2, 6), "added": (6,)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def gate(function):
+    return lambda x, condition, added: function(x, (condition, added))
+
+
 def norm_film_inputs():
     shapes = {"x": (2, 3, 4), "gamma": (2, 3), "weight": (3,), "pre_gate": (2, 3), "pre_residual": (2, 3, 4)}
     return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -72,6 +83,7 @@ OPS = {
     "additive_attention": (attend, additive_attention, additive_attention_ref, attention_inputs),
     "additive_scores": (score, additive_scores, additive_scores_ref, scores_inputs),
     "film": (modulate, film, film_ref, film_inputs),
+    "gated_film": (gate, gated_film, gated_film_ref, gated_film_inputs),
     "norm_film": (modulate_the_norm, norm_film, norm_film_ref, norm_film_inputs),
 }
 

@@ -1,10 +1,11 @@
 """gated_film against plain compositions of PyTorch's functions, within tests/tolerance.py."""
 
+import functools
 import math
 
 import pytest
 import torch
-from device import DEVICE, not_on_the_standin
+from device import DEVICE, not_on_the_standin, raw_op
 from pairwise import pairwise
 from test_film import numbers
 from tolerance import assert_close_to_reference
@@ -16,7 +17,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fusedattn. no kernel of gated_film can run:UserWarning"),
 ]
 FUNCTIONS = pytest.mark.parametrize("function", [gated_film, gated_film_ref])
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def plain(x, condition, added, channel_dim):
@@ -33,8 +35,8 @@ def plain(x, condition, added, channel_dim):
     return torch.tanh(a) * torch.sigmoid(b)
 
 
-def ours(x, condition, added, channel_dim):
-    return gated_film(x, condition if added is None else (condition, added), channel_dim=channel_dim)
+def ours(x, condition, added, channel_dim, function=gated_film):
+    return function(x, condition if added is None else (condition, added), channel_dim=channel_dim)
 
 
 def run(function, tensors, channel_dim, dtype=None):
@@ -45,29 +47,136 @@ def run(function, tensors, channel_dim, dtype=None):
     return y, *torch.autograd.grad(y, present, grad)
 
 
-@pairwise(
-    shape=[((2, 6, 4, 5), 1), ((3, 5, 6), 2), ((2, 6, 33), 1), ((5, 2), -1), ((1, 4, 1, 1), 1)],
-    dtype=DTYPES,
-    condition=[None, (), "C", "BC", "full", "place"],
-    added=[None, "C", "full"],
-    layout=["contiguous", "permuted"],
-)
-def test_values_and_gradients(shape, dtype, condition, added, layout):
-    shape, channel_dim = shape
+def in_layout(t, layout, channel_dim):
+    """The same numbers in another order of memory."""
+    if layout == "channels_last":
+        return t.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if layout == "permuted" else t
+
+
+def check(
+    shape,
+    channel_dim,
+    condition,
+    added,
+    dtypes=(torch.float32, torch.float32),
+    layout="contiguous",
+    condition_layout="contiguous",
+    function=gated_film,
+):
+    """By what the condition and what is added to it are given for; dtypes: that of x and that of the condition."""
     B, C = shape[0], shape[channel_dim]
-    of_places = [1 if d == channel_dim % len(shape) else n for d, n in enumerate(shape)]
+    of_places = tuple(1 if d == channel_dim % len(shape) else n for d, n in enumerate(shape))
     shapes = {None: None, (): (), "C": (C,), "BC": (B, C), "full": shape, "place": of_places}
     generator = torch.Generator().manual_seed(0)
     of = [shape, shapes[condition], shapes[added if condition is not None else None]]
-    tensors = [None if s is None else numbers(tuple(s), generator).to(dtype) for s in of]
-    if layout == "permuted":
-        tensors[0] = tensors[0].transpose(0, -1).contiguous().transpose(0, -1)
-    actual, eager = run(ours, tensors, channel_dim), run(plain, tensors, channel_dim)
+    tensors = [None if s is None else numbers(tuple(s), generator) for s in of]
+    tensors = [None if t is None else t.to(dtypes[n > 0]) for n, t in enumerate(tensors)]
+    tensors[0] = in_layout(tensors[0], layout, channel_dim)
+    if condition == "full":
+        tensors[1] = in_layout(tensors[1], condition_layout, channel_dim)
+    kernel = functools.partial(ours, function=function)
+    actual, eager = run(kernel, tensors, channel_dim), run(plain, tensors, channel_dim, dtypes[0])
     exact = run(plain, tensors, channel_dim, torch.float64)
     present = [tensors[0], *(t for t in tensors if t is not None)]
     for found, t, e, source in zip(actual, eager, exact, present, strict=True):
         terms = max(tensors[0].numel() // max(source.numel(), 1), 1)
-        assert_close_to_reference(found, t, e, terms=terms, scale=6.0 * terms**0.5)
+        assert_close_to_reference(found, t.to(found.dtype), e, terms=terms, scale=6.0 * terms**0.5)
+    assert actual[1].dtype == dtypes[0] and all(g.dtype == dtypes[1] for g in actual[2:])
+
+
+@pytest.mark.interpreted
+@pairwise(
+    shape=[((2, 6, 4, 5), 1), ((3, 5, 6), 2), ((2, 6, 33), 1), ((5, 2), -1), ((1, 4, 1, 1), 1), ((2, 3, 4, 2), 3)],
+    dtypes=[*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.float32) for dtype in HALF)],
+    condition=[None, (), "C", "BC", "full", "place"],
+    added=[None, "C", "full"],
+    layout=["contiguous", "channels_last", "permuted"],
+    condition_layout=["contiguous", "channels_last", "permuted"],
+)
+def test_values_and_gradients(shape, dtypes, condition, added, layout, condition_layout):
+    check(*shape, condition, added, dtypes, layout, condition_layout)
+
+
+LARGE = [((3, 6, 50, 60), 1), ((2, 1300, 12), 2), ((2, 4, 3000), 1), ((2100, 16), 1), ((1, 4, 200, 130), 1)]
+
+
+@pytest.mark.skipif(DEVICE == "standin", reason="has no kernels of it")
+@pairwise(
+    shape=LARGE,
+    dtypes=[(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    condition=[None, "C", "BC", "full", "place"],
+    added=[None, "C", "full"],
+)
+def test_sums_over_many_rows_and_pieces(shape, dtypes, condition, added):
+    check(*shape, condition, added, dtypes)
+
+
+@not_on_the_standin("threads are the CPU's")
+@pytest.mark.parametrize("condition", ["C", "BC", "full", "place"])
+@pytest.mark.parametrize("shape, channel_dim", LARGE)
+def test_the_number_of_threads_changes_no_bit(shape, channel_dim, condition):
+    of_places = tuple(1 if d == channel_dim else n for d, n in enumerate(shape))
+    C = shape[channel_dim]
+    shapes = {"C": (C,), "BC": (shape[0], C), "full": shape, "place": of_places}
+    tensors = [numbers(s, torch.Generator().manual_seed(0)) for s in (shape, shapes[condition])]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(run(ours, [*tensors, None], channel_dim))
+    finally:
+        torch.set_num_threads(threads)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def arguments(shape, channel_dim, condition, added, dtype=torch.float32):
+    tensors = [None if s is None else torch.randn(s, dtype=dtype) for s in (shape, condition, added)]
+    return (*tensors, channel_dim)
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(DEVICE == "standin", reason="has no kernels of it")
+@pytest.mark.parametrize(
+    "shape, channel_dim, condition, added",
+    [
+        ((2, 6, 4, 3), 1, None, None),
+        ((2, 6, 4, 3), 1, (2, 6), (6,)),
+        ((2, 5, 6), 2, (2, 5, 6), ()),
+        ((2, 3, 2), 2, (2, 3, 1), None),
+    ],
+)
+def test_raw_ops_pass_opcheck(shape, channel_dim, condition, added):
+    forward, backward = (raw_op(f"gated_film_{direction}").default for direction in ("fwd", "bwd"))
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for strided in (False, True):
+        x, *others = arguments(shape, channel_dim, condition, added)
+        x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2] if strided else x
+        torch.library.opcheck(forward, (x, *others), test_utils=utils)
+        y = forward(x, *others)
+        for mask in (0b111, 0b010):
+            torch.library.opcheck(backward, (torch.randn_like(y), x, *others, mask), test_utils=utils)
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(DEVICE == "standin", reason="has no kernels of it")
+def test_raw_ops_refuse_what_does_not_fit():
+    forward, backward = raw_op("gated_film_fwd"), raw_op("gated_film_bwd")
+    with pytest.raises(RuntimeError, match="gated_film: x: expected an even number of channels, got 3"):
+        forward(*arguments((2, 3, 4), 1, None, None))
+    with pytest.raises(RuntimeError, match="gated_film: condition: expected"):
+        forward(*arguments((2, 4, 4), 1, (2, 2), None))
+    with pytest.raises(RuntimeError, match="gated_film: grad_output: expected"):
+        backward(torch.ones(2, 4, 4), *arguments((2, 4, 4), 1, None, None), 0b111)
+
+
+def test_nothing_in_it():
+    x, condition = torch.ones(0, 4, 3, requires_grad=True), torch.ones(4, requires_grad=True)
+    y = gated_film(x, condition)
+    assert y.shape == (0, 2, 3)
+    of_x, of_condition = torch.autograd.grad(y.sum(), (x, condition))
+    assert of_x.shape == x.shape and torch.equal(of_condition, torch.zeros(4))
 
 
 @FUNCTIONS
@@ -143,6 +252,6 @@ def test_errors(function, changes, error, message):
         function(**arguments)
 
 
-def test_no_backend_has_kernels():
-    with pytest.raises(UnsupportedError, match="gated_film: backend 'cpu' cannot run"):
-        gated_film(torch.ones(2, 4), backend="cpu")
+def test_cuda_has_no_kernels():
+    with pytest.raises(UnsupportedError, match="cuda: .*it has no kernels of gated_film"):
+        gated_film(torch.ones(2, 4), backend="cuda")

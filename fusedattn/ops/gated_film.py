@@ -8,23 +8,38 @@ Mathematics, with a and b the halves of x's channels and h_a, h_b those of the c
 
 The sums are over everything that shares a value. In half precision arithmetic is float32, and y alone is rounded.
 
-Symbols: B batch, C channels of y. Tests: ``tests/test_gated_film.py``.
+A pair of conditions stands for their broadcast sum, each with the gradient above, summed over what shares its own
+values. Forward reads x once and writes y once; backward reads x and dy once and yields all gradients in that pass.
+
+Symbols: B batch, C channels of y. Kernels: ``csrc/gated_film/`` (C++), ``fusedattn/triton/gated_film.py``. Tests:
+``tests/test_gated_film.py``, ``tests/test_triton_gated_film.py``. Benchmark: ``benchmarks/``.
 """
 
 import torch
 from torch import Tensor
 
-from fusedattn._conditioning import HALF, Parameter, check_features, check_parameter, in_dtype, parts, total
-from fusedattn._dispatch import BACKENDS, autocast_enabled, choose, fail, overridable
+from fusedattn import _autograd, _conditioning
+from fusedattn._conditioning import (
+    HALF,
+    Parameter,
+    check_features,
+    check_parameter,
+    gradient_fakes,
+    in_dtype,
+    parts,
+    total,
+)
+from fusedattn._dispatch import autocast_enabled, choose, fail, overridable
+from fusedattn._options import GatedFilmOptions as Options
 
 # Reference
 
 
-def _reference(x: Tensor, condition: Tensor | None, condition_added: Tensor | None, channel_dim: int) -> Tensor:
+def _reference(x, condition, condition_added, options: Options):
     z = x.to(torch.float32 if x.dtype in HALF else x.dtype)
     if condition is not None:
-        z = z + total(condition, condition_added, x, channel_dim)
-    a, b = z.chunk(2, channel_dim)
+        z = z + total(condition, condition_added, x, options.channel_dim)
+    a, b = z.chunk(2, options.channel_dim)
     return (torch.tanh(a) * torch.sigmoid(b)).to(x.dtype)
 
 
@@ -39,10 +54,36 @@ def gated_film_ref(
     return gated_film(x, condition, channel_dim=channel_dim, backend=backend)
 
 
+# Declaration
+
+
+def _fwd_fake(x, condition, condition_added, channel_dim):
+    return torch.empty_like(x.narrow(channel_dim, 0, x.shape[channel_dim] // 2))
+
+
+def _bwd_fake(grad_output, x, condition, condition_added, channel_dim):
+    return torch.empty_like(x), *gradient_fakes(x, condition, condition_added)
+
+
+class _Fold(_conditioning.Fold):
+    parameters = 2
+
+
+GATED_FILM = _autograd.Op(
+    "gated_film",
+    inputs=("x", "condition", "condition_added"),
+    options=Options,
+    outputs=("y",),
+    reference=_reference,
+    fwd_fake=_fwd_fake,
+    bwd_fake=_bwd_fake,
+    fold=_Fold,
+)
+
+
 # Public function
 
-# No backend has kernels of it so far.
-_UNABLE = dict.fromkeys(BACKENDS, "it has no kernels of gated_film")
+_UNABLE = {"cuda": "it has no kernels of gated_film"}
 
 
 @overridable
@@ -55,7 +96,8 @@ def gated_film(x: Tensor, condition: Parameter = None, *, channel_dim: int = 1, 
 
     Args:
         x: (B, ...) of rank 2 or more with 2C channels at ``channel_dim``; float32, float64, float16 or bfloat16.
-            Arithmetic is at least float32.
+            Arithmetic is at least float32. Contiguous, channels_last and other dense layouts with the batch
+            outermost are used as they are, and the result has the same order in memory.
         condition: in any of the shapes of :func:`fusedattn.film`'s beta for these 2C channels, pairs included: one
             for each batch element, (B, 2C), or place, as (B, 2C, H, W). In the dtype of x, or float32 beside half
             precision. Default: None, for 0.
@@ -65,7 +107,8 @@ def gated_film(x: Tensor, condition: Parameter = None, *, channel_dim: int = 1, 
     Returns:
         y in the dtype of x, with its shape but for C channels.
 
-    Under autocast x keeps its precision, and the condition is cast to it, except a float64 one.
+    Under autocast x keeps its precision, and the condition is cast to it, except a float64 one. Second derivatives
+    and forward-mode ones are computed through the reference formula.
 
     Raises:
         TypeError: x is not a Tensor, the condition neither that nor None nor a pair; channel_dim not an int.
@@ -81,5 +124,5 @@ def gated_film(x: Tensor, condition: Parameter = None, *, channel_dim: int = 1, 
         )
     if condition is not None:
         check_parameter("gated_film", "condition", condition, x, channel_dim)
-    choose("gated_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", _UNABLE)
-    return _reference(x, *parts(condition), channel_dim % x.dim())
+    backend = choose("gated_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", _UNABLE)
+    return GATED_FILM(backend, (x, *parts(condition)), Options(int(channel_dim) % x.dim()))
