@@ -20,10 +20,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import test_additive_attention
 import test_film
 import test_film_parameters
+import test_gated_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import additive_attention, film
+from fusedattn import additive_attention, film, gated_film
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import (
     additive_attention_bwd,
@@ -32,6 +33,7 @@ from fusedattn.triton import (
     film_broadcast,
 )
 from fusedattn.triton import film as film_kernels
+from fusedattn.triton import gated_film as gated_film_kernels
 
 on_triton = functools.partial(functools.partial, backend="triton")
 ARCHS = [80, 90]
@@ -105,6 +107,24 @@ def test_film_kernels_of_any_shape(arch):
             inputs = test_film_parameters.tensors([shape, *parameters, shape], dtype)
             test_film_parameters.check(inputs, on_triton(film), channel_dim=channel_dim, activation="silu")
     assert set(launches.executed) >= names_of_kernels(film_broadcast)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gated_film_kernels(arch):
+    """Aligned and not, with parts to be added by halves and without, in several pieces; a condition of its own
+    layout, one for all channels, and halves of one channel each."""
+    half, single = torch.bfloat16, torch.float32
+    cases = (
+        ((2, 6, 8, 8), 1, "BC", None, (half, half)),
+        ((2, 5, 24), 2, "full", "C", (half, single)),
+        ((2, 40, 3, 3), 1, "place", "full", (single, single), "channels_last"),
+        ((3, 7, 2), 2, "BC", None, (single, single)),
+        ((1, 4, 700), 1, None, None, (half, half)),
+    )
+    with on_ptx(arch) as launches:
+        for case in cases[ARCHS.index(arch) :: len(ARCHS)]:
+            test_gated_film.check(*case, function=on_triton(gated_film))
+    assert set(launches.executed) == names_of_kernels(gated_film_kernels)
 
 
 SIZES = {

@@ -8,6 +8,8 @@ from . import sass
 DTYPES = {"float": "float32", "double": "float64", "half": "float16", "bfloat16": "bfloat16"}
 DTYPES |= {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}
 
+STREAMS = ("film", "gated_film")  # ops whose kernels do little but read and write
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -26,7 +28,7 @@ class Kernel:
     slots: float | None = None  # instructions of the score loop per tanh; on AMD those of the vector unit
     mufu: float | None = None  # of those, for the special function unit (AMD: transcendental)
     fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
-    # FiLM: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
+    # STREAMS: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
     widths: tuple[int, ...] = ()
     aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
     oldest: bool = False  # compiled by the oldest Triton supported
@@ -50,12 +52,12 @@ class Kernel:
     @classmethod
     def from_sass(cls, function: sass.Function, **known) -> "Kernel":
         score = function.score_loop() if known["op"] == "additive_attention" else None
-        memory = function.memory_loop() if known["op"] == "film" else None
+        memory = function.memory_loop() if known["op"] in STREAMS else None
         counts = {}
         if score is not None:
             counts = {name: getattr(score, name) / score.tanh for name in ("slots", "mufu", "fp32")}
         widths: list[int] = []
-        if known["op"] == "film":
+        if known["op"] in STREAMS:
             widths = function.body.store_widths if memory is None else memory.global_widths
         return cls(**known, local=function.body.local, widths=tuple(sorted(set(widths))), **counts)
 

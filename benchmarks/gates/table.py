@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from .kernel import Kernel
+from .kernel import STREAMS, Kernel
 from .thresholds import MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures
 
 HEAD = f"""# What the compiled kernels cost
@@ -55,7 +55,7 @@ COMMON: dict[str, Callable[[Kernel], str]] = {
 }
 COLUMNS: dict[str, dict[str, Callable[[Kernel], str]]] = {
     "additive_attention": {**COMMON, "slots": lambda k: _number(k.slots), "MUFU": lambda k: _number(k.mufu)},
-    "film": {**COMMON, "bytes": lambda k: ", ".join(map(str, k.widths)) or "–"},
+    **{op: {**COMMON, "bytes": lambda k: ", ".join(map(str, k.widths)) or "–"} for op in STREAMS},
 }
 AMD = {
     "threads": lambda k: str(k.threads),

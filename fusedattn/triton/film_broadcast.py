@@ -32,7 +32,7 @@ from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import FilmOptions as Options
 from fusedattn.triton import _tiles, film_problem
 from fusedattn.triton._common import launch, load_wide, number
-from fusedattn.triton.film_problem import View, activate, affine, aligned, grad_z, power_of_2
+from fusedattn.triton.film_problem import View, activate, affine, aligned, grad_z, plus, power_of_2
 
 OUTER = 3  # more remain only where parameters of rank 5 repeat in turns
 NAMES = ("gamma", "gamma_added", "beta", "beta_added")
@@ -46,7 +46,7 @@ LEAST_STEPS = 16  # of a row that shares its walk, so that parts stay few beside
 
 
 @triton.jit
-def _place(index, sizes, steps, FIRST: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):
+def place(index, sizes, steps, FIRST: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):
     """Offsets of flat indices over the dimensions FIRST to LAST - 1; divides in the type of the index."""
     at = tl.zeros_like(index).to(tl.int64)
     for d in tl.static_range(LAST - 1, FIRST - 1, -1):
@@ -69,37 +69,32 @@ def _values(
         v = None
     else:
         UNIT: tl.constexpr = ALIGN if KIND % 2 == 1 else 1
-        at = _place(held, sizes, steps, 0, SPLIT, UNIT)
+        at = place(held, sizes, steps, 0, SPLIT, UNIT)
         if NOW:
-            at += _place(passed, sizes, steps, SPLIT, DIMS, UNIT)
+            at += place(passed, sizes, steps, SPLIT, DIMS, UNIT)
         by_row = P + at
         v = load_wide(by_row[:, None] + n[None, :], mask) if KIND % 2 == 1 else load_wide(by_row, within)[:, None]
     return v
 
 
 @triton.jit
-def _plus(a, b):
-    """a + b, either of which may be None."""
-    if a is None:
-        total = b
-    elif b is None:
-        total = a
-    else:
-        total = a + b
-    return total
-
-
-@triton.jit
-def _pair(
+def pair(
     P, ADDED, held, passed, n, within, mask, sizes, steps, added_steps,
     SPLIT: tl.constexpr, DIMS: tl.constexpr, KIND: tl.constexpr, ADDED_KIND: tl.constexpr, ALIGN: tl.constexpr,
     NOW: tl.constexpr,
 ):  # fmt: skip
     """The sum of what there is to read of two parameters."""
-    return _plus(
+    return plus(
         _values(P, held, passed, n, within, mask, sizes, steps, SPLIT, DIMS, KIND, ALIGN, NOW),
         _values(ADDED, held, passed, n, within, mask, sizes, added_steps, SPLIT, DIMS, ADDED_KIND, ALIGN, NOW),
     )
+
+
+@triton.jit
+def share(row, within, step, pieces, K):
+    """Which of K places rows are at that take turns, and whether there is one."""
+    turn = row % pieces
+    return turn.to(K.dtype) + step * pieces, within & (turn < K - step * pieces)  # near 2^31 it may be past it
 
 
 @triton.jit
@@ -110,7 +105,7 @@ def _affine(x, gamma, beta, gamma_offset):
 
 
 @triton.jit
-def _store_terms(D, part, n, tile_n, N, within, mask, terms, KIND: tl.constexpr, NOW: tl.constexpr):
+def store_terms(D, part, n, tile_n, N, within, mask, terms, KIND: tl.constexpr, NOW: tl.constexpr):
     """Terms of a gradient, [BLOCK_R, BLOCK_N], to these rows of its parts: each one, or the sum of a row."""
     if D is not None and (KIND >= 2) == NOW:
         if KIND % 2 == 1:
@@ -145,15 +140,15 @@ def film_fwd_kernel_broadcast(
     n = (program % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     within = row < R
     mask = within[:, None] & (n < N)[None, :]  # [BLOCK_R, BLOCK_N]
-    gamma = _pair(
+    gamma = pair(
         GAMMA, GAMMA_ADDED, row, row, n, within, mask, sizes, (gamma_0, gamma_1, gamma_2),
         (gamma_added_0, gamma_added_1, gamma_added_2), DIMS, DIMS, GAMMA_KIND, GAMMA_ADDED_KIND, ALIGN, False,
     )  # fmt: skip
-    beta = _pair(
+    beta = pair(
         BETA, BETA_ADDED, row, row, n, within, mask, sizes, (beta_0, beta_1, beta_2),
         (beta_added_0, beta_added_1, beta_added_2), DIMS, DIMS, BETA_KIND, BETA_ADDED_KIND, ALIGN, False,
     )  # fmt: skip
-    at = _place(row, sizes, (x_0, x_1, x_2), 0, DIMS, ALIGN)[:, None] + n[None, :]
+    at = place(row, sizes, (x_0, x_1, x_2), 0, DIMS, ALIGN)[:, None] + n[None, :]
     z, _ = _affine(load_wide(X + at, mask), gamma, beta, gamma_offset)
     y = activate(z, ACTIVATION)
     if RESIDUAL is not None:
@@ -188,48 +183,47 @@ def film_bwd_kernel_broadcast(
     within = row < R
     mask = within[:, None] & (n < N)[None, :]  # [BLOCK_R, BLOCK_N]
     held = row // pieces
-    gamma_held = _pair(
+    gamma_held = pair(
         GAMMA, GAMMA_ADDED, held, held, n, within, mask, sizes, gamma_steps, gamma_added_steps,
         SPLIT, DIMS, GAMMA_KIND, GAMMA_ADDED_KIND, ALIGN, False,
     )  # fmt: skip
-    beta_held = _pair(
+    beta_held = pair(
         BETA, BETA_ADDED, held, held, n, within, mask, sizes, beta_steps, beta_added_steps,
         SPLIT, DIMS, BETA_KIND, BETA_ADDED_KIND, ALIGN, False,
     )  # fmt: skip
-    at_held = _place(held, sizes, x_steps, 0, SPLIT, ALIGN)
+    at_held = place(held, sizes, x_steps, 0, SPLIT, ALIGN)
     ARITHMETIC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     sum_dz_x = tl.zeros((BLOCK_R, BLOCK_N), ARITHMETIC)
     sum_dz = tl.zeros((BLOCK_R, BLOCK_N), ARITHMETIC)
     for step in range(walk):
-        passed = (row % pieces).to(K.dtype) + step * pieces
-        there = within & (row % pieces < K - step * pieces)  # near 2^31 it may be past it
+        passed, there = share(row, within, step, pieces, K)
         these = there[:, None] & (n < N)[None, :]
-        gamma = _plus(gamma_held, _pair(
+        gamma = plus(gamma_held, pair(
             GAMMA, GAMMA_ADDED, held, passed, n, there, these, sizes, gamma_steps, gamma_added_steps,
             SPLIT, DIMS, GAMMA_KIND, GAMMA_ADDED_KIND, ALIGN, True,
         ))  # fmt: skip
-        beta = _plus(beta_held, _pair(
+        beta = plus(beta_held, pair(
             BETA, BETA_ADDED, held, passed, n, there, these, sizes, beta_steps, beta_added_steps,
             SPLIT, DIMS, BETA_KIND, BETA_ADDED_KIND, ALIGN, True,
         ))  # fmt: skip
-        at = (at_held + _place(passed, sizes, x_steps, SPLIT, DIMS, ALIGN))[:, None] + n[None, :]
+        at = (at_held + place(passed, sizes, x_steps, SPLIT, DIMS, ALIGN))[:, None] + n[None, :]
         x = load_wide(X + at, these)
         z, scale = _affine(x, gamma, beta, gamma_offset)
         dz = grad_z(load_wide(DY + at, these), z, ACTIVATION)
         tl.store(DX + at, dz if scale is None else dz * scale, mask=these)
         dz_x = dz * x
         part = held.to(tl.int64) * K + passed
-        _store_terms(DGAMMA, part, n, tile_n, N, there, these, dz_x, GAMMA_KIND, True)
-        _store_terms(DGAMMA_ADDED, part, n, tile_n, N, there, these, dz_x, GAMMA_ADDED_KIND, True)
-        _store_terms(DBETA, part, n, tile_n, N, there, these, dz, BETA_KIND, True)
-        _store_terms(DBETA_ADDED, part, n, tile_n, N, there, these, dz, BETA_ADDED_KIND, True)
+        store_terms(DGAMMA, part, n, tile_n, N, there, these, dz_x, GAMMA_KIND, True)
+        store_terms(DGAMMA_ADDED, part, n, tile_n, N, there, these, dz_x, GAMMA_ADDED_KIND, True)
+        store_terms(DBETA, part, n, tile_n, N, there, these, dz, BETA_KIND, True)
+        store_terms(DBETA_ADDED, part, n, tile_n, N, there, these, dz, BETA_ADDED_KIND, True)
         sum_dz_x += dz_x
         sum_dz += dz
     part = row.to(tl.int64)
-    _store_terms(DGAMMA, part, n, tile_n, N, within, mask, sum_dz_x, GAMMA_KIND, False)
-    _store_terms(DGAMMA_ADDED, part, n, tile_n, N, within, mask, sum_dz_x, GAMMA_ADDED_KIND, False)
-    _store_terms(DBETA, part, n, tile_n, N, within, mask, sum_dz, BETA_KIND, False)
-    _store_terms(DBETA_ADDED, part, n, tile_n, N, within, mask, sum_dz, BETA_ADDED_KIND, False)
+    store_terms(DGAMMA, part, n, tile_n, N, within, mask, sum_dz_x, GAMMA_KIND, False)
+    store_terms(DGAMMA_ADDED, part, n, tile_n, N, within, mask, sum_dz_x, GAMMA_ADDED_KIND, False)
+    store_terms(DBETA, part, n, tile_n, N, within, mask, sum_dz, BETA_KIND, False)
+    store_terms(DBETA_ADDED, part, n, tile_n, N, within, mask, sum_dz, BETA_ADDED_KIND, False)
 
 
 # Launchers
@@ -239,43 +233,63 @@ class _Dim(NamedTuple):
     """Dimensions of x that are neighbours in memory, as one."""
 
     size: int
-    steps: tuple[int, ...]  # of x, then of the parameters
+    steps: tuple[int, ...]  # of x, then of the sources, then of the parameters
     repeats: tuple[bool, ...]  # of the parameters: one value serves all places along it
     of: tuple[int, ...]
 
 
-class Walk:
-    """x and its parameters, in the order of NAMES, along the dimensions that kernels take: ``dims``, rows last."""
+def shape_in_rank(t: Tensor, rank: int, channel_dim: int) -> list[int]:
+    """By the rank of a parameter alone: (), (C,), (B, C), or that of x."""
+    if t.dim() == rank:
+        return [*t.shape]
+    shape = [1] * rank
+    for size, d in zip(t.shape, (0, channel_dim)[2 - t.dim() :], strict=True):
+        shape[d] = size
+    return shape
 
-    def __init__(self, view: View, parameters: tuple[Tensor | None, ...], channel_dim: int):
-        self.view = view
+
+def in_order(t: Tensor, view: View) -> Tensor:
+    """t, in the rank of x, in its order where neighbours along a row are none in t."""
+    x, order = view.x, view.order
+    last = next((d for d in reversed(order) if x.shape[d] != 1), 0)
+    if t.shape[last] == 1 or t.stride(last) == 1:
+        return t
+    return t.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
+
+
+def spread(t: Tensor, x: Tensor) -> Tensor:
+    """A value for each element of x."""
+    return torch.empty_like(x, dtype=accumulation_dtype(t.dtype)).copy_(t)
+
+
+class Walk:
+    """x and its parameters along the dimensions that kernels take: ``dims``, rows last.
+
+    ``sources`` lie along x, too, at steps of their own. ``is_spread``: there were too many dimensions, parameters
+    have a value for each element now.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        parameters: tuple[Tensor | None, ...],
+        channel_dim: int,
+        names: tuple[str, ...] = NAMES,
+        sources: tuple[Tensor, ...] = (),
+    ):
+        self.view, self.names, self.sources = view, names, sources
         self.parameters = [None if t is None else self._in_rank(t, channel_dim) for t in parameters]
         self.dims = self._joined()
-        if len(self.dims) > OUTER + 1:
-            self.parameters = [None if t is None else self._spread(t) for t in self.parameters]
+        self.is_spread = len(self.dims) > OUTER + 1
+        if self.is_spread:
+            self.parameters = [None if t is None else spread(t, view.x) for t in self.parameters]
             self.dims = self._joined()
 
     def _in_rank(self, t: Tensor, channel_dim: int) -> Tensor:
-        """t in the rank of x, and in its order where neighbours along a row are none in t."""
-        x, order = self.view.x, self.view.order
-        t = t.reshape(self.shape_in_rank(t, channel_dim))
-        last = next((d for d in reversed(order) if x.shape[d] != 1), 0)
-        if t.shape[last] == 1 or t.stride(last) == 1:
-            return t
-        return t.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
+        return in_order(t.reshape(self.shape_in_rank(t, channel_dim)), self.view)
 
     def shape_in_rank(self, t: Tensor, channel_dim: int) -> list[int]:
-        """By its rank alone: (), (C,), (B, C), or that of x."""
-        if t.dim() == self.view.x.dim():
-            return [*t.shape]
-        shape = [1] * self.view.x.dim()
-        for size, d in zip(t.shape, (0, channel_dim)[2 - t.dim() :], strict=True):
-            shape[d] = size
-        return shape
-
-    def _spread(self, t: Tensor) -> Tensor:
-        """A value for each element."""
-        return torch.empty_like(self.view.x, dtype=accumulation_dtype(t.dtype)).copy_(t)
+        return shape_in_rank(t, self.view.x.dim(), channel_dim)
 
     def _joined(self) -> list[_Dim]:
         x, dims = self.view.x, list[_Dim]()
@@ -284,12 +298,14 @@ class Walk:
                 continue
             repeats = tuple(t is None or t.shape[d] == 1 for t in self.parameters)
             steps = (0 if t is None or t.shape[d] == 1 else t.stride(d) for t in self.parameters)
-            dim = _Dim(x.shape[d], (x.stride(d), *steps), repeats, (d,))
+            lying = (t.stride(d) for t in (x, *self.sources))
+            dim = _Dim(x.shape[d], (*lying, *steps), repeats, (d,))
             if dims and dims[-1].repeats == repeats and dims[-1].steps == tuple(n * dim.size for n in dim.steps):
                 last = dims.pop()
                 dim = dim._replace(size=last.size * dim.size, of=(*last.of, d))
             dims.append(dim)
-        return dims or [_Dim(1, (1,) * (1 + len(NAMES)), (False,) * len(NAMES), ())]
+        n = len(self.parameters)
+        return dims or [_Dim(1, (1,) * (1 + len(self.sources) + n), (False,) * n, ())]
 
     @property
     def outer(self) -> list[_Dim]:
@@ -307,19 +323,28 @@ class Walk:
         block_r = power_of_2(rows, elements // power_of_2(self.row.size, elements // 4))
         return {"BLOCK_R": block_r, "BLOCK_N": power_of_2(self.row.size, elements // block_r)}
 
+    def cut(self, G: int, K: int, tile: _tiles.Tile) -> tuple[int, int]:
+        """Rows that share a walk through K places, and the places of each."""
+        rows = self.blocks(G * K, tile)["BLOCK_R"] * film_problem.PROGRAMS  # of PROGRAMS programs
+        pieces = min(triton.cdiv(K, LEAST_STEPS), triton.cdiv(rows, G))
+        steps = triton.cdiv(K, pieces)
+        return triton.cdiv(K, steps), steps
+
     def arguments(self, held: list[_Dim], passed: list[_Dim]) -> tuple[tuple[int, ...], dict[str, int]]:
         """What kernels take of the outer dimensions, in this order, and of how parameters lie along all."""
         outer = [*held, *passed]
-        padded = [*outer, *[_Dim(1, (0,) * (1 + len(NAMES)), (), ())] * (OUTER - len(outer))]
+        padded = [*outer, *[_Dim(1, (0,) * len(self.row.steps), (), ())] * (OUTER - len(outer))]
         numbers = [dim.size for dim in padded]
         for steps in zip(*(dim.steps for dim in padded), strict=True):
             numbers += steps
-        kinds, whole = {}, [self.row.size, *(dim.steps[0] for dim in outer)]  # what has to be aligned
-        for p, name in enumerate(NAMES):
+        lying = 1 + len(self.sources)
+        kinds = {}
+        whole = [self.row.size, *(step for dim in outer for step in dim.steps[:lying])]  # what has to be aligned
+        for p, name in enumerate(self.names):
             by_element, moves = not self.row.repeats[p], any(not dim.repeats[p] for dim in passed)
             kinds[f"{name.upper()}_KIND"] = by_element + 2 * moves
             if by_element and self.parameters[p] is not None:
-                whole += [dim.steps[1 + p] for dim in outer]
+                whole += [dim.steps[lying + p] for dim in outer]
         align = next(n for n in (16, 4, 1) if all(step % n == 0 for step in whole))
         return tuple(numbers), {**kinds, "DIMS": len(outer), "ALIGN": align}
 
@@ -369,14 +394,11 @@ def backward(
     G, K, N = math.prod(dim.size for dim in held), math.prod(dim.size for dim in passed), walk.row.size
 
     def run(tile):
-        rows = walk.blocks(G * K, tile)["BLOCK_R"] * film_problem.PROGRAMS  # of PROGRAMS programs
-        pieces = min(triton.cdiv(K, LEAST_STEPS), triton.cdiv(rows, G))
-        steps = triton.cdiv(K, pieces)
-        pieces = triton.cdiv(K, steps)
+        pieces, steps = walk.cut(G, K, tile)
         blocks = walk.blocks(G * pieces, tile)
         tiles_n = triton.cdiv(N, blocks["BLOCK_N"])
         gradients = [
-            _Gradient(walk, p, t, held, passed, pieces, tiles_n) if asked[p] and t is not None else None
+            Gradient(walk, p, t, held, passed, pieces, tiles_n) if asked[p] and t is not None else None
             for p, t in enumerate(walk.parameters)
         ]
         pointers = grad_output, view.x, *walk.parameters, dx, *(g and g.parts for g in gradients)
@@ -391,7 +413,7 @@ def backward(
     return [None if g is None else g.of(t, channel_dim) for g, t in gradients]
 
 
-class _Gradient:
+class Gradient:
     """The gradient of parameter number p, t: its parts, which a kernel writes, and what is to be added of them."""
 
     def __init__(

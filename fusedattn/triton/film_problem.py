@@ -94,6 +94,18 @@ def grad_z(dy, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def plus(a, b):
+    """a + b, either of which may be None."""
+    if a is None:
+        total = b
+    elif b is None:
+        total = a
+    else:
+        total = a + b
+    return total
+
+
+@triton.jit
 def affine(x, scale, shift):
     """scale x + shift, where scale and shift are tiles that broadcast, or None."""
     if scale is None:

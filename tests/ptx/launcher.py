@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from fusedattn import _autograd, _library
 from fusedattn.ops.additive_attention import ATTENTION
 from fusedattn.ops.film import FILM
+from fusedattn.ops.gated_film import GATED_FILM
 
 from .executor import launch
 from .memory import GlobalMemory
@@ -115,7 +116,7 @@ class Launches:
 @functools.cache
 def _register_for_cpu_tensors() -> torch.library.Library:
     """The raw operators' kernels for GPUs also for tensors of the CPU, whose launches end up here."""
-    for op in (FILM, ATTENTION):
+    for op in (FILM, GATED_FILM, ATTENTION):
         importlib.import_module(f"fusedattn.triton.{op.name}")
         if "triton" not in op.operators:  # a torch built for the CPU
             op.operators["triton"] = _autograd.Operators(op, "_triton")
