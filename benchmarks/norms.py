@@ -1,6 +1,7 @@
-"""Cases of norm_film, as models have them."""
+"""Cases of norm_film and gated_film, as models have them."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -33,7 +34,7 @@ class NormFilm(ModelCase):
     def name(self) -> str:
         flags = ("affine", "per_place", "residual", "gated", "channels_last")
         options = [self.activation or "", *(flag.replace("_", " ") for flag in flags if getattr(self, flag))]
-        return " ".join([self.norm, "norm", str(self.x), *filter(None, options), self.dtype])
+        return " ".join(["norm", self.norm, str(self.x), *filter(None, options), self.dtype])
 
     def _features(self, seed: int) -> Tensor:
         t = self.normal(*self.x, seed=seed)
@@ -95,6 +96,47 @@ class NormFilm(ModelCase):
             )
 
         return call
+
+
+@dataclass(frozen=True)
+class GatedFilm(ModelCase):
+    """Under a condition of each batch element, or of each place (``per_place``)."""
+
+    x: tuple[int, ...]  # with 2C channels
+    channel_dim: int = 1
+    per_place: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(["gated", str(self.x), *(["per place"] if self.per_place else []), self.dtype])
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        shape = self.x if self.per_place else (self.x[0], self.x[self.channel_dim])
+        return self.normal(*self.x, seed=0), self.normal(*shape, seed=1)
+
+    def grad_output(self) -> Tensor:
+        shape = [n // 2 if d == self.channel_dim else n for d, n in enumerate(self.x)]
+        return self.normal(*shape, seed=2)
+
+    def eager_bytes(self, mode: str) -> int:
+        return self.itemsize * prod(self.x) * (3 if mode == "forward" else 6)
+
+    def reduced(self) -> "GatedFilm":
+        return replace(self, x=(min(self.x[0], 2), *self.x[1:]))
+
+    def eager(self) -> dict[str, Function]:
+        def call(x: Tensor, condition: Tensor) -> Tensor:
+            if not self.per_place:
+                shape = [1] * x.dim()
+                shape[0], shape[self.channel_dim] = condition.shape
+                condition = condition.view(shape)
+            a, b = (x + condition).chunk(2, self.channel_dim)
+            return torch.tanh(a) * torch.sigmoid(b)
+
+        return {"eager": call}
+
+    def fused(self) -> Function:
+        return partial(fusedattn.gated_film, channel_dim=self.channel_dim)
 
 
 def normed(h: Tensor, norm: str, num_groups: int | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -29,12 +29,16 @@ HEADS = {  # of the first column, by group
     "wide loop": "B, Tk, D",
     "wide attention": ATTENTION,
     "wide film": "x",
+    "wide norm": "norm, x",
+    "wide gated": "x",
     "wide module": "module",
 }
 WIDE = {
     "wide loop": "Decoder loops",
     "wide attention": "Attention",
     "wide film": "FiLM",
+    "wide norm": "Norms with FiLM",
+    "wide gated": "Gated FiLM",
     "wide module": "Modules",
 }
 NOTHING = "–"

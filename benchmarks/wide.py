@@ -12,7 +12,7 @@ from . import contenders, machine, measure
 from .machine import GIB
 from .measure import Job
 from .models import Attention, Film, FilmModule, Loop, ModelCase, MultiheadModule
-from .norms import NormFilm
+from .norms import GatedFilm, NormFilm
 from .progress import Tracker
 from .suite import CAPTIONING, SPEECH, Schedule, time_all
 
@@ -78,6 +78,12 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", NormFilm, "DiT, a condition a token", "layer", (2, 4096, 1152), per_place=True),
         *_in("f", NormFilm, "DiT-S/2", "layer", (8, 256, 384), gated=True),
         *_in("f", NormFilm, "tiny", "layer", (1, 16, 64)),
+    ],
+    "wide gated": [
+        *_in("fb", GatedFilm, "PixelCNN", (32, 256, 32, 32)),
+        *_in("f", GatedFilm, "PixelCNN, a condition a place", (32, 256, 32, 32), per_place=True),
+        *_in("f", GatedFilm, "WaveNet, channels last", (8, 1024, 512), channel_dim=2),
+        *_in("f", GatedFilm, "tiny", (1, 32, 8, 8)),
     ],
     "wide module": [
         *_in("fb", FilmModule, "visual reasoning", 64, 128, 14, 256),
