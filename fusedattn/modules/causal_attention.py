@@ -46,9 +46,9 @@ class CausalAdditiveAttention(AdditiveAttention):
     def append(self, keys: ProjectedKeys | None, key: Tensor, value: Tensor | None = None) -> ProjectedKeys:
         """Projects one key more, key (B, key_dim) and value (B, value_dim) (default: key), after ``keys``.
 
-        ``keys`` stay as they were, and may be continued in several ways. None begins. Steps over them make their
-        gradients by themselves: what they attend to depends on the steps before. Compiled and transformed, it is
-        ``torch.cat``.
+        None begins. ``keys`` stay as they were, and may be continued in several ways; they share memory with the
+        result, so neither is to be edited in place. Steps over them make their gradients by themselves: what they
+        attend to depends on the steps before. Compiled and transformed, it is ``torch.cat``.
         """
         _check(key, "CausalAdditiveAttention: key", "B", self.key_dim)
         value = key if value is None else value
