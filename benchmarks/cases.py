@@ -194,13 +194,3 @@ def film(sizes: dict[str, int]) -> list[FilmCase]:
         for size in SIZES
         for layout in LAYOUTS
     ]
-
-
-def to_json(case: Case) -> dict:
-    return {"kind": type(case).__name__, **vars(case)}
-
-
-def from_json(fields: dict) -> Case:
-    kinds = {kind.__name__: kind for kind in (AttentionCase, FilmCase)}
-    fields = dict(fields)
-    return kinds[fields.pop("kind")](**fields)

@@ -18,6 +18,7 @@ EAGER = ("eager @", "eager sum")  # the two ways to write attention's score; a r
 COMPILED = ("compile @", "compile sum")
 IDENTITY = "identity"
 FUSED = "fused"
+COMPILED_FUSED = "fused compile"
 CLONE = "clone"
 RIVALS = ("eager", "compile", IDENTITY)  # kinds: a contender's name begins with its own
 
@@ -75,6 +76,10 @@ def _fast(case: Case) -> dict[str, Function]:
     return {FUSED: case.fused()}
 
 
+def _compiles_fused(case: Case) -> bool:
+    return not isinstance(case, AttentionCase | FilmCase) and case.compiles_fused
+
+
 def _compiled_name(name: str) -> str:
     return name.replace("eager", "compile")
 
@@ -83,7 +88,8 @@ def names(case: Case) -> tuple[str, ...]:
     """All that :func:`of` makes."""
     eager = _eager(case)
     identity = (IDENTITY,) if isinstance(case, AttentionCase) else ()
-    return *eager, *map(_compiled_name, eager), *identity, *_fast(case)
+    fused = (COMPILED_FUSED,) if _compiles_fused(case) else ()
+    return *eager, *map(_compiled_name, eager), *identity, *_fast(case), *fused
 
 
 def of(case: Case, compile: bool = True) -> dict[str, Function]:
@@ -95,6 +101,8 @@ def of(case: Case, compile: bool = True) -> dict[str, Function]:
         graphs = {_compiled_name(name): compiled(function) for name, function in eager.items()}
         if isinstance(case, AttentionCase):
             graphs[IDENTITY] = Identity(compiled)
+        if _compiles_fused(case):
+            graphs[COMPILED_FUSED] = compiled(case.fused())
     return {**eager, **graphs, **_fast(case)}
 
 

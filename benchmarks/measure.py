@@ -248,6 +248,16 @@ def _write_fresh(size: int) -> None:
         torch.frombuffer(block, dtype=torch.float32).fill_(1)
 
 
+def add_ceilings(
+    rows: list[dict], timed: dict[tuple[str, str], Case], ceilings: dict[str, float], cache_bytes: int
+) -> None:
+    """Puts them into the rows of these cases, by group and name."""
+    for row in rows:
+        if case := timed.get((row["group"], row["case"])):
+            seconds, limit = ceiling_seconds(case, row["mode"], ceilings, cache_bytes)
+            row["ceiling_milliseconds"], row["limit"] = 1e3 * seconds, limit
+
+
 def ceiling_seconds(case: Case, mode: str, ceiling: dict[str, float], cache_bytes: int) -> tuple[float, str]:
     """The least time the measured ceilings allow a case, and which of them sets it.
 

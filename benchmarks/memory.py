@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from threading import TIMEOUT_MAX, Timer
 import torch
 
 from . import contenders
-from .cases import Case, from_json, to_json
+from .cases import Case
 from .fresh import OutOfTimeError
 from .machine import ROOT
 
@@ -37,16 +38,10 @@ def measure(jobs: list[tuple[Case, str, list[str]]], seconds: float) -> Iterator
 
     bytes is None where the system cannot tell. Raises OutOfTimeError where it takes longer than ``seconds``.
     """
-    text = json.dumps(
-        {
-            "threads": torch.get_num_threads(),
-            "jobs": [(to_json(case), mode, names) for case, mode, names in jobs],
-        }
-    )
     command = [sys.executable, "-m", "benchmarks.memory"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ALLOCATOR}, **pipes) as process:
-        process.stdin.write(text)
+        pickle.dump((torch.get_num_threads(), jobs), process.stdin)
         process.stdin.close()
         alarm = Timer(min(seconds, TIMEOUT_MAX), process.kill)
         alarm.start()
@@ -58,6 +53,13 @@ def measure(jobs: list[tuple[Case, str, list[str]]], seconds: float) -> Iterator
         raise OutOfTimeError(f"not done after {seconds:.0f} s")
     if process.returncode:
         raise RuntimeError(f"the memory measurement ended with status {process.returncode}")
+
+
+def add_peaks(rows: list[dict], jobs: list[tuple[Case, str, list[str]]], seconds: float) -> None:
+    """Puts what :func:`measure` finds into the rows of these cases, modes and contenders."""
+    by_name = {(row["case"], row["mode"], row["contender"]): row for row in rows}
+    for name, mode, contender, peak in measure(jobs, seconds):
+        by_name[name, mode, contender]["peak_bytes"] = peak
 
 
 def _resident(field: str) -> int:
@@ -89,10 +91,9 @@ def _peak_beyond_results(run) -> int | None:
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    torch.set_num_threads(request["threads"])
-    for fields, mode, names in request["jobs"]:
-        case = from_json(fields)
+    threads, jobs = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    for case, mode, names in jobs:
         functions = contenders.of(case)
         inputs, grad = case.inputs(), case.grad_output()
         for name in names:

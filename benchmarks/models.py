@@ -21,6 +21,7 @@ class ModelCase:
     model: str  # where such sizes occur
     dtype: str
     unit = ""
+    compiles_fused = False  # whether our code is measured inside a compiled program, too
 
     def work(self, mode: str) -> float:
         return 0.0  # times are compared, not rates

@@ -14,8 +14,32 @@ from .contenders import Function
 from .models import ModelCase
 
 
+class StreamCase(ModelCase):
+    """Bound by the tensors as large as x that go through it."""
+
+    x: tuple[int, ...]
+
+    def streams(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """How many of them the forward and the backward pass must (read, write)."""
+        raise NotImplementedError
+
+    def _bytes(self, mode: str, way: int) -> int:
+        forward, backward = self.streams()
+        count = forward[way] + (backward[way] if mode == "training" else 0)
+        return int(self.itemsize * prod(self.x) * count)
+
+    def bytes_read(self, mode: str) -> int:
+        return self._bytes(mode, 0)
+
+    def bytes_written(self, mode: str) -> int:
+        return self._bytes(mode, 1)
+
+    def bytes_moved(self, mode: str) -> int:
+        return self.bytes_read(mode) + self.bytes_written(mode)
+
+
 @dataclass(frozen=True)
-class NormFilm(ModelCase):
+class NormFilm(StreamCase):
     """A norm with its own weight and bias (``affine``) or without, then gamma and beta of each batch element, or
     of each place (``per_place``); ``gated``: of a residual and the gated x, returned too."""
 
@@ -60,6 +84,12 @@ class NormFilm(ModelCase):
     def eager_bytes(self, mode: str) -> int:
         return self.itemsize * prod(self.x) * (4 if mode == "forward" else 8)
 
+    def streams(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        forward = 1 + 2 * self.per_place + self.residual + self.gated, 1 + self.gated
+        # dy, and x or h; gated: x and dh, too; gamma, and beta where an activation is computed anew
+        reads = 2 + 2 * self.gated + self.per_place * (1 + (self.activation is not None))
+        return forward, (reads, 1 + self.gated + 2 * self.per_place)
+
     def reduced(self) -> "NormFilm":
         return replace(self, x=(min(self.x[0], 2), *self.x[1:]))
 
@@ -99,7 +129,7 @@ class NormFilm(ModelCase):
 
 
 @dataclass(frozen=True)
-class GatedFilm(ModelCase):
+class GatedFilm(StreamCase):
     """Under a condition of each batch element, or of each place (``per_place``)."""
 
     x: tuple[int, ...]  # with 2C channels
@@ -113,6 +143,9 @@ class GatedFilm(ModelCase):
     def inputs(self) -> tuple[Tensor, ...]:
         shape = self.x if self.per_place else (self.x[0], self.x[self.channel_dim])
         return self.normal(*self.x, seed=0), self.normal(*shape, seed=1)
+
+    def streams(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        return (1 + self.per_place, 0.5), (1.5 + self.per_place, 1 + self.per_place)
 
     def grad_output(self) -> Tensor:
         shape = [n // 2 if d == self.channel_dim else n for d, n in enumerate(self.x)]

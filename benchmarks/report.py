@@ -32,6 +32,7 @@ HEADS = {  # of the first column, by group
     "wide norm": "norm, x",
     "wide gated": "x",
     "wide module": "module",
+    "wide block": "block",
 }
 WIDE = {
     "wide loop": "Decoder loops",
@@ -40,6 +41,7 @@ WIDE = {
     "wide norm": "Norms with FiLM",
     "wide gated": "Gated FiLM",
     "wide module": "Modules",
+    "wide block": "Whole blocks",
 }
 NOTHING = "–"
 README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
@@ -69,7 +71,7 @@ def _ceiling(s: dict) -> str:
 def table(result: dict, group: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for the cases of a group; columns that would be empty are left out."""
     found = summaries(result, group)
-    kinds = (*contenders.RIVALS, contenders.FUSED)
+    kinds = (*contenders.RIVALS, contenders.FUSED, contenders.COMPILED_FUSED)
     unit = found[0]["fused"]["unit"] if found else ""
     columns = {
         HEADS[group]: [s["case"].partition(" ")[2] for s in found],
@@ -101,7 +103,9 @@ LEGEND = (
 
 WIDE_LEGEND = (
     "Median ms. eager: plain PyTorch by hand; compile: those lines compiled for these shapes, one step of a loop. "
-    "Loops leave out projections on both sides, modules have them (benchmarks/wide.py)."
+    "Loops leave out projections on both sides, modules have them (benchmarks/wide.py). MiB: peak memory of a "
+    "training step beyond inputs, outputs and gradients. Ceiling: the bytes that must be read and written, at "
+    "rates measured in the same run."
 )
 
 

@@ -190,10 +190,7 @@ def run(plan: Plan, console: Console) -> dict:
         result["ceilings"] = ceilings = {name: max(before[name], after[name]) for name in before}
         step("peak memory", lambda seconds: _add_peaks(result, plan, timed, seconds))
 
-    for row in rows:
-        if case := timed.get((row["group"], row["case"])):
-            seconds, limit = measure.ceiling_seconds(case, row["mode"], ceilings, cache)
-            row["ceiling_milliseconds"], row["limit"] = 1e3 * seconds, limit
+    measure.add_ceilings(rows, timed, ceilings, cache)
     if plan.g2p:
         try:
             result["g2p"] = schedule.run("g2p", lambda seconds: g2p.run(plan.g2p_quick, limit=seconds))
@@ -212,6 +209,4 @@ def _add_peaks(result: dict, plan: Plan, timed: dict[tuple[str, str], cases.Case
             if s["mode"] in plan.memory_modes:
                 names = [s[kind]["contender"] for kind in kinds if s[kind]]
                 wanted.append((timed[group, s["case"]], s["mode"], names))
-    rows = {(row["case"], row["mode"], row["contender"]): row for row in result["rows"]}
-    for name, mode, contender, peak in memory.measure(wanted, seconds):
-        rows[name, mode, contender]["peak_bytes"] = peak
+    memory.add_peaks(result["rows"], wanted, seconds)

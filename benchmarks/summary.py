@@ -14,6 +14,7 @@ def summaries(result: dict, group: str) -> list[dict]:
         fused = by_name[contenders.FUSED]
         summary = {"case": case, "mode": mode, "fused": fused}
         summary |= {label: fused.get(label) for label in ("size", "length", "model")}
+        summary[contenders.COMPILED_FUSED] = by_name.get(contenders.COMPILED_FUSED)
         for kind in (*contenders.RIVALS, contenders.CLONE):
             rivals = [row for name, row in by_name.items() if name.startswith(kind)]
             best = min(rivals, key=lambda row: row["milliseconds"], default=None)

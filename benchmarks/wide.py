@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from . import contenders, machine, measure
+from . import contenders, fresh, machine, measure, memory, sizing
+from .blocks import DiTBlock, FiLMedResNetBlock
 from .machine import GIB
 from .measure import Job
 from .models import Attention, Film, FilmModule, Loop, ModelCase, MultiheadModule
@@ -90,7 +91,13 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", MultiheadModule, "translation, all steps", 32, 20, 50, 256, 1),
         *_in("fb", MultiheadModule, "transformer", 16, 64, 64, 512, 8),
     ],
+    "wide block": [
+        *_in("f", DiTBlock, "DiT-S/2", 8, 256, 384, 6),
+        *_in("f", FiLMedResNetBlock, "visual reasoning", 64, 128, 14, 256),
+    ],
 }
+# Groups of which the bytes that must be moved are known; of these peak memory is taken, too.
+WITH_BYTES = ("wide norm", "wide gated")
 
 
 def time_case(job: Job, seconds: float) -> list[dict]:
@@ -100,10 +107,20 @@ def time_case(job: Job, seconds: float) -> list[dict]:
     return measure.time_case(replace(job, check=False), seconds)
 
 
+def _of_peaks(rows: list[dict]) -> list[tuple[ModelCase, str, list[str]]]:
+    """What memory.measure takes: of the groups WITH_BYTES a training step of all contenders."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["mode"] == "training":
+            names.setdefault(row["case"], []).append(row["contender"])
+    cases = (case for group in WITH_BYTES for case in CASES[group])
+    return [(case, "training", names[case.name]) for case in cases if case.name in names]
+
+
 def run(console: Console) -> dict:
     """The dict that is stored as result.json."""
     started = time.monotonic()
-    free = machine.available_memory()
+    cache, free = machine.last_level_cache(), machine.available_memory()
     jobs, left_out = [], []
     for group, cases in CASES.items():
         for case in cases:
@@ -113,10 +130,18 @@ def run(console: Console) -> dict:
                 continue
             names = tuple(name for name in contenders.names(case) if name != LEFT_OUT)
             jobs.append(Job(group, case, names=names, min_seconds=0.05, budget=0.5, labels={"model": case.model}))
-    schedule = Schedule(SECONDS, len(jobs))
+    schedule = Schedule(SECONDS, len(jobs) + 2)
     schedule.left_out += left_out
     result = {"machine": machine.stamp(), "sizes": [], "left_out": schedule.left_out, "ceilings": {}}
     with Tracker(console, "measured", len(jobs)) as tracker:
-        result["rows"] = time_all(jobs, schedule, tracker, time_case)
+        sizes, _ = sizing.film_bytes(cache, free, fresh.call(sizing.speed))
+        ceilings = schedule.run("ceilings", lambda seconds: fresh.call(measure.ceilings, sizes, seconds=seconds))
+        result["rows"] = rows = time_all(jobs, schedule, tracker, time_case)
+        tracker.describe("peak memory")
+        schedule.run("peak memory", lambda seconds: memory.add_peaks(rows, _of_peaks(rows), seconds))
+    if ceilings:
+        result["ceilings"] = ceilings
+        timed = {(group, case.name): case for group in WITH_BYTES for case in CASES[group]}
+        measure.add_ceilings(rows, timed, ceilings, cache)
     result["seconds"] = time.monotonic() - started
     return result

@@ -154,6 +154,10 @@ def test_wide_has_forty_cases_and_more_and_their_names_differ():
     assert len(WIDE) == sum(map(len, wide.CASES.values())) >= 40
 
 
+def test_every_wide_group_is_reported():
+    assert list(report.WIDE) == list(wide.CASES) and report.HEADS.keys() >= wide.CASES.keys()
+
+
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_cases_agree_with_code_by_hand(name):
     case = WIDE[name][1].reduced()
