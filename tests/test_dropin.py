@@ -219,7 +219,7 @@ LEFT = {
     "dropout": (lambda: drifted(calc_score=dropout), "answers a probe differently: by"),
     "mask": (
         lambda: drifted(calc_score=masked),
-        "calc_score takes (att_query, att_keys, mask), that of the known",
+        "calc_score takes (self, att_query, att_keys, mask=None), that of the known",
     ),
     "subclass": (lambda: Louder(4, 3, 5), "Louder overrides the calc_score of BahdanauAttention"),
     "instance": (set_on_the_instance, "its calc_score was set on the instance"),
@@ -261,6 +261,17 @@ def test_nothing_known_and_no_module():
         dropin.replace(nn.Linear(2, 2), strict=True)
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
         dropin.replace({})
+
+
+def test_namesakes_and_modules_of_our_own_are_not_known():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+    model = nn.ModuleList([Attention(), fusedattn.BahdanauAttention(4, 3, 5), fusedattn.AdaLayerNorm(4, 6)])
+    model.append(fusedattn.FiLM(4, 3))
+    assert not dropin.replace(model).entries
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,19 @@ _FILES = (
     "bentrevett",
     "d2l",
     "diffusers",
+    "diffusion_policy",
+    "dit",
     "espnet",
     "fairseq",
+    "film",
     "gnmt",
     "keras",
+    "ncsn",
     "news_recommendation",
     "opennmt",
     "pytorch_tutorial",
     "speechbrain",
+    "stargan_v2",
 )
 
 

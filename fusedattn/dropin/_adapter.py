@@ -80,15 +80,17 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
+def _required(adapter: Adapter) -> list[str]:
+    return [name for name in adapter.shapes if not name.endswith("?") and "*" not in name]
+
+
 def match(adapter: Adapter, module: nn.Module) -> tuple[Sizes, list[str]]:
     """What the letters in ``shapes`` stand for, and in words where the module differs from them."""
     sizes: Sizes = {}
     reasons = []
     found = dict(_tensors(module))
     shapes = {name.removesuffix("?"): shape for name, shape in adapter.shapes.items()}
-    for name in adapter.shapes:
-        if not name.endswith("?") and "*" not in name and name not in found:
-            reasons.append(f"has no {name}")
+    reasons += [f"has no {name}" for name in _required(adapter) if name not in found]
     for name, t in found.items():
         known = name if name in shapes else next((p for p in shapes if fnmatchcase(name, p)), None)
         if known is None:
@@ -96,6 +98,14 @@ def match(adapter: Adapter, module: nn.Module) -> tuple[Sizes, list[str]]:
         elif (shape := shapes[known]) is not None and (reason := _differs(name, t, shape, sizes)):
             reasons.append(reason)
     return sizes, reasons
+
+
+def resembles(adapter: Adapter, module: nn.Module) -> bool:
+    """Whether they have a tensor's name in common, or may both have none: else a class is a mere namesake."""
+    names = {name for name, _ in _tensors(module)}
+    if not names:
+        return not _required(adapter)
+    return any(fnmatchcase(name, known.removesuffix("?")) for name in names for known in adapter.shapes)
 
 
 def _differs(name: str, t: Tensor, expected: Shape, sizes: Sizes) -> str | None:
@@ -120,22 +130,21 @@ def _differs(name: str, t: Tensor, expected: Shape, sizes: Sizes) -> str | None:
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _arguments(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """The arguments with their defaults, without the module itself, and whether any others are taken by name."""
+def _arguments(function: Callable[..., Any]) -> tuple[dict[str, Any], set]:
+    """The arguments with their defaults, without the module itself, and the kinds of others."""
     _, *parameters = inspect.signature(function).parameters.values()
-    named = {p.name: p.default for p in parameters if p.kind in _NAMED}
-    kinds = {p.kind for p in parameters} - set(_NAMED)
-    return named, kinds == {inspect.Parameter.VAR_KEYWORD}
+    return {p.name: p.default for p in parameters if p.kind in _NAMED}, {p.kind for p in parameters} - set(_NAMED)
 
 
 def renamed(cls: type[nn.Module], adapter: Adapter) -> tuple[dict[str, str], list[str]]:
     """The adapter's names of arguments that the class calls otherwise, and why it cannot take them all."""
-    theirs, others = _arguments(getattr(cls, adapter.method))
-    ours, ours_others = _arguments(adapter.fused)
+    method = getattr(cls, adapter.method)
+    theirs, other_kinds = _arguments(method)
+    ours, our_kinds = _arguments(adapter.fused)
     defaults = list(ours.values())[len(theirs) :]
-    if len(theirs) > len(ours) or inspect.Parameter.empty in defaults or (others and not ours_others):
-        expected, got = ", ".join(ours), ", ".join(theirs) + (", **" if others else "")
-        return {}, [f"{adapter.method} takes ({got}), that of the known source ({expected})"]
+    if len(theirs) > len(ours) or inspect.Parameter.empty in defaults or not other_kinds <= our_kinds:
+        got, expected = (str(inspect.signature(f)) for f in (method, adapter.fused))
+        return {}, [f"{adapter.method} takes {got}, that of the known source {expected}"]
     pairs = list(zip(theirs.items(), ours.items(), strict=False))
     same = (inspect.Parameter.empty,)  # the fused one may have a default where the known one has none
     wrong = [name for (name, default), (_, known) in pairs if default not in (*same, known)]

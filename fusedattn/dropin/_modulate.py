@@ -1,4 +1,4 @@
-"""What adapters of conditional norms share: a norm, (1 + scale) and shift in one pass."""
+"""What adapters of conditional norms share: a norm and what scales and shifts it in one pass."""
 
 from typing import Any
 
@@ -8,30 +8,47 @@ from torch import Tensor, nn
 from fusedattn._dispatch import autocast_enabled
 from fusedattn.ops.norm_film import norm_film
 
+FUSES = "norm, scale and shift in one pass"
 
-def in_result_dtype(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    """All of them in the dtype that PyTorch's operators give to what is made of them; None is left out."""
-    tensors = [x, *(t for t in others if t is not None)]
+
+def in_result_dtype(x: Tensor, *others: Tensor | None) -> Any:
+    """All of them in the dtype that PyTorch's operators give to what is made of them; None stays None."""
     dtype = x.dtype
-    for t in tensors:
-        dtype = torch.promote_types(dtype, t.dtype)
+    for t in others:
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     if x.device.type == "cuda" and autocast_enabled(x.device):  # which computes norms in float32
         dtype = torch.promote_types(dtype, torch.float32)
-    return tuple(t if t.dtype is dtype else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *others))
 
 
-def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Any:
-    """``norm(x) * (1 + scale) + shift`` of a layer or RMS norm; scale and shift (C,) or in the rank of x."""
-    is_layer = isinstance(norm, nn.LayerNorm)
-    weight, bias = norm.weight, norm.bias
-    x, scale, shift, *_ = in_result_dtype(x, scale, shift, None if is_layer else weight)
+def _kind(norm: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The name that norm_film has for a norm's kind, and what it takes beside."""
+    if isinstance(norm, nn.LayerNorm):
+        return "layer", {}
+    if isinstance(norm, nn.GroupNorm):
+        return "group", {"num_groups": norm.num_groups}
+    if isinstance(norm, (nn.InstanceNorm1d, nn.InstanceNorm2d)):
+        return "instance", {}
+    if isinstance(norm, nn.BatchNorm2d):
+        running = {name: getattr(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+        training = norm.training or norm.running_mean is None
+        return "batch", {**running, "training": training, "momentum": norm.momentum}
+    return "rms", {}
+
+
+def modulated(norm: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any) -> Any:
+    """``gamma * norm(x) + beta``, see :func:`fusedattn.norm_film` for shapes and options."""
+    kind, settings = _kind(norm)
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    x, gamma, beta, *_ = in_result_dtype(x, gamma, beta, weight if kind == "rms" else None)
     return norm_film(
         x,
-        scale,
-        shift,
-        norm="layer" if is_layer else "rms",
+        gamma,
+        beta,
+        norm=kind,
         weight=None if weight is None else weight.to(x.dtype),
         bias=None if bias is None else bias.to(x.dtype),
         eps=norm.eps,
-        gamma_offset=1.0,
+        **settings,
+        **options,
     )

@@ -7,7 +7,7 @@ pickles are fused, too.
 
 import copyreg
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from fusedattn._dispatch import UnsupportedError
 from fusedattn.dropin import _probe
-from fusedattn.dropin._adapter import Adapter, has_hooks, match, renamed
+from fusedattn.dropin._adapter import Adapter, has_hooks, match, renamed, resembles
 from fusedattn.dropin._report import Entry, Report
 
 Selection = str | type | Iterable[str | type] | None
@@ -200,6 +200,13 @@ class _Chosen:
                 raise ValueError(f"replace: {self._argument}: expected {expected}, got {one!r}")
 
 
+def _of_that_name(module: nn.Module, by_class: dict[str, list[Adapter]]) -> Iterator[Adapter]:
+    """The adapters for a class of its class's name, or of one that it derives from; our own are fused already."""
+    for base in type(module).__mro__:
+        if base.__module__.partition(".")[0] != "fusedattn":
+            yield from by_class.get(base.__name__, ())
+
+
 def plan(
     model: nn.Module, adapters: Sequence[Adapter], only: Selection, exclude: Selection
 ) -> tuple[Report, list[Callable[[], None]]]:
@@ -225,7 +232,7 @@ def plan(
         if before is not None:
             note(before, True, "it was before")
             continue
-        known = [a for base in type(module).__mro__ for a in by_class.get(base.__name__, ())]
+        known = [a for a in _of_that_name(module, by_class) if resembles(a, module)]
         selected = [a for a in known if only is None or chosen.has(names, module, a)]
         candidates = [a for a in selected if not excluded.has(names, module, a)]
         if not known:
@@ -236,7 +243,8 @@ def plan(
             # Of several sources with a class of that name, the one that it differs least from.
             verdicts = [(judge.reasons(module, adapter), adapter) for adapter in candidates]
             reasons, adapter = min(verdicts, key=lambda verdict: len(verdict[0]))
-            note(adapter, not reasons, "; ".join(reasons))
+            more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            note(adapter, not reasons, "; ".join(reasons[:3]) + more)
             if not reasons:
                 cls: Any = type(module)
                 changes.append(functools.partial(_become, module, fused_class(cls, adapter)))

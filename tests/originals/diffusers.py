@@ -86,3 +86,35 @@ class AdaGroupNorm(nn.Module):
         made = self.linear(emb if self.act is None else self.act(emb))
         scale, shift = made[:, :, None, None].chunk(2, 1)
         return F.group_norm(x, self.num_groups, eps=self.eps) * (1 + scale) + shift
+
+
+class ResnetBlock2D(nn.Module):
+    def __init__(
+        self, *, in_channels, out_channels, temb_channels, groups, time_embedding_norm="default", up=False
+    ):
+        super().__init__()
+        self.time_embedding_norm, self.skip_time_act, self.output_scale_factor = time_embedding_norm, False, 1.0
+        self.norm1, self.norm2 = nn.GroupNorm(groups, in_channels, 1e-6), nn.GroupNorm(groups, out_channels, 1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        width = out_channels * (1 + (time_embedding_norm == "scale_shift"))
+        self.time_emb_proj = None if temb_channels is None else nn.Linear(temb_channels, width)
+        self.dropout, self.nonlinearity, self.downsample = nn.Dropout(0.0), nn.SiLU(), None
+        self.upsample = nn.Upsample(scale_factor=2) if up else None
+        same = in_channels == out_channels
+        self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, input_tensor, temb, *args, **kwargs):
+        x, h = input_tensor, self.nonlinearity(self.norm1(input_tensor))
+        if self.upsample is not None:
+            x, h = self.upsample(x), self.upsample(h)
+        h = self.conv1(h)
+        if temb is not None:
+            temb = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        if self.time_embedding_norm == "scale_shift":
+            scale, shift = temb.chunk(2, 1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h if temb is None else h + temb)
+        h = self.conv2(self.dropout(self.nonlinearity(h)))
+        return ((x if self.conv_shortcut is None else self.conv_shortcut(x)) + h) / self.output_scale_factor
