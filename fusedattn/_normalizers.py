@@ -36,8 +36,11 @@ def attend(
     visible: Tensor | None,
     normalizer: str | Callable[[Tensor], Tensor],
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    unseen_are_zero: bool,
 ) -> tuple[Tensor, Tensor]:
     """(context, weights); ``score`` makes the scores of query, key and weight, ``visible`` is None for all keys.
+
+    Keys that no query sees are taken as zeros, unless they are.
 
     Scores and normaliser work in float32 at least; weights and context are in the dtype of the query.
     """
@@ -45,7 +48,7 @@ def attend(
     if normalize is None:
         names = ", ".join(map(repr, ("softmax", *NAMED)))
         fail(op, "normalizer", f"one of {names}, or a callable on the scores", repr(normalizer))
-    if visible is not None:
+    if visible is not None and not unseen_are_zero:
         key, value = _scores.without_unseen(visible, key, value)
     wide = accumulation_dtype(query.dtype)
     scores = score(query.to(wide), key.to(wide), weight.to(wide))

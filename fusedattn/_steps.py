@@ -29,9 +29,13 @@ from fusedattn._autograd import Op, Operators, below_autograd, quick_function, r
 
 def are_recorded() -> bool:
     """Whether steps may leave their gradients to a joint backward: autograd makes a graph, and nothing else."""
+    return torch.is_grad_enabled() and is_eager()
+
+
+def is_eager() -> bool:
+    """Whether calls are run as they come: nothing compiles, transforms or traces them."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
         and forward_ad._current_level < 0

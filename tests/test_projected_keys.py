@@ -126,6 +126,21 @@ def test_keys_projected_within_autocast_serve_a_step_outside(step):
     assert context.dtype == torch.bfloat16
 
 
+def test_zeros_in_what_is_hidden_are_made_once_and_edits_noticed(step):
+    module, _, memory, lengths = step
+    memory[1, 4:] = float("nan")
+    keys = module.project_keys(memory.requires_grad_(), key_lengths=lengths)
+    zeroed = keys.without_unseen()
+    assert keys.without_unseen() is zeroed and module.project_keys(memory).without_unseen().key.isnan().any()
+    hidden = torch.arange(7) >= lengths[:, None]
+    for t in (zeroed.key, zeroed.value):
+        assert (t[hidden] == 0).all() and t.isfinite().all() and t.requires_grad
+    with torch.no_grad():
+        assert not keys.without_unseen().key.requires_grad
+        keys.key_lengths.clamp_(max=2)
+    assert (keys.without_unseen().key[:, 2:] == 0).all()
+
+
 def test_mixed_precision_that_casts_every_tensor_of_the_inputs(step):
     """What fully sharded training does with dataclasses among the inputs of a module."""
     distributed = pytest.importorskip("torch.distributed.utils")

@@ -260,6 +260,8 @@ class AdditiveAttention(nn.Module):
                 weight = self._score_weight()
             if mask is not None or key_lengths is not None:
                 keys = keys.hiding(over_heads(mask, has_heads), key_lengths)
+            elif options.get("normalizer", "softmax") != "softmax" and not options.get("is_causal"):
+                keys, options["unseen_are_zero"] = keys.without_unseen(), True
         else:
             key, value = self._project(key, value)
             keys = ProjectedKeys(_cast(key, query.dtype), _cast(value, query.dtype), mask, key_lengths)

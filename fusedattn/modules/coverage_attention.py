@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn.modules.attention import BahdanauAttention, _cast, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 
@@ -68,7 +69,7 @@ class CoverageAttention(BahdanauAttention):
             key_lengths: int (B,).
 
         Returns:
-            context (B, memory_dim), weights (B, T) and the coverage after this step (B, T).
+            context (B, memory_dim), weights (B, T) and the coverage after this step (B, T), in float32 at least.
         """
         _check(query, "CoverageAttention: query", "B", self.query_dim)
         if not isinstance(memory, ProjectedKeys):
@@ -86,7 +87,8 @@ class CoverageAttention(BahdanauAttention):
             return_weights=True,
         )
         weights = weights.flatten(1)
-        return context.squeeze(1), weights, weights if coverage is None else coverage + weights
+        after = weights.to(accumulation_dtype(weights.dtype))
+        return context.squeeze(1), weights, after if coverage is None else coverage + after
 
     @staticmethod
     def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
+
+from fusedattn._steps import is_eager
 
 LEAST = 16  # rows of the first memory
 
@@ -46,11 +48,8 @@ def _may_share(rows: Tensor, row: Tensor) -> bool:
         and rows.dtype is row.dtype
         and rows.device == row.device
         and rows.shape[:-2] == row.shape[:-2]
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
+        and is_eager()
         and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from fusedattn import _steps
+from fusedattn import _scores, _steps
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._steps import version
 from fusedattn.modules.growing_rows import GrowingRows
@@ -68,6 +68,7 @@ class ProjectedKeys:
     _shared = None
     _cast = None
     _growing = None
+    _zeroed = None
     is_shared = True
 
     def _versions(self) -> tuple[int | None, ...]:
@@ -154,8 +155,7 @@ class ProjectedKeys:
         """With key and value in a dtype, cast once for all steps."""
         if self.key.dtype is dtype and self.value.dtype is dtype:
             return self
-        grads = torch.is_grad_enabled(), self.key.requires_grad, self.value.requires_grad
-        state = dtype, grads, *self._versions(), version(self.value)
+        state = dtype, *self._state()
         if self._cast is not None and self._cast[0] == state and _steps.are_recorded():
             return self._cast[1]
         keys = ProjectedKeys(self.key.to(dtype), self.value.to(dtype), self.mask, self.key_lengths)
@@ -164,6 +164,27 @@ class ProjectedKeys:
             keys._keep(exp, bound)  # type: ignore[arg-type]
         if _steps.are_recorded():
             object.__setattr__(self, "_cast", (state, keys))
+        return keys
+
+    def _state(self) -> tuple[Any, ...]:
+        """What tells that nothing was edited since, and whether the same ones ask for a gradient."""
+        grads = torch.is_grad_enabled(), self.key.requires_grad, self.value.requires_grad
+        return *grads, version(self.value), *self._versions()
+
+    def without_unseen(self) -> ProjectedKeys:
+        """With zeros in the keys and values that their own mask and lengths hide, made once for all steps."""
+        visible = self.visible()
+        if visible is None:
+            return self
+        parts = [t for t in (self.key, self.value, self.mask, self.key_lengths) if t is not None]
+        keeps = _steps.is_eager() and not any(t.is_inference() for t in parts)  # those have no version
+        state = self._state()
+        if keeps and self._zeroed is not None and self._zeroed[0] == state:
+            return self._zeroed[1]
+        key, value = _scores.without_unseen(torch.atleast_2d(visible), self.key, self.value)
+        keys = replace(self, key=key, value=value)
+        if keeps:
+            object.__setattr__(self, "_zeroed", (state, keys))
         return keys
 
     def __getstate__(self) -> dict[str, Tensor | None]:

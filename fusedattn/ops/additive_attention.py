@@ -360,9 +360,10 @@ def attend(
     key_exp: Tensor | None = None,
     key_bound: Tensor | None = None,
     token: Tensor | None = None,
+    unseen_are_zero: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand, and as
-    a step of a loop (``token``, see ``_steps.py``)."""
+    """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand, as a
+    step of a loop (``token``, see ``_steps.py``), and, for a normaliser, with zeros in what no query sees."""
     _scores.require_tensors("additive_attention", query=query, key=key, value=value, weight=weight)
     device = query.device
     if autocast_enabled(device):
@@ -382,6 +383,7 @@ def attend(
                 key_exp=key_exp if inputs[1].dtype == key.dtype else None,
                 key_bound=key_bound,
                 token=token,
+                unseen_are_zero=unseen_are_zero,
             )
     query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
     _scores.check_numbers("additive_attention", scale, softcap)
@@ -400,7 +402,9 @@ def attend(
             full = (*query.shape[:-1], key.shape[-2])
             visible = _visible_keys(full, device, mask, key_lengths, is_causal)
         score = partial(additive_scores, scale=scale, softcap=softcap, backend=backend)
-        of_all = _normalizers.attend("additive_attention", query, key, value, weight, visible, normalizer, score)
+        of_all = _normalizers.attend(
+            "additive_attention", query, key, value, weight, visible, normalizer, score, unseen_are_zero
+        )
         return of_all if return_weights else of_all[0]
     backend = choose(
         "additive_attention",
