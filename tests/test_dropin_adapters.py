@@ -225,6 +225,7 @@ CASES = {
         ),
         "step": Case(lambda c: c.GlobalAttention(4), ((2, 4), (2, 6, 4))),
     },
+    "pixelcnn.GatedActivation": {"plain": Case(lambda c: c.GatedActivation(), ((2, 6, 3, 5),))},
     "pytorch_tutorial.BahdanauAttention": {
         "step": Case(lambda c: c.BahdanauAttention(4), ((2, 1, 4), (2, 6, 4))),
         "place-by-place": Case(lambda c: c.BahdanauAttention(4), ((2, 6, 4), (2, 6, 4))),
@@ -346,6 +347,29 @@ def test_hooks_of_children_are_called_as_often_as_by_the_original(name):
         for handle in handles:
             handle.remove()
         dropin.replace(module, only=name, strict=True)
+
+
+def test_the_layer_of_keras_keeps_its_masks_dropout_and_scores(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="keras is not installed (pip install '.[dropin]')")
+    if keras.backend.backend() != "torch":
+        pytest.skip(f"keras has the {keras.backend.backend()} backend")
+    for use_scale in (True, False):
+        layer = keras.layers.AdditiveAttention(use_scale=use_scale, dropout=0.0)
+        inputs = [torch.randn(2, n, 4).requires_grad_() for n in (3, 5, 5)]
+        layer.build([tuple(t.shape) for t in inputs])
+        masks = [lengths_mask((2, 3), 3), lengths_mask((5, 0), 5)]
+
+        def answers(layer=layer, inputs=inputs, masks=masks):
+            found = layer(inputs, mask=masks, return_attention_scores=True, use_causal_mask=True)
+            wanted = [*inputs, *layer.parameters()]
+            return *found, *torch.autograd.grad([t.sin().sum() for t in found], wanted)
+
+        expected = answers()
+        dropin.replace(layer, strict=True)
+        torch.testing.assert_close(answers(), expected)
+        dropin.restore(layer)
+        assert type(layer) is keras.layers.AdditiveAttention
 
 
 def test_every_adapter_is_tested():

@@ -37,6 +37,7 @@ _FILES = (
     "ncsn",
     "news_recommendation",
     "opennmt",
+    "pixelcnn",
     "pytorch_tutorial",
     "speechbrain",
     "stargan_v2",

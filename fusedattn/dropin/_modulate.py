@@ -15,10 +15,11 @@ def in_result_dtype(x: Tensor, *others: Tensor | None) -> Any:
     """All of them in the dtype that PyTorch's operators give to what is made of them; None stays None."""
     dtype = x.dtype
     for t in others:
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+        if t is not None and t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
     if x.device.type == "cuda" and autocast_enabled(x.device):  # which computes norms in float32
         dtype = torch.promote_types(dtype, torch.float32)
-    return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *others))
+    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *others)]
 
 
 def _kind(norm: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -37,7 +38,7 @@ def _kind(norm: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def modulated(norm: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any) -> Any:
-    """``gamma * norm(x) + beta``, see :func:`fusedattn.norm_film` for shapes and options."""
+    """``gamma * norm(x) + beta``; gamma and beta (C,) or (B, C), options as of :func:`fusedattn.norm_film`."""
     kind, settings = _kind(norm)
     weight, bias = norm.weight, getattr(norm, "bias", None)
     x, gamma, beta, *_ = in_result_dtype(x, gamma, beta, weight if kind == "rms" else None)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,32 @@ def score_weight(linear: nn.Linear) -> Tensor:
     return weight if linear.bias is None else torch.add(weight, linear.bias, alpha=0)
 
 
+class _Kept(NamedTuple):
+    sources: tuple
+    versions: list
+    keys: ProjectedKeys
+    is_loop: bool  # whether a second step has come, which computes what a loop needs once
+
+
 def kept_keys(module: nn.Module, sources: tuple, make: Callable[[], tuple]) -> ProjectedKeys:
     """The key, value and mask that ``make()`` makes of ``sources``, as the steps of a loop share them.
 
     They stay on the module for as long as it comes with the same sources, unedited.
     """
-    kept, versions = getattr(module, KEPT, None), [version(t) for t in sources if isinstance(t, Tensor)]
-    if kept is not None and kept[1] == versions and all(a is b for a, b in zip(kept[0], sources, strict=True)):
-        return kept[2]
-    keys = ProjectedKeys(*make())
+    kept: _Kept | None = getattr(module, KEPT, None)
+    versions = [version(t) for t in sources if isinstance(t, Tensor)]
+    if (
+        kept is None
+        or kept.versions != versions
+        or any(a is not b for a, b in zip(kept.sources, sources, strict=True))
+    ):
+        keys, is_loop = ProjectedKeys(*make()), False
+    elif kept.is_loop:
+        return kept.keys
+    else:
+        keys, is_loop = kept.keys.with_exponentials(), True
     if not torch.compiler.is_compiling():
-        keys = keys.with_exponentials()
-        setattr(module, KEPT, (sources, versions, keys))
+        setattr(module, KEPT, _Kept(sources, versions, keys, is_loop))
     return keys
 
 

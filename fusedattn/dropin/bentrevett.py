@@ -19,8 +19,9 @@ def _fused(attn, v):
     def forward(self, hidden, encoder_outputs, mask=None):
         linear = getattr(self, attn)
         D = hidden.shape[-1]
-        query = F.linear(hidden, linear.weight[:, :D], linear.bias).unsqueeze(1)
-        key = F.linear(encoder_outputs, linear.weight[:, D:]).transpose(0, 1)
+        of_query, of_key = linear.weight.split([D, linear.in_features - D], 1)
+        query = F.linear(hidden, of_query, linear.bias).unsqueeze(1)
+        key = F.linear(encoder_outputs, of_key).transpose(0, 1)
         energies = scores(query, key, score_weight(getattr(self, v))).squeeze(1)
         if mask is not None:
             energies = energies.masked_fill(mask == 0, -1e10)

@@ -28,7 +28,7 @@ def _ada_layer_norm(self, x, timestep=None, temb=None):
         temb = self.emb(timestep)
     made = self.linear(self.silu(temb))
     if self.chunk_dim == 1:
-        shift, scale = (t.unsqueeze(1) for t in made.chunk(2, 1))
+        shift, scale = made.chunk(2, 1)
     else:
         scale, shift = made.chunk(2, 0)
     return modulated(self.norm, x, scale, shift, gamma_offset=1.0)
@@ -49,7 +49,7 @@ def _zero(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
     shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, 1)
-    return modulated(self.norm, x, scale.unsqueeze(1), shift.unsqueeze(1), gamma_offset=1.0), *rest
+    return modulated(self.norm, x, scale, shift, gamma_offset=1.0), *rest
 
 
 def _probe_zero(module, sizes, draw):
@@ -62,7 +62,7 @@ def _probe_zero(module, sizes, draw):
 
 def _zero_single(self, x, emb=None):
     shift, scale, gate = self.linear(self.silu(emb)).chunk(3, 1)
-    return modulated(self.norm, x, scale.unsqueeze(1), shift.unsqueeze(1), gamma_offset=1.0), gate
+    return modulated(self.norm, x, scale, shift, gamma_offset=1.0), gate
 
 
 def _probe_two(module, sizes, draw):
@@ -74,7 +74,7 @@ def _probe_two(module, sizes, draw):
 
 def _continuous(self, x, conditioning_embedding):
     scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, 1)
-    return modulated(self.norm, x, scale.unsqueeze(1), shift.unsqueeze(1), gamma_offset=1.0)
+    return modulated(self.norm, x, scale, shift, gamma_offset=1.0)
 
 
 # AdaGroupNorm

@@ -12,8 +12,7 @@ _SOURCE = "facebookresearch/DiT, models.py"
 
 
 def _block(self, x, c):
-    made = (t.unsqueeze(1) for t in self.adaLN_modulation(c).chunk(6, 1))
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = made
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, 1)
     y = self.attn(modulated(self.norm1, x, scale, shift, gamma_offset=1.0))
     y, h = modulated(self.norm2, y, mlp_scale, mlp_shift, gamma_offset=1.0, pre_residual=x, pre_gate=gate)
     y, gate, h = in_result_dtype(self.mlp(y), mlp_gate, h)
@@ -21,7 +20,7 @@ def _block(self, x, c):
 
 
 def _final(self, x, c):
-    shift, scale = (t.unsqueeze(1) for t in self.adaLN_modulation(c).chunk(2, 1))
+    shift, scale = self.adaLN_modulation(c).chunk(2, 1)
     return self.linear(modulated(self.norm_final, x, scale, shift, gamma_offset=1.0))
 
 
