@@ -28,6 +28,7 @@ HEADS = {  # of the first column, by group
     "loop": "B, Tk, D",
     "wide loop": "B, Tk, D",
     "wide attention": ATTENTION,
+    "wide pool": "value",
     "wide film": "x",
     "wide norm": "norm, x",
     "wide gated": "x",
@@ -37,6 +38,7 @@ HEADS = {  # of the first column, by group
 WIDE = {
     "wide loop": "Decoder loops",
     "wide attention": "Attention",
+    "wide pool": "Attention pooling",
     "wide film": "FiLM",
     "wide norm": "Norms with FiLM",
     "wide gated": "Gated FiLM",

@@ -14,6 +14,7 @@ from .machine import GIB
 from .measure import Job
 from .models import Attention, Film, FilmModule, Loop, ModelCase, MultiheadModule
 from .norms import GatedFilm, NormFilm
+from .pool import Pool
 from .progress import Tracker
 from .suite import CAPTIONING, SPEECH, Schedule, time_all
 
@@ -52,6 +53,11 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", Attention, "words of a document", 64, 1, 30, 100),
         *_in("f", Attention, "pointer network", 128, 50, 50, 128),
         *_in("fb", Attention, "slide of 10,000 patches", 1, 1, 10_000, 512),
+    ],
+    "wide pool": [
+        *_in("f", Pool, "slide of 100,000 patches", (1, 100_000, 512), 256),
+        *_in("fb", Pool, "slide of 10,000 patches", (1, 10_000, 512), 256),
+        *_in("f", Pool, "tiny", (1, 64, 64), 64),
     ],
     "wide film": [
         *_in("fb", Film, "fully connected", (4096, 1024)),
@@ -97,7 +103,7 @@ CASES: dict[str, list[ModelCase]] = {
     ],
 }
 # Groups of which the bytes that must be moved are known; of these peak memory is taken, too.
-WITH_BYTES = ("wide norm", "wide gated")
+WITH_BYTES = ("wide pool", "wide norm", "wide gated")
 
 
 def time_case(job: Job, seconds: float) -> list[dict]:

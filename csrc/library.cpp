@@ -56,6 +56,17 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "condition_added, " FUSEDATTN_GATED_FILM_OPTIONS
       ", int output_mask) -> (Tensor grad_x, Tensor grad_condition, Tensor grad_condition_added)");
 
+  // hidden and gate or None (B,T,D), value (B,T,Dv) or None, weight (G,K,D) for as many groups of batch elements,
+  // lengths (B,) or None. context (B,K,Dv) is (0,) without value; lse (B,K) and scores (B,K,T) are in the dtype of
+  // the arithmetic.
+  m.def(
+      "attention_pool_fwd(Tensor hidden, Tensor? gate, Tensor? value, Tensor weight, Tensor? lengths) "
+      "-> (Tensor context, Tensor lse, Tensor scores)");
+  m.def(
+      "attention_pool_bwd(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_scores, Tensor hidden, "
+      "Tensor? gate, Tensor? value, Tensor weight, Tensor? lengths, Tensor context, Tensor lse, Tensor scores, "
+      "int output_mask) -> (Tensor grad_hidden, Tensor grad_gate, Tensor grad_value, Tensor grad_weight)");
+
   // x, gamma, beta and what is added to them as for film, but with one value per channel as (C,) or (B, C), or one
   // for each element as x; so is pre_gate. weight and bias (C,) or (B, C). pre_residual and residual like x.
   // running_mean and running_var (C,) where training is false. h is (0,) where neither pre_gate nor pre_residual

@@ -5,6 +5,7 @@ from fusedattn._dispatch import UnsupportedError
 from fusedattn._export import decompositions
 from fusedattn._library import empty_cache
 from fusedattn.modules.attention import AdditiveAttention, BahdanauAttention
+from fusedattn.modules.attention_pool import GatedAttentionPool
 from fusedattn.modules.blocks import FiLMResBlock, GatedConditionalConv2d, MultiHopFiLM, SqueezeExcite
 from fusedattn.modules.causal_attention import CausalAdditiveAttention
 from fusedattn.modules.concat import ConcatConditioning
@@ -28,6 +29,7 @@ from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.modules.spatial_attention import SpatialAttention
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
 from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
+from fusedattn.ops.attention_pool import attention_pool, attention_pool_ref
 from fusedattn.ops.film import film, film_ref
 from fusedattn.ops.gated_film import gated_film, gated_film_ref
 from fusedattn.ops.merge_attention import merge_attention, merge_attention_ref
@@ -55,6 +57,7 @@ __all__ = [
     "FiLM",
     "FiLMResBlock",
     "ForwardAttention",
+    "GatedAttentionPool",
     "GatedConditionalConv2d",
     "MultiHopAttention",
     "MultiHopFiLM",
@@ -67,6 +70,8 @@ __all__ = [
     "additive_attention_ref",
     "additive_scores",
     "additive_scores_ref",
+    "attention_pool",
+    "attention_pool_ref",
     "decompositions",
     "dropin",
     "empty_cache",

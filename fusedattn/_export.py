@@ -6,6 +6,7 @@ from torch._ops import OpOverload
 
 from fusedattn.ops.additive_attention import ATTENTION
 from fusedattn.ops.additive_scores import SCORES
+from fusedattn.ops.attention_pool import ATTENTION_POOL
 from fusedattn.ops.film import FILM
 from fusedattn.ops.gated_film import GATED_FILM
 from fusedattn.ops.norm_film import NORM_FILM
@@ -18,6 +19,6 @@ def decompositions() -> dict[OpOverload, Callable]:
     speed of plain PyTorch. ``torch.onnx.export(model, inputs, dynamo=True)`` needs no call of it.
     """
     found: dict[OpOverload, Callable] = {}
-    for op in (ATTENTION, SCORES, FILM, GATED_FILM, NORM_FILM):
+    for op in (ATTENTION, ATTENTION_POOL, SCORES, FILM, GATED_FILM, NORM_FILM):
         found |= op.decompositions()
     return found

@@ -14,6 +14,10 @@ class AdditiveScoresOptions(NamedTuple):
     softcap: float  # 0: none
 
 
+class AttentionPoolOptions(NamedTuple):
+    """None so far."""
+
+
 class FilmOptions(NamedTuple):
     channel_dim: int
     gamma_offset: float

@@ -9,6 +9,8 @@ from fusedattn import (
     additive_attention_ref,
     additive_scores,
     additive_scores_ref,
+    attention_pool,
+    attention_pool_ref,
     film,
     film_ref,
     gated_film,
@@ -64,6 +66,21 @@ def gate(function):
     return lambda x, condition, added: function(x, (condition, added))
 
 
+def pool_inputs():
+    shapes = {"hidden": (2, 4, 3), "value": (2, 4, 5), "weight": (2, 3), "gate": (2, 4, 3)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def pool(function):
+    lengths = torch.tensor([4, 2])
+
+    def call(hidden, value, weight, gate):
+        context, weights = function(hidden, value, weight, gate, lengths=lengths, return_weights=True)
+        return torch.cat([context.flatten(), weights.flatten()])
+
+    return call
+
+
 def norm_film_inputs():
     shapes = {"x": (2, 3, 4), "gamma": (2, 3), "weight": (3,), "pre_gate": (2, 3), "pre_residual": (2, 3, 4)}
     return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -82,6 +99,7 @@ def modulate_the_norm(function):
 OPS = {
     "additive_attention": (attend, additive_attention, additive_attention_ref, attention_inputs),
     "additive_scores": (score, additive_scores, additive_scores_ref, scores_inputs),
+    "attention_pool": (pool, attention_pool, attention_pool_ref, pool_inputs),
     "film": (modulate, film, film_ref, film_inputs),
     "gated_film": (gate, gated_film, gated_film_ref, gated_film_inputs),
     "norm_film": (modulate_the_norm, norm_film, norm_film_ref, norm_film_inputs),

@@ -11,17 +11,17 @@ FUSEDATTN_INLINE V gated(V a, V b) {
   return M::tanh(a) * logistic<M>(b).s;
 }
 
-// Its gradients, of a and b.
+// The same, and its gradients of a and b.
 template <typename V>
 struct GateGradients {
-  V a, b;
+  V y, a, b;
 };
 template <typename M, typename V = typename M::V>
 FUSEDATTN_INLINE GateGradients<V> gate_gradients(V a, V b, V dy) {
   const V t = M::tanh(a);
   const Logistic<V> p = logistic<M>(b);
   const V dy_s = dy * p.s;
-  return {dy_s * (1 - t * t), dy_s * t * p.complement};
+  return {t * p.s, dy_s * (1 - t * t), dy_s * t * p.complement};
 }
 
 }  // namespace fusedattn
