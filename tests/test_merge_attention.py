@@ -61,7 +61,8 @@ def test_derivatives():
         return finite(contexts, lses.detach() + deltas)
 
     inputs = contexts, torch.zeros_like(lses, requires_grad=True)
-    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
     torch.testing.assert_close(torch.vmap(finite)(*(t.unsqueeze(0) for t in inputs))[0][0], finite(*inputs)[0])
 
 

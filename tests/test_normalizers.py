@@ -118,7 +118,8 @@ def test_derivatives(normalizer):
             *inputs, mask=mask, normalizer=NORMALIZERS[normalizer], scale=0.5, return_weights=True
         )
 
-    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
