@@ -72,7 +72,7 @@ def test_compiles_as_one_graph():
     torch.compiler.reset()
     module, states, memory = make()
     compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(module, states, memory), loop(module, states, memory))
+    torch.testing.assert_close(compiled(module, states[:2], memory), loop(module, states[:2], memory))
 
 
 def test_state_dict():
