@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +334,13 @@ atexit.register(lambda: print([m for m in ("diffusers", "keras", "espnet", "spee
     command = [sys.executable, "-m", "fusedattn.dropin", f"{tmp_path}/model.py:build"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.splitlines() == [*str(dropin.replace(attention())).splitlines(), "[]"]
+
+
+def test_the_example_trains_alike_before_and_after(capsys):
+    runpy.run_path(str(ROOT / "examples" / "dropin_translation.py"))["main"](width=8, steps=2)
+    *report, before, after = capsys.readouterr().out.splitlines()
+    assert "gnmt.BahdanauAttention" in report[-1]
+    assert re.search("loss (.*),.*ms", before).group(1) == re.search("loss (.*),.*ms", after).group(1)
 
 
 def test_the_list_of_what_is_known_names_each_once():

@@ -160,10 +160,6 @@ CASES = {
             lambda m, x: m(x, None),
         ),
     },
-    "diffusion_policy.ConditionalResidualBlock1D": {
-        "scale": Case(lambda c: c.ConditionalResidualBlock1D(3, 4, 5, True), ((2, 3, 6), (2, 5))),
-        "bias": Case(lambda c: c.ConditionalResidualBlock1D(4, 4, 5), ((2, 4, 6), (2, 5))),
-    },
     "dit.DiTBlock": {"dropout": Case(lambda c: c.DiTBlock(6, dropout=0.5), ((2, 5, 6), (2, 6)))},
     "dit.FinalLayer": {"plain": Case(lambda c: c.FinalLayer(6, 4), ((2, 5, 6), (2, 6)))},
     "espnet.AttAdd": {

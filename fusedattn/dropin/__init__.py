@@ -27,7 +27,6 @@ _FILES = (
     "bentrevett",
     "d2l",
     "diffusers",
-    "diffusion_policy",
     "dit",
     "espnet",
     "fairseq",
