@@ -23,6 +23,7 @@ PACKAGES = {
     "diffusers.ResnetBlock2D": "diffusers.models.resnet",
     "espnet": "espnet.nets.pytorch_backend.rnn.attentions",
     "speechbrain": "speechbrain.nnet.attention",
+    "torchmil": "torchmil.nn.attention.attention_pool",
 }
 
 
@@ -125,6 +126,11 @@ CASES = {
             ((3, 4), (5, 3, 6)),
             lambda m, hidden, outputs: m(hidden, outputs, lengths_mask((5, 2, 0), 5)),
         )
+    },
+    "clam.Attn_Net": {"heads": Case(lambda c: c.Attn_Net(3, 4, True, 2), ((6, 3),))},
+    "clam.Attn_Net_Gated": {
+        "heads": Case(lambda c: c.Attn_Net_Gated(3, 4, False, 2), ((6, 3),)),
+        "dropout": Case(lambda c: c.Attn_Net_Gated(3, 4, True), ((6, 3),)),
     },
     "d2l.AdditiveAttention": {
         "lengths": Case(
@@ -230,6 +236,14 @@ CASES = {
         "steps": Case(
             lambda c: c.ContentBasedAttention(3, 4, 5, 2, scaling=1.5), ((2, 6, 3), (2, 4), (2, 4)), speech_steps
         ),
+    },
+    "torchmil.AttentionPool": {
+        "gated-mask": Case(
+            lambda c: c.AttentionPool(3, 4, gated=True),
+            ((2, 6, 3),),
+            lambda m, X: m(X, lengths_mask((6, 2), 6), True),
+        ),
+        "plain": Case(lambda c: c.AttentionPool(3, 4), ((2, 6, 3),), lambda m, X: m(X, return_att=True)),
     },
     "gnmt.BahdanauAttention": {
         "time-first": Case(lambda c: c.BahdanauAttention(4, 3, 5), ((6, 3, 4), (7, 3, 3)), with_mask(7, 2, 0)),

@@ -25,6 +25,7 @@ _FILES = (
     "allennlp",
     "attention_learn_to_route",
     "bentrevett",
+    "clam",
     "d2l",
     "diffusers",
     "dit",
@@ -40,6 +41,7 @@ _FILES = (
     "pytorch_tutorial",
     "speechbrain",
     "stargan_v2",
+    "torchmil",
 )
 
 
