@@ -332,11 +332,39 @@ def test_answers_and_gradients_are_those_of_the_original(source, name, case, dty
     assert not is_fused(fused) and type(fused) is type(module) and fused.__dict__.keys() == module.__dict__.keys()
 
 
+def formula(name):
+    """Of the first case."""
+    return original(f"originals.{name.partition('.')[0]}", name, next(iter(CASES[name])))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_under_autocast_answers_have_the_dtypes_of_the_original(name):
+    module, case = formula(name).eval(), next(iter(CASES[name].values()))
+    fused = copy.deepcopy(module)
+    dropin.replace(fused, only=name, strict=True)
+    inputs = [torch.randn(s) for s in case.shapes]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for expected, found in zip(flat(case.use(module, *inputs)), flat(case.use(fused, *inputs)), strict=True):
+            torch.testing.assert_close(
+                found, expected, rtol=0.05, atol=0.05 * max(1.0, expected.abs().max().item())
+            )
+
+
+@pytest.mark.parametrize("name", ["dit.DiTBlock", "espnet.AttAdd", "film.FiLMedResBlock", "d2l.AdditiveAttention"])
+def test_a_replaced_module_compiles_in_one_graph(name):
+    module, case = formula(name).eval(), next(iter(CASES[name].values()))
+    dropin.replace(module, only=name, strict=True)
+    inputs = [torch.randn(s) for s in case.shapes]
+    expected = flat(case.use(module, *inputs))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for found, answer in zip(flat(case.use(compiled, *inputs)), expected, strict=True):
+        torch.testing.assert_close(found, answer)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hooks_of_children_are_called_as_often_as_by_the_original(name):
     """Of those that the fused module calls, and, because the original runs then, of those that it does not."""
-    case = next(iter(CASES[name]))
-    module = original(f"originals.{name.rpartition('.')[0].partition('.')[0]}", name, case)
+    module, case = formula(name), next(iter(CASES[name].values()))
     adapter = dropin.replace(module, strict=True).replaced[0].adapter
     children = dict(module.named_modules())
     bypassed = {child for child in children if child.partition(".")[0] in adapter.inside}
@@ -347,10 +375,10 @@ def test_hooks_of_children_are_called_as_often_as_by_the_original(name):
             called[id(child)] += 1
 
         handles = [children[child].register_forward_hook(count) for child in watched]
-        run(module, CASES[name][case], torch.float32, is_training=False)
+        run(module, case, torch.float32, is_training=False)
         by_the_fused = called.copy()
         dropin.restore(module)
-        run(module, CASES[name][case], torch.float32, is_training=False)
+        run(module, case, torch.float32, is_training=False)
         assert called == by_the_fused + by_the_fused
         if watched & bypassed:
             assert "has hooks" in dropin.replace(module, only=name).not_replaced[0].reason

@@ -41,7 +41,10 @@ def modulated(norm: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *
     """``gamma * norm(x) + beta``; gamma and beta (C,) or (B, C), options as of :func:`fusedattn.norm_film`."""
     kind, settings = _kind(norm)
     weight, bias = norm.weight, getattr(norm, "bias", None)
-    x, gamma, beta, *_ = in_result_dtype(x, gamma, beta, weight if kind == "rms" else None)
+    tensors = {name: t for name, t in options.items() if isinstance(t, Tensor)}
+    rms_weight = weight if kind == "rms" else None
+    x, gamma, beta, _, *same = in_result_dtype(x, gamma, beta, rms_weight, *tensors.values())
+    options.update(zip(tensors, same, strict=True))
     return norm_film(
         x,
         gamma,

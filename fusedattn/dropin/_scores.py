@@ -43,6 +43,8 @@ def kept_keys(module: nn.Module, sources: tuple, make: Callable[[], tuple]) -> P
 
     They stay on the module for as long as it comes with the same sources, unedited.
     """
+    if torch.compiler.is_compiling():
+        return ProjectedKeys(*make())
     kept: _Kept | None = getattr(module, KEPT, None)
     versions = [version(t) for t in sources if isinstance(t, Tensor)]
     if (
@@ -55,9 +57,13 @@ def kept_keys(module: nn.Module, sources: tuple, make: Callable[[], tuple]) -> P
         return kept.keys
     else:
         keys, is_loop = kept.keys.with_exponentials(), True
-    if not torch.compiler.is_compiling():
-        setattr(module, KEPT, _Kept(sources, versions, keys, is_loop))
+    setattr(module, KEPT, _Kept(sources, versions, keys, is_loop))
     return keys
+
+
+def summed(context: Tensor, value: Tensor, weights: Tensor) -> Tensor:
+    """The context in the dtype of ``(weights * value).sum()``, which autocast leaves wider than a product's."""
+    return context.to(torch.promote_types(value.dtype, weights.dtype))
 
 
 def _weights(linears: Sequence[nn.Linear]) -> Tensor:

@@ -17,7 +17,7 @@ def _drops(*branches):
 def _scores(x, last, hidden, gate=None):
     gate = None if gate is None else gate(x).unsqueeze(0)
     found = attention_pool(hidden(x).unsqueeze(0), None, last.weight, gate).squeeze(0).t()
-    return found if last.bias is None else found + last.bias
+    return found if last.bias is None else found + last.bias.to(found.dtype)
 
 
 def _net(self, x):

@@ -9,7 +9,7 @@ scores by 2, unless told otherwise, and attends to the encoder's states as they 
 import torch
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import KEPT, NAN_ROWS, STEPS, kept_keys, step
+from fusedattn.dropin._scores import KEPT, NAN_ROWS, STEPS, kept_keys, step, summed
 
 _SOURCE = "espnet/espnet, espnet/nets/pytorch_backend/rnn/attentions.py"
 
@@ -38,7 +38,7 @@ def _add(self, enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling=2.0):
     key, value, padding = self.pre_compute_enc_h, self.enc_h, _padding(self, enc_hs_pad, enc_hs_len)
     keys = kept_keys(self, (key, value, padding), lambda: (key, value, ~padding.unsqueeze(1)))
     context, weights = step(query, keys, [self.gvec], scale=scaling)
-    return context.squeeze(1), weights.squeeze(1)
+    return summed(context, value, weights).squeeze(1), weights.squeeze(1)
 
 
 def _probe(module, sizes, draw):

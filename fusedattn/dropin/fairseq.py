@@ -7,7 +7,7 @@ Conventions: the source is (S, B, C), its padding (S, B) True at padding and fil
 import torch
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import ATTENTION, NAN_ROWS, score_weight
+from fusedattn.dropin._scores import ATTENTION, NAN_ROWS, score_weight, summed
 from fusedattn.ops.additive_attention import additive_attention
 
 
@@ -21,7 +21,7 @@ def _forward(self, decoder_state, source_hids, encoder_padding_mask):
         mask=None if padding is None else ~padding.bool().t().unsqueeze(1),
         return_weights=True,
     )
-    return context.squeeze(1), weights.squeeze(1).t()
+    return summed(context, source_hids, weights).squeeze(1), weights.squeeze(1).t()
 
 
 def _probe(module, sizes, draw):

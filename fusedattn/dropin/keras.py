@@ -12,7 +12,7 @@ def _calculate_scores(self, query, key):
     if query.dim() not in (3, 4) or key.dim() != query.dim():
         return original(self, "_calculate_scores")(query, key)
     weight = self.scale.value if self.use_scale else query.new_ones(query.shape[-1])
-    return scores(query, key, weight)
+    return scores(query, key, weight).to(query.dtype)  # not autocast's: there the original's are elementwise
 
 
 def _probe(module, sizes, draw):

@@ -13,4 +13,4 @@ class AdditiveAttention(nn.Module):
 
     def forward(self, candidate_vector):
         weights = (self.linear(candidate_vector).tanh() @ self.attention_query_vector).softmax(1)
-        return (weights[..., None] * candidate_vector).sum(1)
+        return (weights[:, None] @ candidate_vector).squeeze(1)
