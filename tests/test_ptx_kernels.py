@@ -18,13 +18,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
 import test_additive_attention
+import test_attention_pool
 import test_film
 import test_film_parameters
 import test_gated_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import additive_attention, film, gated_film
+from fusedattn import additive_attention, attention_pool, film, gated_film
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import (
     additive_attention_bwd,
@@ -32,6 +33,7 @@ from fusedattn.triton import (
     additive_attention_problem,
     film_broadcast,
 )
+from fusedattn.triton import attention_pool as attention_pool_kernels
 from fusedattn.triton import film as film_kernels
 from fusedattn.triton import gated_film as gated_film_kernels
 
@@ -125,6 +127,16 @@ def test_gated_film_kernels(arch):
         for case in cases[ARCHS.index(arch) :: len(ARCHS)]:
             test_gated_film.check(*case, function=on_triton(gated_film))
     assert set(launches.executed) == names_of_kernels(gated_film_kernels)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_pool_kernels(arch):
+    """Aligned and not, several pieces and heads, bags of several lengths."""
+    shape, dtype, gated = ((2, 150, 32, 3), torch.bfloat16, True) if arch == 80 else ((2, 70, 37, 4), None, False)
+    inputs = test_attention_pool.make_inputs(*shape, K=3, gated=gated, dtype=dtype or torch.float32)
+    with on_ptx(arch) as launches:
+        test_attention_pool.check(inputs, torch.tensor([shape[1], 40]), on_triton(attention_pool))
+    assert set(launches.executed) == names_of_kernels(attention_pool_kernels)
 
 
 SIZES = {

@@ -108,7 +108,7 @@ def measure_one(op: str, index: int, backend: str, arch: int | str) -> Kernel:
     entry = compiled.metadata.name
     aligned = ("N" if "_runs" in name else "C") in described.divisible
     if (align := described.constexprs.get("ALIGN", 1)) > 1:  # elements
-        aligned = align == 16 or described.signature["X"] == "*fp32"
+        aligned = align == 16 or described.signature.get("X") == "*fp32"
     threads, registers, shared = compiled.metadata.num_warps * 32, usage[entry]["REG"], compiled.metadata.shared
     return Kernel.from_sass(
         backend=BACKEND,

@@ -14,7 +14,8 @@ Scores, c and L are kept; nothing of size T D. Forward reads h and g, then x; ba
 its gradient once.
 
 Symbols: B bags, T instances, D width of the scores, K heads, Dv width of the values, G groups of bags with a
-weight each. Kernels: ``csrc/attention_pool/`` (C++). Tests: ``tests/test_attention_pool.py``.
+weight each. Kernels: ``csrc/attention_pool/`` (C++), ``fusedattn/triton/attention_pool.py``. Tests:
+``tests/test_attention_pool.py``.
 """
 
 import torch
@@ -132,7 +133,7 @@ ATTENTION_POOL = _autograd.Op(
 
 # Public function
 
-_UNABLE = dict.fromkeys(("cuda", "triton"), "it has no kernels of attention_pool")
+_UNABLE = {"cuda": "it has no kernels of attention_pool"}
 
 
 @overridable
