@@ -273,7 +273,7 @@ def original(source, name, case):
     if source.startswith("originals."):
         classes = importlib.import_module(source)
     else:
-        classes = pytest.importorskip(source, reason=f"{source} is not installed (pip install '.[dropin]')")
+        classes = pytest.importorskip(source, reason=f"{source} cannot be imported (CONTRIBUTING.md)")
     torch.manual_seed(0)
     module = CASES[name][case].make(classes)
     with torch.no_grad():
@@ -337,6 +337,24 @@ def formula(name):
     return original(f"originals.{name.partition('.')[0]}", name, next(iter(CASES[name])))
 
 
+class Louder(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_child_that_is_exchanged_afterwards_is_called():
+    """As adapters of low rank and quantisation do."""
+    name, case = "fairseq.MLPAttention", CASES["fairseq.MLPAttention"]["all"]
+    module = formula(name)
+    fused = copy.deepcopy(module)
+    dropin.replace(fused, strict=True)
+    for made in (module, fused):
+        made.to_scores = Louder(*reversed(made.to_scores.weight.shape), bias=False)
+        torch.nn.init.ones_(made.to_scores.weight)
+    found, expected = (run(made, case, torch.float32, is_training=True) for made in (fused, module))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_under_autocast_answers_have_the_dtypes_of_the_original(name):
     module, case = formula(name).eval(), next(iter(CASES[name].values()))
@@ -389,7 +407,7 @@ def test_hooks_of_children_are_called_as_often_as_by_the_original(name):
 
 def test_the_layer_of_keras_keeps_its_masks_dropout_and_scores(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
-    keras = pytest.importorskip("keras", reason="keras is not installed (pip install '.[dropin]')")
+    keras = pytest.importorskip("keras", reason="keras cannot be imported (CONTRIBUTING.md)")
     if keras.backend.backend() != "torch":
         pytest.skip(f"keras has the {keras.backend.backend()} backend")
     for use_scale in (True, False):

@@ -34,7 +34,8 @@ class Adapter:
             and returns all that it answers: of the original and of the replaced one this has to be the same.
         method: what is overridden; where a source has the scores in a method of their own, that alone. Default:
             ``"forward"``.
-        inside: children whose work is done without calling them; where one has hooks, the original runs.
+        inside: children whose work is done without calling them; where one has hooks, or is replaced by one of
+            another class, the original runs.
         reasons: why a module of these shapes is not what is known, in words; empty if it is.
         limits: where answers differ from the original's. Printed with the report.
         state: attributes that ``fused`` keeps on the module; the module's ``reset()`` and ``restore`` drop them.

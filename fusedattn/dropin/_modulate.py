@@ -30,11 +30,13 @@ def _kind(norm: nn.Module) -> tuple[str, dict[str, Any]]:
         return "group", {"num_groups": norm.num_groups}
     if isinstance(norm, (nn.InstanceNorm1d, nn.InstanceNorm2d)):
         return "instance", {}
-    if isinstance(norm, nn.BatchNorm2d):
+    if type(norm) is nn.BatchNorm2d:  # not a SyncBatchNorm
         running = {name: getattr(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
         training = norm.training or norm.running_mean is None
         return "batch", {**running, "training": training, "momentum": norm.momentum}
-    return "rms", {}
+    if "RMSNorm" in type(norm).__name__:
+        return "rms", {}
+    raise TypeError(f"no norm that is known: {type(norm).__name__}")
 
 
 def modulated(norm: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any) -> Any:

@@ -21,16 +21,34 @@ from fusedattn.dropin._report import Entry, Report
 Selection = str | type | Iterable[str | type] | None
 
 
+def _original(module: nn.Module | None) -> type:
+    """The class of a module, before it was replaced if it was."""
+    return getattr(type(module), "_fusedattn_original", type(module))
+
+
+def fused_class(module: nn.Module, adapter: Adapter) -> Any:
+    """The class that makes a module fused."""
+    return _fused_class(
+        type(module), adapter, tuple(_original(module._modules.get(name)) for name in adapter.inside)
+    )
+
+
 @functools.cache
-def fused_class(cls: Any, adapter: Adapter) -> Any:
-    """The subclass whose instances run ``adapter.fused``, or the method of ``cls`` where hooks would be missed."""
+def _fused_class(cls: Any, adapter: Adapter, inside: tuple[type, ...]) -> Any:
+    """The subclass whose instances run ``adapter.fused``.
+
+    They run the method of ``cls`` where children whose work is done without them have hooks, or are no longer of
+    the classes ``inside``: given an adapter of low rank, synchronised over processes, quantised.
+    """
     method = getattr(cls, adapter.method)
+    children = tuple(zip(adapter.inside, inside, strict=True))
     names, _ = renamed(cls, adapter)
 
     @functools.wraps(method)  # its signature
     def fused(self, *args, **kwargs):
-        for name in adapter.inside:
-            if has_hooks(self._modules.get(name)):
+        for name, known in children:
+            child = self._modules.get(name)
+            if _original(child) is not known or has_hooks(child):
                 return method(self, *args, **kwargs)
         if names:
             kwargs = {names.get(name, name): value for name, value in kwargs.items()}
@@ -39,7 +57,7 @@ def fused_class(cls: Any, adapter: Adapter) -> Any:
     def reduce(self, protocol):
         construct, args, *rest = super(fused_cls, self).__reduce_ex__(max(protocol, 2))
         if construct is copyreg.__newobj__ and args == (fused_cls,):  # which has no name to be found by
-            construct, args = rebuild, (cls, adapter.name)
+            construct, args = rebuild, (cls, adapter.name, inside)
         return construct, args, *rest
 
     def reset(self):
@@ -61,12 +79,12 @@ def fused_class(cls: Any, adapter: Adapter) -> Any:
     return fused_cls
 
 
-def rebuild(cls: Any, name: str) -> nn.Module:
+def rebuild(cls: Any, name: str, inside: tuple[type, ...]) -> nn.Module:
     """An empty replaced module, for pickle and copy."""
     from fusedattn.dropin import supported
 
     adapter = next(adapter for adapter in supported() if adapter.name == name)
-    return object.__new__(fused_class(cls, adapter))
+    return object.__new__(_fused_class(cls, adapter, inside))
 
 
 def _adapter_of(module: nn.Module) -> Adapter | None:
@@ -145,7 +163,7 @@ class _Judge:
         except Exception as error:  # whatever is in a module that only looks like the known one
             return f"it fails on a probe: {type(error).__name__}: {error}"
         try:
-            found = _probe.answers(module, adapter, sizes, fused_class(cls, adapter))
+            found = _probe.answers(module, adapter, sizes, fused_class(module, adapter))
         except Exception as error:
             return f"fused, it fails on a probe: {type(error).__name__}: {error}"
         return _probe.difference(expected, found, adapter.tolerance)
@@ -246,8 +264,7 @@ def plan(
             more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             note(adapter, not reasons, "; ".join(reasons[:3]) + more)
             if not reasons:
-                cls: Any = type(module)
-                changes.append(functools.partial(_become, module, fused_class(cls, adapter)))
+                changes.append(functools.partial(_become, module, fused_class(module, adapter)))
     chosen.check(adapters)
     excluded.check(adapters)
     return Report(tuple(entries), unknown), changes

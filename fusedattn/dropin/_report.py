@@ -66,7 +66,7 @@ class Report:
             adapter, kind = entry.adapter, "fused" if entry.replaced else "left"
             note = f" ({entry.reason})" if entry.reason else ""
             text = adapter.fuses + note if entry.replaced else entry.reason
-            key = kind, re.sub(r"\d+", "*", entry.name), f"{adapter.name}: {text}"
+            key = kind, re.sub(r"(?<![^.])\d+(?![^.])", "*", entry.name), f"{adapter.name}: {text}"
             rows.setdefault(key, []).append(entry.name)
         rows = dict(sorted(rows.items(), key=lambda row: row[0][0]))
         labels = {key: names[0] if len(names) == 1 else f"{key[1]} ({len(names)})" for key, names in rows.items()}

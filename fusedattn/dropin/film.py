@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusedattn.dropin._adapter import Adapter, original
+from fusedattn.dropin._adapter import Adapter
 from fusedattn.dropin._modulate import in_result_dtype, modulated
 from fusedattn.ops.film import film
 
@@ -25,8 +25,6 @@ def _probe(module, sizes, draw):
 
 
 def _block(self, x, gammas=None, betas=None, extra_channels=None, cond_maps=None):
-    if type(self.bn1) is not nn.BatchNorm2d:  # a SyncBatchNorm, since
-        return original(self)(x, gammas, betas, extra_channels, cond_maps)
     if self.with_input_proj:
         if extra_channels is not None and self.extra_channel_freq >= 1:
             x = torch.cat([x, extra_channels], 1)
