@@ -28,9 +28,9 @@ def _original(module: nn.Module | None) -> type:
 
 def fused_class(module: nn.Module, adapter: Adapter) -> Any:
     """The class that makes a module fused."""
-    return _fused_class(
-        type(module), adapter, tuple(_original(module._modules.get(name)) for name in adapter.inside)
-    )
+    cls: Any = type(module)
+    inside = tuple(_original(module._modules.get(name)) for name in adapter.inside)
+    return _fused_class(cls, adapter, inside)
 
 
 @functools.cache
