@@ -60,11 +60,13 @@ class Attention(ModelCase):
     Tk: int
     D: int
     heads: int | None = None
+    activation: str = "tanh"  # other ones without heads
 
     @property
     def name(self) -> str:
         heads = f" {self.heads} heads" if self.heads else ""
-        return f"attention ({self.B}, {self.Tq}, {self.Tk}, {self.D}){heads} {self.dtype}"
+        activation = "" if self.activation == "tanh" else f" {self.activation}"
+        return f"attention ({self.B}, {self.Tq}, {self.Tk}, {self.D}){heads}{activation} {self.dtype}"
 
     def _rows(self, T: int, seed: int) -> Tensor:
         if self.heads is None:
@@ -88,12 +90,13 @@ class Attention(ModelCase):
 
     def eager(self) -> dict[str, Function]:
         if self.heads is None:
+            phi = getattr(torch, self.activation)
             forms = (contenders.attention_matmul, contenders.attention_sum)
-            return dict(zip(contenders.EAGER, forms, strict=True))
+            return {name: partial(form, phi=phi) for name, form in zip(contenders.EAGER, forms, strict=True)}
         return {"eager": attention_of_heads}
 
     def fused(self) -> Function:
-        return fusedattn.additive_attention
+        return partial(fusedattn.additive_attention, activation=self.activation)
 
 
 def attention_of_heads(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("fb", Attention, "decoding long inputs", 64, 1, 1024, 512),
         *_in("fb", Attention, "translation, all steps", 128, 10, 128, 1024),
         *_in("fb", Attention, "long sequences", 4, 512, 512, 256),
+        *_in("f", Attention, "long sequences", 4, 512, 512, 256, activation="relu"),
         *_in("f", Attention, "one key", 64, 64, 1, 256),
         *_in("f", Attention, "tiny", 1, 8, 8, 64),
         *_in("f", Attention, "narrow", 4, 256, 256, 8),

@@ -2,16 +2,23 @@
 
 from typing import Any, NamedTuple
 
+# Of scores, by name, numbered as ScoreActivation in csrc/additive_attention/options.h.
+SCORE_ACTIVATIONS = {"tanh": 0, "sigmoid": 1, "relu": 2, "leaky_relu": 3}
+
 
 class AdditiveAttentionOptions(NamedTuple):
     is_causal: bool
     scale: float
     softcap: float  # 0: none
+    activation: int  # a number of SCORE_ACTIVATIONS
+    negative_slope: float  # of leaky_relu
 
 
 class AdditiveScoresOptions(NamedTuple):
     scale: float
     softcap: float  # 0: none
+    activation: int  # a number of SCORE_ACTIVATIONS
+    negative_slope: float  # of leaky_relu
 
 
 class AttentionPoolOptions(NamedTuple):

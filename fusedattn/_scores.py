@@ -1,19 +1,49 @@
 """What the ops over additive scores share: the scores themselves, checks of their inputs, vmap into the heads."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import leaky_relu
 
 from fusedattn import _autograd
-from fusedattn._dispatch import fail
+from fusedattn._dispatch import NO_REASONS, fail
 from fusedattn._dtypes import accumulation_dtype
+from fusedattn._options import SCORE_ACTIVATIONS
+
+# By the numbers of SCORE_ACTIVATIONS, of q + k and the negative slope.
+_ACTIVATIONS = (
+    lambda z, _: torch.tanh(z),
+    lambda z, _: torch.sigmoid(z),
+    lambda z, _: torch.relu(z),
+    leaky_relu,
+)
 
 
-def reference(query: Tensor, key: Tensor, weight: Tensor, scale: float, softcap: float) -> Tensor:
-    """Scores (B, [H,] Tq, Tk) in plain PyTorch; weight (D,), or (H, D) with heads. softcap 0 is none."""
-    scores = (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1) * scale
-    return softcap * torch.tanh(scores / softcap) if softcap else scores
+def reference(query: Tensor, key: Tensor, weight: Tensor, options) -> Tensor:
+    """Scores (B, [H,] Tq, Tk) in plain PyTorch; weight (D,), or (H, D) with heads."""
+    z = query.unsqueeze(-2) + key.unsqueeze(-3)
+    activated = _ACTIVATIONS[options.activation](z, options.negative_slope)
+    scores = (activated * weight[..., None, None, :]).sum(-1) * options.scale
+    return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores
+
+
+def unable(activation: str) -> dict[str, str]:
+    """Backends without kernels for an activation, and why."""
+    if activation == "tanh":
+        return NO_REASONS
+    return {"cuda": f"there are no kernels for activation={activation!r} in CUDA C++"}
+
+
+def numbers(scale: float, softcap: float | None, activation: str, negative_slope: float) -> tuple:
+    """The options of raw operators that a score has."""
+    return (
+        scale,
+        0.0 if softcap is None or softcap == math.inf else softcap,
+        SCORE_ACTIVATIONS[activation],
+        negative_slope,
+    )
 
 
 def without_unseen(visible: Tensor, *rows: Tensor) -> list[Tensor]:
@@ -167,12 +197,15 @@ def _check_inputs(op, query, key, weight, value) -> tuple:
     return lead
 
 
-def check_numbers(op: str, scale: float, softcap: float | None) -> None:
-    for argument, number in (("scale", scale), ("softcap", softcap)):
+def check_numbers(op: str, scale: float, softcap: float | None, activation: str, negative_slope: float) -> None:
+    if activation not in SCORE_ACTIVATIONS:
+        fail(op, "activation", f"one of {', '.join(map(repr, SCORE_ACTIVATIONS))}", repr(activation))
+    for argument, number in (("scale", scale), ("softcap", softcap), ("negative_slope", negative_slope)):
         if isinstance(number, Tensor):
             fail(op, argument, "a number", "a Tensor")
-    if scale != scale:
-        fail(op, "scale", "a number", scale)
+    for argument, number in (("scale", scale), ("negative_slope", negative_slope)):
+        if number != number:
+            fail(op, argument, "a number", number)
     if softcap is not None and not softcap > 0:
         fail(op, "softcap", "a positive number or None", softcap)
 

@@ -24,6 +24,7 @@ class AttentionOptions(TypedDict, total=False):
     scale: float
     softcap: float | None
     activation: str
+    negative_slope: float
     normalizer: str | Callable[[Tensor], Tensor]
     dropout_p: float
     backend: str
@@ -103,6 +104,8 @@ class ScoreOptions(TypedDict, total=False):
     """Of the constructors of modules with one head that cap the scores in their own way."""
 
     normalize: bool
+    activation: str
+    negative_slope: float
     backend: str
     device: torch.device | str | int | None
     dtype: torch.dtype | None

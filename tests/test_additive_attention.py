@@ -24,6 +24,7 @@ pytestmark = pytest.mark.levels
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INPUTS = ("query", "key", "value", "weight")
+ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid")
 
 
 def shape(B, Tq, Tk, D, Dv=None, H=None):
@@ -61,19 +62,27 @@ def run(function, inputs, dtype=None, views=None, **options):
     return named | {f"grad_{name}": t for name, t in zip(INPUTS, gradients, strict=True)}
 
 
-def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, **_):
+def largest_activation(query, key, activation):
+    """max |phi(q + k)|: that of what is not bounded, 1 of the others."""
+    if activation not in ("relu", "leaky_relu") or not (query.numel() and key.numel()):
+        return 1.0
+    return max(1.0, (query.unsqueeze(-2) + key.unsqueeze(-3)).abs().max().item())
+
+
+def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activation="tanh", **_):
     """Magnitude of the terms of every sum, where the sums themselves may cancel.
 
-    A score has the rounding of its D terms w_d tanh and of sum_d w_d (tanh = 1 - 2r), that is ``noise`` units; it
+    A score has the rounding of its D terms w_d phi and of sum_d w_d (tanh = 1 - 2r), that is ``noise`` units; it
     is a relative error of p = exp(score - lse), and so of all that is a sum over p.
     """
     leaves = [t.double() for t in inputs]
     query, key, value, weight = views(leaves) if views else leaves
     p = exact["weights"].detach()
     dc, dp, dlse = (t.abs() for t in gradients_of_outputs(exact["context"].shape, p.shape[-1], inputs[0].dtype))
-    noise = 1 + (softcap or 0)
+    noise, largest = 1 + (softcap or 0), 1.0
     if weight.numel():
-        noise += abs(scale) * (weight.norm(dim=-1).max() + weight.sum(-1).abs().max()).item()
+        largest = largest_activation(query, key, activation)
+        noise += abs(scale) * (largest * weight.norm(dim=-1).max() + weight.sum(-1).abs().max()).item()
     a = dc @ value.abs().transpose(-1, -2) + dp
     g = p * (a + (p * a).sum(-1, keepdim=True) + dlse.unsqueeze(-1)) * abs(scale) * noise
     w = weight.abs().unsqueeze(-2)
@@ -84,7 +93,7 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, **_):
         "grad_query": 4 * g.sum(-1).unsqueeze(-1) * w,
         "grad_key": 4 * g.sum(-2).unsqueeze(-1) * w,
         "grad_value": p.transpose(-1, -2) @ dc * noise,
-        "grad_weight": 3 * (g.sum((0, -1, -2)) if weight.dim() > 1 else g.sum()).reshape(-1),
+        "grad_weight": 3 * largest * (g.sum((0, -1, -2)) if weight.dim() > 1 else g.sum()).reshape(-1),
     }
     magnitudes = {name: t.max().item() if t.numel() else 0.0 for name, t in sums.items()}
     for name, leaf, t in zip(INPUTS, leaves, (query, key, value, weight), strict=True):
@@ -213,13 +222,15 @@ if INTERPRETED:
 
 
 @pytest.mark.interpreted
-@pairwise(sizes=MASKED_SHAPES, kind=MASKS, lengths=[False, True], is_causal=[False, True])
-def test_masks_and_their_combinations(sizes, kind, lengths, is_causal):
+@pairwise(
+    sizes=MASKED_SHAPES, kind=MASKS, lengths=[False, True], is_causal=[False, True], activation=ACTIVATIONS[:2]
+)
+def test_masks_and_their_combinations(sizes, kind, lengths, is_causal, activation):
     inputs = make_inputs(sizes)
     B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
     mask = MASKS[kind](B, H, Tq, Tk)
     key_lengths = torch.tensor([20, 0, Tk][:B]) if lengths else None
-    options = {"mask": mask, "key_lengths": key_lengths, "is_causal": is_causal}
+    options = {"mask": mask, "key_lengths": key_lengths, "is_causal": is_causal, "activation": activation}
     actual = check(inputs, **options)
     # What the reference says of invisible keys, said again without it.
     visible = torch.ones(*actual["weights"].shape, dtype=torch.bool)
@@ -250,13 +261,6 @@ def test_key_lengths_of_any_integer_dtype(integers):
     torch.testing.assert_close(additive_attention(*inputs, key_lengths=lengths.to(integers)), expected)
     strided = torch.stack([lengths, lengths], 1)[:, 0].to(integers)
     torch.testing.assert_close(additive_attention(*inputs, key_lengths=strided), expected)
-
-
-@pytest.mark.interpreted
-@pairwise(scale=[1.0, 0.25, -1.5, 0.0], softcap=[None, 0.3, 5.0], dtype=DTYPES)
-def test_scale_and_softcap(scale, softcap, dtype):
-    inputs = make_inputs(shape(2, 9, 35, 6 if INTERPRETED else 24, 9), dtype)
-    check(inputs, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
 
 
 @pytest.mark.interpreted
@@ -414,11 +418,11 @@ FEW, MANY = (shape(2, 3, 9, 5, 4), shape(2, 20, 9, 4, 4) if INTERPRETED else sha
 
 
 @pytest.mark.interpreted
-@pairwise(sizes=[FEW, MANY], name=INPUTS, special=[math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_behave_as_in_the_reference(sizes, name, special):
+@pairwise(sizes=[FEW, MANY], name=INPUTS, special=[math.nan, math.inf, -math.inf], activation=ACTIVATIONS)
+def test_nan_and_infinity_behave_as_in_the_reference(sizes, name, special, activation):
     inputs = make_inputs(sizes)
     inputs[INPUTS.index(name)].view(-1)[1] = special
-    check_infinite(inputs)
+    check_infinite(inputs, activation=activation)
 
 
 def check_minus_infinity(Tq, Tk, dtype, kernel=additive_attention):
@@ -595,6 +599,7 @@ def problems(draw):
         "is_causal": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 0.3, -2.0])),
         "softcap": draw(st.sampled_from([None, 0.7, 10.0])),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
     }
     torch.manual_seed(draw(st.integers(0, 1000)))
     options["mask"] = MASKS[draw(st.sampled_from(sorted(MASKS)))](sizes["B"], H, sizes["Tq"], sizes["Tk"])

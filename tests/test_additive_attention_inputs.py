@@ -83,7 +83,7 @@ BAD_INPUTS = {
     "softcap_zero": ("softcap", 0.0, ValueError, "softcap: expected a positive number or None, got 0.0"),
     "softcap_negative": ("softcap", -1.0, ValueError, "softcap: expected a positive number"),
     "softcap_nan": ("softcap", math.nan, ValueError, "softcap: expected a positive number"),
-    "activation": ("activation", "relu", UnsupportedError, "activation='relu'"),
+    "activation": ("activation", "gelu", ValueError, "activation: expected one of .* got 'gelu'"),
     "normalizer": ("normalizer", "sparsemax", ValueError, "normalizer: expected one of .*got 'sparsemax'"),
     "normalizer_none": ("normalizer", None, ValueError, "normalizer: expected one of 'softmax', .*got None"),
     "normalizer_shape": (
@@ -155,7 +155,7 @@ of_cpu_kernels = pytest.mark.skipif(
 )
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
     arguments = raw_arguments()
-    options = (False, 1.0, 0.0)
+    options = (False, 1.0, 0.0, 0, 0.2)
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     context, lse, weights, scores = forward(*arguments.values(), *options, True, True)
     arguments[wrong] = without_its_end(arguments[wrong])
@@ -174,7 +174,7 @@ reads_context = pytest.mark.skipif(DEVICE != "cuda" and BACKEND != "triton", rea
     ["grad_context", "grad_lse", "grad_weights", pytest.param("context", marks=reads_context), "lse", "scores"],
 )
 def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
-    arguments, options = raw_arguments(), (False, 1.0, 0.0)
+    arguments, options = raw_arguments(), (False, 1.0, 0.0, 0, 0.2)
     context, lse, weights, scores = raw_op("additive_attention_fwd")(*arguments.values(), *options, True, True)
     grads = {"grad_context": context, "grad_lse": lse, "grad_weights": weights}
     kept = {"context": context, "lse": lse, "scores": scores}
@@ -258,7 +258,7 @@ def test_float32_weight_passes_opcheck():
     *rows, weight = make_inputs(shape(2, 3, 4, 5, 6), torch.bfloat16)
     inputs = [t.requires_grad_() for t in (*rows, weight.float())]
     forward = raw_op("additive_attention_fwd")
-    torch.library.opcheck(forward, (*inputs, *[None] * 4, False, 1.0, 0.0, True, False))
+    torch.library.opcheck(forward, (*inputs, *[None] * 4, False, 1.0, 0.0, 0, 0.2, True, False))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from device import BACKEND, DEVICE, INTERPRETED, not_on_the_standin, raw_op
 from pairwise import in_dtypes, pairwise
+from test_additive_attention import ACTIVATIONS, largest_activation
 from tolerance import assert_close_to_reference
 
-from fusedattn import UnsupportedError, additive_attention, additive_scores, additive_scores_ref
+from fusedattn import additive_attention, additive_scores, additive_scores_ref
 
 pytestmark = pytest.mark.levels
 
@@ -42,14 +43,17 @@ def check(inputs, scale=1.0, **options):
     (*lead, Tq, D), Tk = query.shape, key.shape[-2]
     # A score is sum_d w_d - 2 sum_d w_d r, whose terms may cancel; so may those of the sums below.
     w = weight.abs().max().item() if weight.numel() else 0.0
-    noise = 1 + abs(scale) * (weight.norm(dim=-1).max() + weight.sum(-1).abs().max()).item() if D else 1.0
+    largest = largest_activation(query, key, options.get("activation"))
+    noise = (
+        1 + abs(scale) * (largest * weight.norm(dim=-1).max() + weight.sum(-1).abs().max()).item() if D else 1.0
+    )
     slope = 3 * abs(scale) * (noise if options.get("softcap") else 1.0)
     pairs = math.prod(lead) * Tq * Tk
     bounds = {
         "scores": (D, noise),
         "grad_query": (Tk, 4 * w * slope),
         "grad_key": (Tq, 4 * w * slope),
-        "grad_weight": (pairs, 3 * slope),
+        "grad_weight": (pairs, 3 * largest * slope),
     }
     for name, (terms, magnitude) in bounds.items():
         sums = magnitude * (1 if name == "scores" else math.sqrt(max(terms, 1)))
@@ -76,9 +80,26 @@ def test_matches_the_reference(sizes, dtype):
 
 
 @pytest.mark.interpreted
-@pairwise(scale=[1.0, -0.3], softcap=[None, 2.0, math.inf], dtype=[torch.float32, torch.bfloat16], Tq=[1, 40])
-def test_options(scale, softcap, dtype, Tq):
-    check(make_inputs(2, Tq, 33, 6, dtype=dtype), scale=scale, softcap=softcap)
+@pairwise(
+    scale=[1.0, -0.3],
+    softcap=[None, 2.0, math.inf],
+    activation=ACTIVATIONS,
+    dtype=[torch.float32, torch.bfloat16],
+    Tq=[1, 40],
+)
+def test_options(scale, softcap, activation, dtype, Tq):
+    check(make_inputs(2, Tq, 33, 6, dtype=dtype), scale=scale, softcap=softcap, activation=activation)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("Tq", [2, 18])
+def test_gradients_at_nan_are_those_of_pytorch(Tq, activation):
+    inputs = make_inputs(1, Tq, 9, 4)
+    inputs[0][0, 1, 2] = math.nan
+    actual, plain = (run(f, inputs, activation=activation) for f in (additive_scores, additive_scores_ref))
+    torch.testing.assert_close(actual, plain, equal_nan=True)
+    assert actual["grad_query"].isfinite().all()
 
 
 @pytest.mark.interpreted
@@ -152,22 +173,28 @@ def test_other_errors():
     inputs = make_inputs(2, 5, 9, 6)
     with pytest.raises(TypeError, match="additive_scores: weight: expected a Tensor, got list"):
         additive_scores(*inputs[:2], [1.0])
-    for options in ({"scale": math.nan}, {"softcap": -1.0}, {"scale": torch.ones(())}):
+    for options in (
+        {"scale": math.nan},
+        {"softcap": -1.0},
+        {"scale": torch.ones(())},
+        {"negative_slope": math.nan},
+        {"negative_slope": torch.ones(())},
+    ):
         with pytest.raises(ValueError, match=f"additive_scores: {next(iter(options))}: expected"):
             additive_scores(*inputs, **options)
-    with pytest.raises(UnsupportedError, match="activation"):
-        additive_scores(*inputs, activation="relu")
+    with pytest.raises(ValueError, match="activation: expected one of 'tanh', .*'leaky_relu', got 'gelu'"):
+        additive_scores(*inputs, activation="gelu")
 
 
 @pytest.mark.skipif(DEVICE != "cpu" and BACKEND != "triton", reason="it has no kernels in CUDA C++")
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("softcap, activation", [(0.0, (0, 0.2)), (2.0, (3, 0.1))])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype, softcap):
+def test_opcheck(dtype, softcap, activation):
     inputs = make_inputs(2, 3, 4, 5, H=2, dtype=dtype)
-    torch.library.opcheck(raw_op("additive_scores_fwd").default, (*inputs, 0.5, softcap))
+    torch.library.opcheck(raw_op("additive_scores_fwd").default, (*inputs, 0.5, softcap, *activation))
     grad = torch.randn(2, 2, 3, 4).to(dtype)
     for output_mask in (0b111, 0b001, 0b110):
-        arguments = (grad, *inputs, 0.5, softcap, output_mask)
+        arguments = (grad, *inputs, 0.5, softcap, *activation, output_mask)
         torch.library.opcheck(raw_op("additive_scores_bwd").default, arguments)
 
 
@@ -176,7 +203,7 @@ def test_compile_and_export():
     inputs = [t.requires_grad_() for t in make_inputs(2, 5, 9, 6)]
 
     def model(query, key, weight):
-        return (additive_scores(query * 2, key, weight, softcap=2.0).sigmoid() ** 2).sum()
+        return (additive_scores(query * 2, key, weight, softcap=2.0, activation="sigmoid").sigmoid() ** 2).sum()
 
     expected = torch.autograd.grad(model(*inputs), inputs)
     compiled = torch.compile(model, fullgraph=True)

@@ -25,6 +25,8 @@ CASES = {
     "plain": {},
     "softcap_causal": {"softcap": 2.0, "is_causal": True},
     "lengths": {"key_lengths": [4, 2]},
+    "sigmoid": {"activation": "sigmoid", "softcap": 2.0},
+    "leaky_relu": {"activation": "leaky_relu"},
     "mask": {"mask": [[True, False, True, True], [False, True, False, False], [True] * 4]},
     "empty_row": {"mask": [[True] * 4, [False] * 4, [False, True, True, False]]},
 }
@@ -488,7 +490,7 @@ def test_autocast_of_mixed_dtypes():
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
-    options = (mask, torch.tensor([4, 2]), None, None, True, 0.5, 3.0)
+    options = (mask, torch.tensor([4, 2]), None, None, True, 0.5, 3.0, 1, 0.2)
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     inputs = (query, key, value, weight, *options)
     torch.library.opcheck(forward.default, (*inputs, kept, kept))
@@ -502,7 +504,7 @@ def test_opcheck(kept, dtype, H):
 
 def test_opcheck_of_the_least():
     inputs = make_inputs(H=1, requires_grad=False)
-    inputs = (*inputs, None, None, None, None, False, 1.0, 0.0)
+    inputs = (*inputs, None, None, None, None, False, 1.0, 0.0, 0, 0.2)
     torch.library.opcheck(raw_op("additive_attention_fwd").default, (*inputs, False, False))
 
 

@@ -10,6 +10,10 @@ BAD_OPTIONS = {
     "num_heads": (lambda: AdditiveAttention(5, 6, 8, num_heads=0), "AdditiveAttention: num_heads: .*got 0"),
     "divisible": (lambda: AdditiveAttention(5, 6, 8, num_heads=3), "attention_dim: .*num_heads=3, got 8"),
     "softcap": (lambda: BahdanauAttention(5, 6, 8, softcap=-1.0), "softcap: expected a positive number.*got -1"),
+    "activation": (
+        lambda: BahdanauAttention(5, 6, 8, activation="gelu"),
+        "activation: expected one of .*got 'gelu'",
+    ),
     "backend": (lambda: AdditiveAttention(5, 6, 8, backend="tpu"), "backend: expected one of .*got 'tpu'"),
     "film_backend": (lambda: FiLM(4, 3, backend="tpu"), "FiLM: backend: expected one of .*got 'tpu'"),
     "film_activation": (lambda: FiLM(4, 3, activation="swish"), "FiLM: activation: expected one of .*'swish'"),

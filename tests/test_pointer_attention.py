@@ -20,7 +20,8 @@ def make(clip=None, dtype=torch.float64, **options):
 
 
 def written_out(module, query, key, visible):
-    u = torch.tanh(module.query_proj(query).unsqueeze(2) + module.key_proj(key).unsqueeze(1)) @ module.weight[0]
+    phi = getattr(torch, module.activation)
+    u = phi(module.query_proj(query).unsqueeze(2) + module.key_proj(key).unsqueeze(1)) @ module.weight[0]
     u = u if module.softcap is None else module.softcap * torch.tanh(u)
     return u.masked_fill(~visible, -math.inf)
 
@@ -31,9 +32,9 @@ def hiding():
     return mask, lengths, mask & (torch.arange(7) < lengths[:, None, None])
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-def test_the_formula_and_its_gradients(clip):
-    module, query, key = make(clip)
+@pytest.mark.parametrize("clip, activation", zip(CLIPS, ["tanh", "relu"], strict=True))
+def test_the_formula_and_its_gradients(clip, activation):
+    module, query, key = make(clip, activation=activation)
     mask, lengths, visible = hiding()
     leaves, target = [query, key, *module.parameters()], torch.tensor([0, 0, 0, 0, 0, 0])
     logits, expected = module(query, key, mask=mask, key_lengths=lengths), written_out(module, query, key, visible)

@@ -20,10 +20,12 @@ STEPS = 5
 class Decoder(nn.Module):
     """A state of width 6 that attends to a memory (B, 7, 9), ``STEPS`` times."""
 
-    def __init__(self, normalize=False, heads=None, softcap=None):
+    def __init__(self, normalize=False, heads=None, softcap=None, activation="tanh"):
         super().__init__()
         if heads is None:
-            self.attention = BahdanauAttention(6, 9, 8, normalize=normalize, softcap=softcap)
+            self.attention = BahdanauAttention(
+                6, 9, 8, normalize=normalize, softcap=softcap, activation=activation
+            )
         else:
             self.attention = AdditiveAttention(6, 9, 8, num_heads=heads, context_dim=6, softcap=softcap)
         self.cell = nn.Linear(9 if heads is None else 6, 6)
@@ -54,6 +56,8 @@ DECODERS = {
     "normalised": {"normalize": True},
     "heads": {"heads": 2},
     "capped": {"softcap": 2.0},
+    "relu": {"activation": "relu"},
+    "sigmoid": {"activation": "sigmoid", "softcap": 2.0},
 }
 
 

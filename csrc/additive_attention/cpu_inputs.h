@@ -169,6 +169,7 @@ struct Inputs {
     check_shape(weight_, "weight", flat ? std::vector<int64_t>{p.D} : std::vector<int64_t>{p.H, p.D});
     p.query = view<S>(query), p.key = view<S>(key), p.value = view<S>(value);
     p.options = options;
+    p.argument = static_cast<T>(factors_of(options.activation).argument);
     p.key_exp = nullptr, p.key_bound = 0;
     if (key_exp) {
       check_shape(*key_exp, "key_exp", shape({p.Tk, p.D}));
@@ -177,7 +178,8 @@ struct Inputs {
       STD_TORCH_CHECK(key_bound && key_bound->numel() == 1 && key_bound->scalar_type() == scalar_type<T>(),
                       "additive_attention: key_bound must be one element in the dtype of key_exp");
       p.key_bound = *key_bound->template const_data_ptr<T>();
-      if (p.key_bound <= KEY_EXP_BOUND) p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
+      if (options.activation == ScoreActivation::TANH && p.key_bound <= KEY_EXP_BOUND)
+        p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
     }
     p.mask = nullptr, p.seen = nullptr;
     if (mask) {

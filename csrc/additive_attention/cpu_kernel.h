@@ -47,12 +47,13 @@ struct AttentionProblem {
   const int64_t* seen_end;
   int64_t seen_stride[2];  // from one mask to the next, by batch and head
   AttentionOptions options;
+  T argument;              // of ScoreFactors (formula.h)
   const T* weight;         // (H, D_padded)
   const T* weight_scaled;  // (H, D_padded): weight / weight_max, so that no product overflows
   const T* weight_max;     // (H,)
   const T* weight_sum;     // (H,): sum of weight_scaled
-  T* query_exp;            // (rows of the chunk, D_padded): exp(2 query)
-  T* query_bound;          // (rows of the chunk,): max |query|
+  T* query_exp;            // (rows of the chunk, D_padded): exponentials, or query where there are none
+  T* query_bound;          // (rows of the chunk,): max |argument query| where there are exponentials
 
   // Keys at or after this one are invisible to every query of the head.
   __attribute__((always_inline)) int64_t visible_keys(int64_t b, int64_t h) const {

@@ -2,7 +2,8 @@
 //
 // Per pair: two keys share a reciprocal; a lane owns a channel, so grad_query, grad_key and grad_weight accumulate
 // without any reduction between lanes. 8 multiply-type operations per tanh, of which the additions run on their
-// own ports where the CPU has them.
+// own ports where the CPU has them. Activations that are linear on either side of zero take a comparison, a choice
+// of g, three additions, a maximum and a multiply-add.
 #include "cpu_kernel_common.h"
 
 namespace fusedattn {
@@ -52,17 +53,41 @@ T grad_scores(const AttentionProblem<S>& p, const T* scores, T lse, T grad_lse, 
   return static_cast<T>(sum);
 }
 
+// Whether q and k hold exponentials, or themselves: for the exponential of their sum, or for no exponential.
+enum class Form { PRODUCT, SUM, RELU, LEAKY_RELU };
+
+template <Form form_>
+struct FormConstant {
+  static constexpr Form form = form_;
+};
+constexpr bool is_linear(Form form) { return form == Form::RELU || form == Form::LEAKY_RELU; }
+constexpr Form linear_form(ScoreActivation activation) {
+  return activation == ScoreActivation::RELU ? Form::RELU : Form::LEAKY_RELU;
+}
+
 // For KEYS keys and one query, one vector of channels: adds g (r - r^2) to the gradients of q and k and g r to
-// that of w. q and k hold exponentials, or themselves in the sum form.
-template <bool sum_form, int KEYS, typename T>
-FUSEDATTN_INLINE void backward_pairs(Vec<T> q, const Vec<T>* k, const T* g, Vec<T>& dq, Vec<T>* dk, Vec<T>& dw) {
+// that of w; in the linear forms g phi' and g phi.
+template <Form form, int KEYS, typename T>
+FUSEDATTN_INLINE void backward_pairs(Vec<T> q, const Vec<T>* k, const T* g, T negative_slope, Vec<T>& dq,
+                                     Vec<T>* dk, Vec<T>& dw) {
   const auto denominator = [](Vec<T> qd, Vec<T> kd) {
-    if constexpr (sum_form)
+    if constexpr (form == Form::SUM)
       return denominator_of_sum<T>(qd, kd, ScoreRange<T>::PAIR);
     else
       return qd * kd + 1;
   };
-  if constexpr (KEYS == 1) {
+  if constexpr (is_linear(form)) {
+    constexpr ScoreActivation activation =
+        form == Form::RELU ? ScoreActivation::RELU : ScoreActivation::LEAKY_RELU;
+    Vec<T> sum{};
+    for (int j = 0; j < KEYS; ++j) {
+      const Vec<T> z = q + k[j], h = linear_gradient<activation, T>(z, g[j], negative_slope);
+      dq += h;
+      dk[j] += h;
+      sum += g[j] * linear<activation, T>(z, negative_slope);
+    }
+    dw += sum;
+  } else if constexpr (KEYS == 1) {
     const Vec<T> r = reciprocal(denominator(q, k[0])), gr = g[0] * r, h = score_gradient(gr, r);
     dq += h;
     dk[0] += h;
@@ -85,13 +110,13 @@ FUSEDATTN_INLINE void backward_pairs(Vec<T> q, const Vec<T>* k, const T* g, Vec<
 constexpr int BACKWARD_KEYS = VECTOR_REGISTERS >= 32 ? 8 : 4;
 
 // backward_pairs for queries first .. last, whose vectors of channels lie next to each other at q and dq.
-template <bool sum_form, int KEYS, typename T>
-FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, int64_t Tk, int64_t first,
-                                      int64_t last, T* dq, Vec<T>* dk, Vec<T>& dw) {
+template <Form form, int KEYS, typename T>
+FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, T negative_slope, int64_t Tk,
+                                      int64_t first, int64_t last, T* dq, Vec<T>* dk, Vec<T>& dw) {
   constexpr int W = LANES<T>;
   for (int64_t i = first; i < last; ++i) {
     Vec<T> dqd = load(dq + i * W);
-    backward_pairs<sum_form, KEYS, T>(load(q + i * W), k, g + i * Tk, dqd, dk, dw);
+    backward_pairs<form, KEYS, T>(load(q + i * W), k, g + i * Tk, negative_slope, dqd, dk, dw);
     store(dq + i * W, dqd);
   }
 }
@@ -99,7 +124,9 @@ FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, i
 // What walking whole rows of keys against the queries of a chunk works on, besides the keys.
 template <typename T>
 struct Rowwise {
-  T limit;  // of |k|, for the product of exponentials
+  T limit;  // of |argument k|, for the product of exponentials
+  T negative_slope;
+  T slope;  // of ScoreFactors
   const T* g;
   // (vector of channels, query): what a column of pairs needs is in one piece, and in many sets of the cache.
   T *q, *dq;
@@ -108,8 +135,9 @@ struct Rowwise {
 };
 
 // KEYS whole rows of keys from j: reads keys and writes their gradients once, in the order of memory, which is
-// what few queries are bound by.
-template <int KEYS, bool exponentials, typename S, typename K, typename T = Arithmetic<S>>
+// what few queries are bound by. The form says what these rows hold; keys themselves become exponentials where
+// they are in range.
+template <int KEYS, Form form, typename S, typename K, typename T = Arithmetic<S>>
 void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at, const Rowwise<T> m,
                        Rows<K> keys, int64_t j, const GradientRows<S> grad_key) {
   static_assert(KEYS <= ROWWISE_KEYS);
@@ -125,37 +153,42 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
     for (int c = 0; c < KEYS; ++c) {
       prefetch(key + c * keys.stride + d, KEYS * keys.stride * static_cast<int64_t>(sizeof(K)));
       k[c] = get(row[c] + d, n);
+      if (form == Form::SUM) k[c] *= p.argument;
       bound = max_abs(k[c], bound);
     }
-    if (!exponentials && any(bound > m.limit)) {
+    const auto walk = [&](auto constant, const T* q) {
+      backward_column<constant.form, KEYS>(q, k, m.g + j, m.negative_slope, p.Tk, 0, chunk.queries, m.dq + column,
+                                           sum, dwd);
+    };
+    if (form == Form::SUM && any(bound > m.limit)) {
       for (int64_t i = 0; i < chunk.queries; ++i)
-        store(m.raw_query + i * W, get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
-      backward_column<true, KEYS>(m.raw_query, k, m.g + j, p.Tk, 0, chunk.queries, m.dq + column, sum, dwd);
+        store(m.raw_query + i * W, p.argument * get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
+      walk(FormConstant<Form::SUM>{}, m.raw_query);
     } else {
-      for (int c = 0; c < KEYS && !exponentials; ++c) k[c] = exp_unclamped<2, true>(k[c]);
-      backward_column<false, KEYS>(m.q + column, k, m.g + j, p.Tk, 0, chunk.queries, m.dq + column, sum, dwd);
+      for (int c = 0; c < KEYS && form == Form::SUM; ++c) k[c] = exp_unclamped<2, true>(k[c]);
+      walk(FormConstant<form == Form::SUM ? Form::PRODUCT : form>{}, m.q + column);
     }
     store(m.dw + d, load(m.dw + d) + dwd);
     if (grad_key.rows == nullptr) continue;
-    const Vec<T> w4 = 4 * load(w + d);
+    const Vec<T> factor = m.slope * load(w + d);
     for (int c = 0; c < KEYS; ++c)
       if constexpr (IS_NARROW<S>)
-        store(m.dk + c * p.D_padded + d, w4 * sum[c]);
+        store(m.dk + c * p.D_padded + d, factor * sum[c]);
       else
-        write(grad_key, (j + c) * p.D + d, w4 * sum[c], n);
+        write(grad_key, (j + c) * p.D + d, factor * sum[c], n);
   }
   if (grad_key.rows == nullptr) return;
   for (int c = 0; c < KEYS && IS_NARROW<S>; ++c) write_row(grad_key, (j + c) * p.D, m.dk + c * p.D_padded, p.D);
 }
 
-template <bool exponentials, typename S, typename K, typename T = Arithmetic<S>>
+template <Form form, typename S, typename K, typename T = Arithmetic<S>>
 void backward_key_walk(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at, const Rowwise<T>& m,
                        Rows<K> keys, int64_t j, int64_t last_key, const GradientRows<S>& grad_key) {
   // More keys at a time spare queries some of the reading, but are in each other's way in the first-level cache.
   for (; chunk.queries > 1 && j + BACKWARD_KEYS <= last_key; j += BACKWARD_KEYS)
-    backward_key_rows<BACKWARD_KEYS, exponentials>(p, chunk, at, m, keys, j, grad_key);
-  for (; j + 4 <= last_key; j += 4) backward_key_rows<4, exponentials>(p, chunk, at, m, keys, j, grad_key);
-  for (; j < last_key; ++j) backward_key_rows<1, exponentials>(p, chunk, at, m, keys, j, grad_key);
+    backward_key_rows<BACKWARD_KEYS, form>(p, chunk, at, m, keys, j, grad_key);
+  for (; j + 4 <= last_key; j += 4) backward_key_rows<4, form>(p, chunk, at, m, keys, j, grad_key);
+  for (; j < last_key; ++j) backward_key_rows<1, form>(p, chunk, at, m, keys, j, grad_key);
 }
 
 template <typename S, typename T = Arithmetic<S>>
@@ -180,13 +213,19 @@ void backward_rows(const AttentionProblem<S>& p, const Chunk& chunk, int64_t hea
     }
   }
   m.limit = ScoreRange<T>::PAIR - query_bound;
-  if (p.key_exp != nullptr && p.key_bound <= m.limit) {
-    const Rows<T> keys{p.key_exp + at.n * p.Tk * p.D, p.D};
-    backward_key_walk<true>(p, chunk, at, m, keys, first_key, last_key, grad_key);
-  } else {
-    const Rows<S> keys{p.key.row(at.b, at.h, 0), p.key.stride_t};
-    backward_key_walk<false>(p, chunk, at, m, keys, first_key, last_key, grad_key);
-  }
+  m.negative_slope = static_cast<T>(p.options.negative_slope);
+  m.slope = factors_of(p.options.activation).slope;
+  const Rows<S> keys{p.key.row(at.b, at.h, 0), p.key.stride_t};
+  with_activation(p.options.activation, [&](auto constant) {
+    if constexpr (!takes_exponentials(constant.activation)) {
+      backward_key_walk<linear_form(constant.activation)>(p, chunk, at, m, keys, first_key, last_key, grad_key);
+    } else if (p.key_exp != nullptr && p.key_bound <= m.limit) {
+      const Rows<T> exponentials{p.key_exp + at.n * p.Tk * p.D, p.D};
+      backward_key_walk<Form::PRODUCT>(p, chunk, at, m, exponentials, first_key, last_key, grad_key);
+    } else {
+      backward_key_walk<Form::SUM>(p, chunk, at, m, keys, first_key, last_key, grad_key);
+    }
+  });
   stream_fence();
   for (int64_t i = 0; i < Tq; ++i)
     for (int64_t d = 0; d < p.D_padded; d += W)
@@ -198,26 +237,28 @@ template <typename T>
 struct Strip {
   int64_t queries, keys, Tk;
   int64_t diagonal;  // queries before this + the number of a key do not see it
+  T negative_slope;
   const T *g, *q;
   T *dq, *k;
-  Vec<T> w4, dw;
+  Vec<T> factor, dw;  // of dk: slope of ScoreFactors times w
 };
 
-template <bool sum_form, int KEYS, typename T>
+template <Form form, int KEYS, typename T>
 FUSEDATTN_INLINE void backward_strip_keys(Strip<T>& s, int64_t j) {
   constexpr int W = LANES<T>;
   Vec<T> kd[KEYS], sum[KEYS] = {}, dwd{};
   for (int c = 0; c < KEYS; ++c) kd[c] = load(s.k + (j + c) * W);
-  backward_column<sum_form, KEYS>(s.q, kd, s.g + j, s.Tk, higher(0, j + s.diagonal), s.queries, s.dq, sum, dwd);
+  backward_column<form, KEYS>(s.q, kd, s.g + j, s.negative_slope, s.Tk, higher(0, j + s.diagonal), s.queries, s.dq,
+                              sum, dwd);
   s.dw += dwd;  // block by block: a long sum in one register would lose bits
-  for (int c = 0; c < KEYS; ++c) store(s.k + (j + c) * W, s.w4 * sum[c]);
+  for (int c = 0; c < KEYS; ++c) store(s.k + (j + c) * W, s.factor * sum[c]);
 }
 
-template <bool sum_form, typename T>
+template <Form form, typename T>
 __attribute__((noinline)) void backward_strip_loop(Strip<T>& s) {
   int64_t j = 0;
-  for (; j + BACKWARD_KEYS <= s.keys; j += BACKWARD_KEYS) backward_strip_keys<sum_form, BACKWARD_KEYS>(s, j);
-  for (; j < s.keys; ++j) backward_strip_keys<sum_form, 1>(s, j);
+  for (; j + BACKWARD_KEYS <= s.keys; j += BACKWARD_KEYS) backward_strip_keys<form, BACKWARD_KEYS>(s, j);
+  for (; j < s.keys; ++j) backward_strip_keys<form, 1>(s, j);
 }
 
 template <typename S, typename T = Arithmetic<S>>
@@ -231,9 +272,10 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
   T* dq = q + chunk.queries * W;
   T* k = dq + chunk.queries * W;
 
+  const T argument = p.argument;
   Vec<T> bound{}, key_bound{};
   for (int64_t i = 0; i < chunk.queries; ++i) {
-    const Vec<T> v = get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n);
+    const Vec<T> v = argument * get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n);
     bound = max_abs(v, bound);
     store(q + i * W, v);
     store(dq + i * W, Vec<T>{});
@@ -241,14 +283,14 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
   const bool* seen = p.seen_keys(at.b, at.h);
   for (int64_t j = 0; j < keys; ++j) {
     const S* x = p.key.row(at.b, at.h, first_key + j) + d;
-    const Vec<T> v = seen == nullptr || seen[first_key + j] ? get(x, n) : Vec<T>{};
+    const Vec<T> v = seen == nullptr || seen[first_key + j] ? argument * get(x, n) : Vec<T>{};
     __builtin_prefetch(x + W);  // the next strip's; rows lie too far apart for the hardware to see it
     key_bound = max_abs(v, key_bound);
     store(k + j * W, v);
   }
-  const T limit = ScoreRange<T>::PAIR;
-  const bool sum_form = !(horizontal_max<T>(bound) + horizontal_max<T>(key_bound) <= limit);
-  if (!sum_form) {
+  const bool takes_any = takes_exponentials(p.options.activation);
+  const bool in_range = horizontal_max<T>(bound) + horizontal_max<T>(key_bound) <= ScoreRange<T>::PAIR;
+  if (takes_any && in_range) {
     for (int64_t i = 0; i < chunk.queries; ++i) store(q + i * W, exp_unclamped<2, true>(load(q + i * W)));
     for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_unclamped<2, true>(load(k + j * W)));
   }
@@ -257,16 +299,21 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
                  keys,
                  p.Tk,
                  p.options.is_causal ? first_key - chunk.first_query : -p.Tk,
+                 static_cast<T>(p.options.negative_slope),
                  g + head * chunk.queries * p.Tk + first_key,
                  q,
                  dq,
                  k,
-                 4 * load(p.weight + at.h * p.D_padded + d),
+                 T(factors_of(p.options.activation).slope) * load(p.weight + at.h * p.D_padded + d),
                  load(grad_weight + d)};
-  if (sum_form)
-    backward_strip_loop<true>(strip);
-  else
-    backward_strip_loop<false>(strip);
+  with_activation(p.options.activation, [&](auto constant) {
+    if constexpr (!takes_exponentials(constant.activation))
+      backward_strip_loop<linear_form(constant.activation)>(strip);
+    else if (in_range)
+      backward_strip_loop<Form::PRODUCT>(strip);
+    else
+      backward_strip_loop<Form::SUM>(strip);
+  });
   store(grad_weight + d, strip.dw);
   for (int64_t j = 0; j < keys && grad_key.rows != nullptr; ++j)
     write(grad_key, (first_key + j) * p.D + d, load(k + j * W), n);

@@ -61,6 +61,15 @@ FUSEDATTN_INLINE Rows<T> copied(Rows<S> x, int64_t n, int64_t width, T* y, int64
   return {y, stride};
 }
 
+// The same n rows times a factor; in y, unless that is 1.
+template <typename T>
+FUSEDATTN_INLINE Rows<T> times(T factor, Rows<T> x, int64_t n, int64_t width, T* y, int64_t stride) {
+  if (factor == 1) return x;
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t d = 0; d < width; d += LANES<T>) store(y + r * stride + d, factor * load(x.from(r).data + d));
+  return {y, stride};
+}
+
 // n rows as whole vectors of the arithmetic's type: as they are, or copied to y.
 template <typename S, typename T = Arithmetic<S>>
 FUSEDATTN_INLINE Rows<T> as_vectors(Rows<S> x, int64_t n, int64_t width, T* y, int64_t stride) {
@@ -148,6 +157,35 @@ template <typename T>
 FUSEDATTN_INLINE Vec<T> denominator_of_sum(Vec<T> q, Vec<T> k, T limit) {
   // From below, where 1 + exp(2x) is 1 to rounding, the limit keeps exp_unclamped in its range.
   return exp_unclamped<2, true>(max(splat(-2 * limit), min(splat(limit), q + k))) + 1;
+}
+
+// body(ActivationConstant<...>{}) of the activation that kernels are compiled for: tanh's are those of sigmoid,
+// too.
+template <ScoreActivation activation_>
+struct ActivationConstant {
+  static constexpr ScoreActivation activation = activation_;
+};
+template <typename Body>
+FUSEDATTN_INLINE void with_activation(ScoreActivation activation, const Body& body) {
+  if (activation == ScoreActivation::RELU) return body(ActivationConstant<ScoreActivation::RELU>{});
+  if (activation == ScoreActivation::LEAKY_RELU) return body(ActivationConstant<ScoreActivation::LEAKY_RELU>{});
+  body(ActivationConstant<ScoreActivation::TANH>{});
+}
+
+// phi(z), and g phi'(z), where phi is linear on either side of zero. A NaN stays, and has PyTorch's gradient.
+template <ScoreActivation activation, typename T>
+FUSEDATTN_INLINE Vec<T> linear(Vec<T> z, T negative_slope) {
+  if constexpr (activation == ScoreActivation::RELU)
+    return max(Vec<T>{}, z);
+  else
+    return z > 0 ? z : negative_slope * z;
+}
+template <ScoreActivation activation, typename T>
+FUSEDATTN_INLINE Vec<T> linear_gradient(Vec<T> z, T g, T negative_slope) {
+  if constexpr (activation == ScoreActivation::RELU)
+    return z <= 0 ? Vec<T>{} : splat(g);
+  else
+    return z > 0 ? splat(g) : splat(negative_slope * g);
 }
 
 // Pairs of rows are walked in tiles of Tile::QUERIES x TILE_KEYS, or a half or quarter of that, whose sums over d

@@ -5,6 +5,8 @@
 // the end. Where |q| + |k| could overflow the product, two channels share one. Beyond that range
 // 1 / (1 + exp(2(q + k))) is taken of the sum, clamped where tanh is 1: any input is safe. A single query meets
 // every key once: its keys are read, exponentiated and used in one go.
+//
+// Activations that are linear on either side of zero cost an addition, a maximum and a multiply-add.
 #include "cpu_kernel_common.h"
 
 extern "C" double log1p(double);
@@ -18,20 +20,21 @@ namespace {
 template <typename T>
 constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
 
-// y = exp(2x), zeros up to whole vectors; returns max |x|. Beyond ScoreRange::PAIR y is anything, and not used.
+// y = exp(2 argument x), zeros up to whole vectors; returns max |argument x|. Beyond ScoreRange::PAIR y is
+// anything, and not used.
 template <bool PAIRED = true, typename S, typename T = Arithmetic<S>>
-FUSEDATTN_INLINE T exp2x_padded(const S* x, int64_t n, T* y) {
+FUSEDATTN_INLINE T exp2x_padded(const S* x, int64_t n, T argument, T* y) {
   constexpr int W = LANES<T>;
   Vec<T> bound{};
   int64_t d = 0;
   for (; d + W <= n; d += W) {
-    const Vec<T> v = load(x + d);
+    const Vec<T> v = argument * load(x + d);
     prefetch(x + d);
     bound = max_abs(v, bound);
     store(y + d, exp_unclamped<2, PAIRED>(v));
   }
   if (d < n) {
-    const Vec<T> v = load_partial(x + d, n - d);
+    const Vec<T> v = argument * load_partial(x + d, n - d);
     bound = max_abs(v, bound);
     store(y + d, Vec<T>{});
     store_partial(y + d, exp_unclamped<2, PAIRED>(v), n - d);
@@ -54,6 +57,7 @@ struct ScoreTile {
   static constexpr int QUERIES = 2;
   const T* w;
   int64_t D_padded;
+  T factor;  // in TANH: w (1 + factor r)
 
   FUSEDATTN_INLINE Vec<T> denominator(Vec<T> q, Vec<T> k) {
     if constexpr (mode == Mode::SUM || mode == Mode::TANH)
@@ -102,8 +106,32 @@ struct ScoreTile {
         const Vec<T> kd = load(k.data + j * k.stride + d);
         for (int i = 0; i < ROWS; ++i) {
           const Vec<T> r = reciprocal(denominator(load(q.data + i * q.stride + d), kd));
-          acc[i * KEYS + j] += wd * (mode == Mode::TANH ? 1 - 2 * r : r);
+          acc[i * KEYS + j] += wd * (mode == Mode::TANH ? 1 + factor * r : r);
         }
+      }
+    }
+    fold_lanes(acc, sums);
+  }
+};
+
+// Sums of w phi, where phi is linear on either side of zero; rows hold q and k.
+template <ScoreActivation activation, typename T>
+struct LinearTile {
+  static constexpr int QUERIES = 2;
+  const T* w;
+  int64_t D_padded;
+  T negative_slope;
+
+  template <int ROWS, int KEYS>
+  __attribute__((always_inline)) void run(Rows<T> q, Rows<T> k, T* sums) const {
+    constexpr int W = LANES<T>;
+    Vec<T> acc[ROWS * KEYS] = {};
+    for (int64_t d = 0; d < D_padded; d += W) {
+      const Vec<T> wd = load(w + d);
+      for (int j = 0; j < KEYS; ++j) {
+        const Vec<T> kd = load(k.data + j * k.stride + d);
+        for (int i = 0; i < ROWS; ++i)
+          acc[i * KEYS + j] += wd * linear<activation, T>(load(q.data + i * q.stride + d) + kd, negative_slope);
       }
     }
     fold_lanes(acc, sums);
@@ -115,8 +143,10 @@ void prepare_query(const AttentionProblem<S>& p, const Chunk& chunk, int64_t row
   const Place at = place_of(p, chunk, row / chunk.queries);
   const S* q = p.query.row(at.b, at.h, chunk.first_query + row % chunk.queries);
   T* exps = p.query_exp + row * p.D_padded;
+  if (!takes_exponentials(p.options.activation)) return copy_padded(q, p.D, exps);
   // Exponentials of keys that were made ahead are not rounded as ours are.
-  p.query_bound[row] = p.key_exp == nullptr ? exp2x_padded(q, p.D, exps) : exp2x_padded<false>(q, p.D, exps);
+  p.query_bound[row] = p.key_exp == nullptr ? exp2x_padded(q, p.D, p.argument, exps)
+                                            : exp2x_padded<false>(q, p.D, p.argument, exps);
 }
 
 // Rows of scores from sums over d: scaled, capped, masked. `keys` of them are visible, the block has `width`.
@@ -143,102 +173,120 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<S>& p, const Place& a
   }
 }
 
-// sums[j] over d of w r for one query and KEYS keys j that are not exponentials yet; `bound` grows to max |k|.
-// Beyond ScoreRange::QUAD the sums are anything.
-template <int KEYS, typename S, typename T = Arithmetic<S>>
-FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, const T* w,
+// sums[j] over d of w r, or w phi, for one query and KEYS keys j that are not exponentials yet; `bound` grows to
+// max |argument k|. Beyond ScoreRange::QUAD the sums over r are anything. `number`: argument, or the negative
+// slope.
+template <ScoreActivation activation, int KEYS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, T number, const T* w,
                                      int64_t D, T* sums, Vec<T>& bound) {
   constexpr int W = LANES<T>;
   Vec<T> acc[KEYS] = {};
   const S* key[KEYS];
   for (int j = 0; j < KEYS; ++j) key[j] = k + index[j] * k_row;
-  const auto denominator = [&](int j, int64_t d, int64_t n) {
+  const auto load_key = [&](int j, int64_t d, int64_t n) {
     prefetch(key[KEYS - 1] + d, (1 + j) * k_row * static_cast<int64_t>(sizeof(S)));
-    const Vec<T> kd = get(key[j] + d, n);
+    return get(key[j] + d, n);
+  };
+  const auto denominator = [&](int j, int64_t d, int64_t n) {
+    const Vec<T> kd = number * load_key(j, d, n);
     bound = max_abs(kd, bound);
     return load(q + d) * exp_unclamped<2, true>(kd) + 1;
   };
   int64_t d = 0;
-  for (; d + 4 * W <= D; d += 4 * W)
-    for (int j = 0; j < KEYS; ++j) {
-      Vec<T> wd[4], t[4];
-      for (int c = 0; c < 4; ++c) wd[c] = load(w + d + c * W), t[c] = denominator(j, d + c * W, W);
-      acc[j] += sum_of_four_quotients<T>(wd, t);
-    }
-  for (; d < D; d += W)
-    for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, lower(W, D - d)));
+  if constexpr (takes_exponentials(activation)) {
+    for (; d + 4 * W <= D; d += 4 * W)
+      for (int j = 0; j < KEYS; ++j) {
+        Vec<T> wd[4], t[4];
+        for (int c = 0; c < 4; ++c) wd[c] = load(w + d + c * W), t[c] = denominator(j, d + c * W, W);
+        acc[j] += sum_of_four_quotients<T>(wd, t);
+      }
+    for (; d < D; d += W)
+      for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, lower(W, D - d)));
+  } else {
+    for (; d < D; d += W)
+      for (int j = 0; j < KEYS; ++j)
+        acc[j] += load(w + d) * linear<activation, T>(load(q + d) + load_key(j, d, lower(W, D - d)), number);
+  }
   T folded[KEYS];
   fold_lanes(acc, folded);
-  for (int j = 0; j < KEYS; ++j) sums[index[j]] = folded[j];
+  for (int j = 0; j < KEYS; ++j) sums[j] = folded[j];
 }
 
-template <typename S, typename T = Arithmetic<S>>
-__attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, const SeenKeys& keys, const T* w,
-                                      int64_t D, T* sums) {
+template <ScoreActivation activation, typename S, typename T = Arithmetic<S>>
+__attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, const SeenKeys& keys, T number,
+                                      const T* w, int64_t D, T* sums) {
   Vec<T> bound{};
   int64_t n = 0;
   for (; n + 1 < keys.count; n += TILE_KEYS)  // the last key again costs less than single ones
-    one_query_tile<TILE_KEYS>(q, k, k_row, keys.index + n, w, D, sums, bound);
-  for (; n < keys.count; ++n) one_query_tile<1>(q, k, k_row, keys.index + n, w, D, sums, bound);
+    one_query_tile<activation, TILE_KEYS>(q, k, k_row, keys.index + n, number, w, D, sums + n, bound);
+  for (; n < keys.count; ++n)
+    one_query_tile<activation, 1>(q, k, k_row, keys.index + n, number, w, D, sums + n, bound);
   return horizontal_max<T>(bound);
 }
 
-template <typename S, typename T = Arithmetic<S>>
-void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key, T* scores,
-           T* scratch) {
-  const Place at = place_of(p, chunk, head);
-  const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
-  const int64_t keys = lower(width, p.visible_keys(at.b, at.h) - first_key);
-  const SeenKeys seen = seen_in_block(p, at, first_key, keys);
-  const bool gathered = seen.count < keys;  // what follows works on `count` keys that lie next to each other
-  scores += head * chunk.queries * p.Tk + first_key;
-  // Queries before `start` see none of these keys.
-  int64_t start = seen.count == 0 ? chunk.queries : 0;
-  if (p.options.is_causal) start = lower(chunk.queries, higher(start, first_key - chunk.first_query));
-  for (int64_t r = 0; r < start; ++r)
-    for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
-  if (start == chunk.queries) return;
+// One head's queries from `start` on against a block of keys. `keys` of them reach to the last visible one; of
+// these some query sees those in `seen`.
+struct ScoreBlock {
+  Place at;
+  int64_t head, first_key, keys, start;
+  SeenKeys seen;
 
+  // What follows works on `count` keys that lie next to each other.
+  bool gathered() const { return seen.count < keys; }
+};
+
+// An odd number of vectors between rows keeps tall columns out of one cache set.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE int64_t scratch_row(const AttentionProblem<S>& p) {
+  return p.D_padded + LANES<T>;
+}
+
+// finish_rows(first row, rows, sums, factor, slope, offset): see finish_scores; the n-th sum of a row is that of
+// the n-th key that is seen.
+template <typename S, typename Finish, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void score_by_exponentials(const AttentionProblem<S>& p, const Chunk& chunk,
+                                            const ScoreBlock& block, T* scratch, const Finish& finish_rows) {
+  const Place at = block.at;
+  const SeenKeys& seen = block.seen;
   const T* w = p.weight_scaled + at.h * p.D_padded;
+  const ScoreFactors by = factors_of(p.options.activation);
   const T factor = static_cast<T>(p.options.scale) * p.weight_max[at.h], weight_sum = p.weight_sum[at.h];
   // The sum over r cancels against the sum of the weights, which an infinite weight does not survive.
   const bool finite = weight_sum - weight_sum == 0;
-  const auto finish = [&](int64_t r, const T* sums) {
-    finish_scores(p, at, chunk.first_query + r, first_key, keys, width, factor, finite ? T(-2) : T(1),
-                  finite ? weight_sum : T(0), sums, scores + r * p.Tk);
+  const auto finish = [&](int64_t r, int64_t rows, T* sums) {
+    finish_rows(r, rows, sums, factor, finite ? T(by.sum) : T(1), finite ? weight_sum : T(0));
   };
   T sums[ScoreTile<Mode::QUAD, T>::QUERIES * KEY_BLOCK] = {};
+  const Rows<S> key_rows{p.key.row(at.b, at.h, block.first_key), p.key.stride_t};
   if (chunk.queries == 1 && p.key_exp == nullptr && finite) {
-    const T bound = one_query(p.query_exp + head * p.D_padded, p.key.row(at.b, at.h, first_key), p.key.stride_t,
-                              seen, w, p.D, sums);
-    if (bound + p.query_bound[head] <= ScoreRange<T>::QUAD) return finish(0, sums);
+    const T bound = one_query<ScoreActivation::TANH>(p.query_exp + block.head * p.D_padded, key_rows.data,
+                                                     key_rows.stride, seen, p.argument, w, p.D, sums);
+    if (bound + p.query_bound[block.head] <= ScoreRange<T>::QUAD) return finish(0, 1, sums);
   }
 
-  // An odd number of vectors between rows keeps tall columns out of one cache set.
-  const int64_t row_size = p.D_padded + LANES<T>;
+  const int64_t row_size = scratch_row(p);
   T* key_exp = scratch;
   T* key_raw = scratch + KEY_BLOCK * row_size;
   T* query_raw = key_raw + KEY_BLOCK * row_size;
   const bool padded = p.D != p.D_padded;
 
-  const Rows<S> key_rows{p.key.row(at.b, at.h, first_key), p.key.stride_t};
   Rows<T> exps{key_exp, row_size}, raw{};
   T key_bound = p.key_bound;
   if (p.key_exp != nullptr) {
-    exps = {p.key_exp + (at.n * p.Tk + first_key) * p.D, p.D};
-    if (padded || gathered) exps = copied(exps, seen, p.D, key_exp, row_size);
+    exps = {p.key_exp + (at.n * p.Tk + block.first_key) * p.D, p.D};
+    if (padded || block.gathered()) exps = copied(exps, seen, p.D, key_exp, row_size);
   } else {
     key_bound = 0;
     for (int64_t n = 0; n < seen.count; ++n) {
-      const T bound = exp2x_padded(key_rows.from(seen.index[n]).data, p.D, key_exp + n * row_size);
+      const T bound = exp2x_padded(key_rows.from(seen.index[n]).data, p.D, p.argument, key_exp + n * row_size);
       key_bound = bound > key_bound ? bound : key_bound;
     }
   }
 
-  for (int64_t r = start, rows; r < chunk.queries; r += rows) {
+  for (int64_t r = block.start, rows; r < chunk.queries; r += rows) {
     rows = tile_rows<ScoreTile<Mode::QUAD, T>>(chunk.queries - r);
-    const Rows<T> query_exp{p.query_exp + (head * chunk.queries + r) * p.D_padded, p.D_padded};
-    const T* query_bound = p.query_bound + head * chunk.queries + r;
+    const Rows<T> query_exp{p.query_exp + (block.head * chunk.queries + r) * p.D_padded, p.D_padded};
+    const T* query_bound = p.query_bound + block.head * chunk.queries + r;
     T bound = query_bound[0];
     for (int64_t i = 1; i < rows; ++i) bound = query_bound[i] > bound ? query_bound[i] : bound;
     bound += key_bound;
@@ -247,22 +295,78 @@ void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64
     } else if (finite && bound <= ScoreRange<T>::PAIR) {
       pairwise(ScoreTile<Mode::PAIR, T>{w, p.D_padded}, rows, query_exp, exps, seen.count, sums);
     } else {
-      if (raw.data == nullptr)
-        raw = gathered ? copied(key_rows, seen, p.D, key_raw, row_size)
-                       : as_vectors(key_rows, keys, p.D, key_raw, row_size);
+      if (raw.data == nullptr) {
+        raw = block.gathered() ? copied(key_rows, seen, p.D, key_raw, row_size)
+                               : as_vectors(key_rows, block.keys, p.D, key_raw, row_size);
+        raw = times(p.argument, raw, seen.count, p.D_padded, key_raw, row_size);
+      }
       const Rows<S> query_rows{p.query.row(at.b, at.h, chunk.first_query + r), p.query.stride_t};
-      const Rows<T> queries = as_vectors(query_rows, rows, p.D, query_raw, row_size);
+      const Rows<T> queries = times(p.argument, as_vectors(query_rows, rows, p.D, query_raw, row_size), rows,
+                                    p.D_padded, query_raw, row_size);
       if (finite)
         pairwise(ScoreTile<Mode::SUM, T>{w, p.D_padded}, rows, queries, raw, seen.count, sums);
       else
-        pairwise(ScoreTile<Mode::TANH, T>{w, p.D_padded}, rows, queries, raw, seen.count, sums);
+        pairwise(ScoreTile<Mode::TANH, T>{w, p.D_padded, T(by.sum)}, rows, queries, raw, seen.count, sums);
     }
+    finish(r, rows, sums);
+  }
+}
+
+// The same where the activation is linear on either side of zero.
+template <ScoreActivation activation, typename S, typename Finish, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void score_linearly(const AttentionProblem<S>& p, const Chunk& chunk, const ScoreBlock& block,
+                                     T* scratch, const Finish& finish_rows) {
+  const Place at = block.at;
+  using Tile = LinearTile<activation, T>;
+  const Tile tile{p.weight + at.h * p.D_padded, p.D_padded, static_cast<T>(p.options.negative_slope)};
+  const Rows<S> key_rows{p.key.row(at.b, at.h, block.first_key), p.key.stride_t};
+  T sums[Tile::QUERIES * KEY_BLOCK] = {};
+  const auto finish = [&](int64_t r, int64_t rows) {
+    finish_rows(r, rows, sums, static_cast<T>(p.options.scale), T(1), T(0));
+  };
+  if (chunk.queries == 1) {
+    one_query<activation>(p.query_exp + block.head * p.D_padded, key_rows.data, key_rows.stride, block.seen,
+                          tile.negative_slope, tile.w, p.D, sums);
+    return finish(0, 1);
+  }
+  const Rows<T> keys = block.gathered() ? copied(key_rows, block.seen, p.D, scratch, scratch_row(p))
+                                        : as_vectors(key_rows, block.keys, p.D, scratch, scratch_row(p));
+  for (int64_t r = block.start, rows; r < chunk.queries; r += rows) {
+    rows = tile_rows<Tile>(chunk.queries - r);
+    const Rows<T> queries{p.query_exp + (block.head * chunk.queries + r) * p.D_padded, p.D_padded};
+    pairwise(tile, rows, queries, keys, block.seen.count, sums);
+    finish(r, rows);
+  }
+}
+
+template <typename S, typename T = Arithmetic<S>>
+void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key, T* scores,
+           T* scratch) {
+  const Place at = place_of(p, chunk, head);
+  const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
+  const int64_t keys = lower(width, p.visible_keys(at.b, at.h) - first_key);
+  ScoreBlock block{at, head, first_key, keys, 0, seen_in_block(p, at, first_key, keys)};
+  scores += head * chunk.queries * p.Tk + first_key;
+  if (block.seen.count == 0) block.start = chunk.queries;
+  if (p.options.is_causal) block.start = lower(chunk.queries, higher(block.start, first_key - chunk.first_query));
+  for (int64_t r = 0; r < block.start; ++r)
+    for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
+  if (block.start == chunk.queries) return;
+
+  const auto finish = [&](int64_t r, int64_t rows, T* sums, T factor, T slope, T offset) {
     for (int64_t i = 0; i < rows; ++i) {
       T* row = sums + i * KEY_BLOCK;
-      for (int64_t n = seen.count - 1; gathered && n >= 0; --n) row[seen.index[n]] = row[n];
-      finish(r + i, row);
+      for (int64_t n = block.seen.count - 1; block.gathered() && n >= 0; --n) row[block.seen.index[n]] = row[n];
+      finish_scores(p, at, chunk.first_query + r + i, first_key, keys, width, factor, slope, offset, row,
+                    scores + (r + i) * p.Tk);
     }
-  }
+  };
+  with_activation(p.options.activation, [&](auto constant) {
+    if constexpr (takes_exponentials(constant.activation))
+      score_by_exponentials(p, chunk, block, scratch, finish);
+    else
+      score_linearly<constant.activation>(p, chunk, block, scratch, finish);
+  });
 }
 
 template <typename T>

@@ -103,6 +103,7 @@ class ScoreGradients {
                 });
     if (query.numel() == 0) return;
     const int64_t rows = chunk.heads * chunk.queries, unrounded_size = IS_NARROW<S> ? p.D : 0;
+    const T slope = factors_of(p.options.activation).slope;
     parallel<T>(rows, grain_for(p.D * splits_), unrounded_size, [&](int64_t first, int64_t last, T* scratch) {
       for (int64_t row = first; row < last; ++row) {
         const int64_t head = row / chunk.queries, i = row % chunk.queries;
@@ -115,20 +116,21 @@ class ScoreGradients {
           part += chunk.queries * p.D_padded;
           for (int64_t d = 0; d < p.D; ++d) out[d] += part[d];
         }
-        for (int64_t d = 0; d < p.D; ++d) out[d] *= 4 * w[d];
+        for (int64_t d = 0; d < p.D; ++d) out[d] *= slope * w[d];
         round_into(row_out, out, p.D);
       }
     });
   }
 
-  // dw = sum of g - 2 sum of g r
+  // Of weight, from its parts and the row sums.
   void finish() {
     if (!is_asked_of_weight_) return;
     const auto& p = in_.p;
     T* grad_weight = weight.template mutable_data_ptr<T>();
+    const ScoreFactors by = factors_of(p.options.activation);
     for (int64_t h = 0; h < p.H; ++h) {
       double total = 0;
-      for (int64_t b = 0; b < p.B; ++b)
+      for (int64_t b = 0; b < p.B && by.total != 0; ++b)
         for (int64_t i = 0; i < p.Tq; ++i) total += row_sums_.get()[(b * p.H + h) * p.Tq + i];
       parallel<T>(p.D, grain_for(p.B * splits_), 0, [&](int64_t first, int64_t last, T*) {
         for (int64_t d = first; d < last; ++d) {
@@ -136,7 +138,7 @@ class ScoreGradients {
           for (int64_t b = 0; b < p.B; ++b)
             for (int64_t n = 0; n < splits_; ++n)
               sum += partial_weight_.get()[((b * p.H + h) * splits_ + n) * p.D_padded + d];
-          grad_weight[h * p.D + d] = static_cast<T>(total - 2 * sum);
+          grad_weight[h * p.D + d] = static_cast<T>(by.total * total + by.sum * sum);
         }
       });
     }

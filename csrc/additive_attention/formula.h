@@ -5,8 +5,14 @@
 //   w1/t1 + w2/t2 = (w1 t2 + w2 t1) / (t1 t2)          so several channels share one reciprocal
 //   1 - tanh^2 = 4 (r - r^2)                             backward
 //
+// sigmoid(q + k) = 1 - r of half the arguments: Eq = exp(q), Ek = exp(k).
+//
+// What is linear on either side of zero takes no exponentials: phi(z) = z > 0 ? z : slope z of z = q + k.
+//
 // V is float, double or a vector of them.
 #pragma once
+
+#include "options.h"
 
 #ifndef FUSEDATTN_INLINE
 #define FUSEDATTN_INLINE static inline
@@ -32,6 +38,24 @@ struct ScoreRange<double> {
 // Exponentials of all keys that are made ahead of a call have one bound of |k|. Up to this one they are used, with
 // every query within PAIR of it; beyond it each tile of keys has exponentials, and a bound, of its own.
 constexpr double KEY_EXP_BOUND = 20;
+
+// Kernels sum w_d s_d over d, of s = r, or s = phi where that is linear on either side of zero:
+//
+//   score = total sum_d w_d + sum sum_d w_d s_d         dw_d = total sum_ij g_ij + sum sum_ij g_ij s_ijd
+//   dq_id = slope w_d sum_j g_ij s'_ijd, with s' = r - r^2 or phi'; and dk_jd likewise
+//
+// Exponentials are those of twice `argument` q and k.
+struct ScoreFactors {
+  int total, sum, slope;
+  double argument;
+};
+constexpr bool takes_exponentials(ScoreActivation activation) {
+  return activation == ScoreActivation::TANH || activation == ScoreActivation::SIGMOID;
+}
+constexpr ScoreFactors factors_of(ScoreActivation activation) {
+  if (!takes_exponentials(activation)) return {0, 1, 1, 1};
+  return activation == ScoreActivation::TANH ? ScoreFactors{1, -2, 4, 1} : ScoreFactors{1, -1, 1, 0.5};
+}
 
 template <typename V>
 struct Fraction {

@@ -12,8 +12,9 @@ namespace {
 // The keys stand for values, at which nobody looks.
 template <typename S>
 Inputs<S> inputs(const Tensor& query, const Tensor& key, const Tensor& weight, const ScoresOptions& options) {
-  return Inputs<S>(query, key, key, weight, {}, {}, {}, {},
-                   AttentionOptions{false, options.scale, options.softcap});
+  return Inputs<S>(
+      query, key, key, weight, {}, {}, {}, {},
+      AttentionOptions{false, options.scale, options.softcap, options.activation, options.negative_slope});
 }
 
 // body(row among those of the chunk)

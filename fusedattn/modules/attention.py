@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fusedattn import _scores
 from fusedattn._dispatch import beside, check_backend, not_scriptable
 from fusedattn._steps import are_recorded
 from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 class AdditiveAttention(nn.Module):
     """Additive attention with its projections (Bahdanau et al. 2015, arXiv:1409.0473).
 
-    ``score_ij = weight . tanh(W_q query_i + b + W_k key_j)``, per head. A bias of the key projection would add
-    nothing to that of the query's, so there is none.
+    ``score_ij = weight . activation(W_q query_i + b + W_k key_j)``, per head. A bias of the key projection would
+    add nothing to that of the query's, so there is none.
 
     Args:
         query_dim, key_dim: width of the inputs.
@@ -64,6 +65,7 @@ class AdditiveAttention(nn.Module):
         normalize: use ``g weight / |weight|`` with a learned g per head: weight normalisation (Salimans and Kingma
             2016, arXiv:1602.07868), as TensorFlow's ``BahdanauAttention(normalize=True)``. Default: False.
         softcap: see :func:`fusedattn.additive_attention`. Default: None.
+        activation, negative_slope: see :func:`fusedattn.additive_attention`. Default: ``"tanh"``, 0.2.
         backend: see :func:`fusedattn.additive_attention`. Default: ``"auto"``.
         device, dtype: of the parameters.
     """
@@ -83,6 +85,8 @@ class AdditiveAttention(nn.Module):
         bias: bool = True,
         normalize: bool = False,
         softcap: float | None = None,
+        activation: str = "tanh",
+        negative_slope: float = 0.2,
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -95,13 +99,13 @@ class AdditiveAttention(nn.Module):
                 raise ValueError(
                     f"AdditiveAttention: {name}: expected a multiple of num_heads={num_heads}, got {width}"
                 )
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"AdditiveAttention: softcap: expected a positive number or None, got {softcap}")
+        _scores.check_numbers("AdditiveAttention", 1.0, softcap, activation, negative_slope)
         check_backend("AdditiveAttention", backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         value_dim = key_dim if value_dim is None else value_dim
         self.query_dim, self.key_dim, self.value_dim = query_dim, key_dim, value_dim
         self.num_heads, self.softcap, self.backend = num_heads, softcap, backend
+        self.activation, self.negative_slope = activation, negative_slope
         self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias, **factory)
         self.key_proj = nn.Linear(key_dim, attention_dim, bias=False, **factory)
         self.value_proj = None if context_dim is None else nn.Linear(value_dim, context_dim, bias=bias, **factory)
@@ -131,6 +135,10 @@ class AdditiveAttention(nn.Module):
             parts.append("normalize=True")
         if self.softcap is not None:
             parts.append(f"softcap={self.softcap}")
+        if self.activation != "tanh":
+            parts.append(f"activation={self.activation!r}")
+        if self.activation == "leaky_relu":
+            parts.append(f"negative_slope={self.negative_slope}")
         return ", ".join(parts)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -165,7 +173,8 @@ class AdditiveAttention(nn.Module):
 
         ``mask`` and ``key_lengths`` stay with the keys. Gradients of all steps flow to key and value.
         """
-        return ProjectedKeys(*self._project(key, value), mask, key_lengths).with_exponentials()
+        keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
+        return keys.with_exponentials() if self.activation == "tanh" else keys
 
     @overload
     def forward(
@@ -275,6 +284,8 @@ class AdditiveAttention(nn.Module):
             mask=over_heads(keys.mask, has_heads),
             key_lengths=keys.key_lengths,
             softcap=self.softcap,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
             return_weights=return_weights,
             backend=self.backend,
             key_exp=key_exp,
@@ -300,7 +311,8 @@ class BahdanauAttention(AdditiveAttention):
         query_dim: width of the decoder state.
         memory_dim: width of the memory.
         attention_dim: width of the score network.
-        bias, normalize, softcap, backend, device, dtype: see :class:`AdditiveAttention`.
+        bias, normalize, softcap, activation, negative_slope, backend, device, dtype: see
+            :class:`AdditiveAttention`.
     """
 
     def __init__(
@@ -312,6 +324,8 @@ class BahdanauAttention(AdditiveAttention):
         bias: bool = True,
         normalize: bool = False,
         softcap: float | None = None,
+        activation: str = "tanh",
+        negative_slope: float = 0.2,
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -323,6 +337,8 @@ class BahdanauAttention(AdditiveAttention):
             bias=bias,
             normalize=normalize,
             softcap=softcap,
+            activation=activation,
+            negative_slope=negative_slope,
             backend=backend,
             device=device,
             dtype=dtype,

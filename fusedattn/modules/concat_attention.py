@@ -50,7 +50,8 @@ class ConcatAttention(BahdanauAttention):
         sigma: width of the factor of local-p. Default: ``window / 2``, the paper's.
         out_dim: width of h~. Default: None, the context itself is returned.
         bias: a bias in W. Default: False, as in the paper.
-        normalize, softcap, backend, device, dtype: see :class:`AdditiveAttention`.
+        normalize, softcap, activation, negative_slope, backend, device, dtype: see
+            :class:`AdditiveAttention`.
 
     Raises:
         ValueError: an unknown ``local``, a negative window, a sigma that is not positive; when called, inputs of

@@ -32,7 +32,8 @@ class MultiHopAttention(nn.Module):
         hops: how many reads, 1 or more.
         update: ``"add"`` or ``"replace"``. Default: ``"add"``.
         shared: whether all hops have the same parameters; the memory is projected once then. Default: True.
-        bias, normalize, softcap, backend, device, dtype: see :class:`AdditiveAttention`.
+        bias, normalize, softcap, activation, negative_slope, backend, device, dtype: see
+            :class:`AdditiveAttention`.
 
     Raises:
         ValueError: no hops, an unknown update, widths that differ; when called, inputs of another shape.

@@ -35,7 +35,8 @@ class PointerAttention(BahdanauAttention):
         attention_dim: width of the score network.
         bias: a bias beside W_2. Default: False, as in the paper.
         clip: C > 0; ``scale`` and ``softcap`` of :func:`fusedattn.additive_scores`. Default: None.
-        normalize, backend, device, dtype: see :class:`AdditiveAttention`.
+        normalize, activation, negative_slope, backend, device, dtype: see
+            :class:`AdditiveAttention`.
     """
 
     def __init__(
@@ -84,7 +85,16 @@ class PointerAttention(BahdanauAttention):
             (rows,) = _scores.without_unseen(visible, rows)
         weight = beside(query, self._score_weight())
         clip = self.softcap
-        scores = additive_scores(query, rows, weight, scale=clip or 1.0, softcap=clip, backend=self.backend)
+        scores = additive_scores(
+            query,
+            rows,
+            weight,
+            scale=clip or 1.0,
+            softcap=clip,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            backend=self.backend,
+        )
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
         return scores.squeeze(1) if is_step else scores

@@ -33,7 +33,8 @@ class SpatialAttention(BahdanauAttention):
         attention_dim: width of the score network.
         gate: ``"scalar"``, one beta for a state as in the paper; ``"channel"``, one for each channel, as in
             many programs; None for beta = 1. Default: ``"scalar"``.
-        bias, normalize, softcap, backend, device, dtype: see :class:`AdditiveAttention`.
+        bias, normalize, softcap, activation, negative_slope, backend, device, dtype: see
+            :class:`AdditiveAttention`.
 
     Raises:
         ValueError: an unknown gate; when called, inputs of another shape.

@@ -2,20 +2,23 @@
 
 Mathematics, for every batch element and head (i query, j key, d score channel)::
 
-    e_ij = scale * sum_d w_d tanh(q_id + k_jd)         score, then softcap: C tanh(e_ij / C)
+    e_ij = scale * sum_d w_d phi(q_id + k_jd)          score, then softcap: C tanh(e_ij / C)
     p_ij = softmax_j(e_ij) over the visible keys       weights
     L_i  = log sum_j exp(e_ij)                         lse
     c_i  = sum_j p_ij x_j                              context
 
-Forward, with Eq = exp(2q) and Ek = exp(2k)::
+Forward, for phi = tanh, with Eq = exp(2q) and Ek = exp(2k)::
 
     tanh(q + k) = 1 - 2r,   r = 1 / (1 + Eq Ek)
 
-so no transcendental function is evaluated per pair and channel. Backward, with a_ij = dc_i . x_j + dp_ij::
+so no transcendental function is evaluated per pair and channel. sigmoid(z) = (1 + tanh(z / 2)) / 2 is 1 - r of
+exp(q) and exp(k); relu and leaky_relu take no exponentials. Backward, with a_ij = dc_i . x_j + dp_ij::
 
     g_ij  = p_ij (a_ij - sum_j p_ij a_ij + dL_i)       gradient of the capped score
     dq_id = 4 w_d sum_j g_ij (r - r^2)     dk_jd = 4 w_d sum_i g_ij (r - r^2)
     dw_d  = sum_ij g_ij - 2 sum_ij g_ij r              dx_j = sum_i p_ij dc_i
+
+and for any other phi dq_id = w_d sum_j g_ij phi'(q_id + k_jd), dw_d = sum_ij g_ij phi(q_id + k_jd).
 
 Other normalisers than the softmax are composed over the scores (``fusedattn/_normalizers.py``).
 
@@ -73,7 +76,7 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     visible = _visible_keys(shape, query.device, mask, key_lengths, options.is_causal)
     if mask is not None or key_lengths is not None or options.is_causal:
         key, value = _scores.without_unseen(visible, key, value)
-    scores = _scores.reference(query, key, weight, options.scale, options.softcap)
+    scores = _scores.reference(query, key, weight, options)
     scores = _scores.of_visible(visible, scores)
     # A weight wider than the other inputs makes wider scores; results are in the dtype of those.
     weights = torch.softmax(scores, -1).to(query.dtype).masked_fill(~visible, 0.0)
@@ -95,6 +98,7 @@ def additive_attention_ref(
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
+    negative_slope: float = 0.2,
     normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     dropout_p: float = 0.0,
     return_weights: bool = False,
@@ -117,6 +121,7 @@ def additive_attention_ref(
         scale=scale,
         softcap=softcap,
         activation=activation,
+        negative_slope=negative_slope,
         normalizer=normalizer,
         dropout_p=dropout_p,
         return_weights=return_weights,
@@ -260,13 +265,14 @@ def additive_attention(
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
+    negative_slope: float = 0.2,
     normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     dropout_p: float = 0.0,
     return_weights: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Additive (Bahdanau) attention: ``softmax(scale * tanh(query + key) @ weight) @ value``, fused.
+    """Additive (Bahdanau) attention: ``softmax(scale * activation(query + key) @ weight) @ value``, fused.
 
     After Bahdanau, Cho and Bengio 2015 (arXiv:1409.0473). Shapes: B batch, H heads (or none), Tq / Tk query /
     key length, D score width, Dv value width.
@@ -286,13 +292,16 @@ def additive_attention(
         scale: factor of the score. Default: 1.0.
         softcap: C > 0 caps the scaled score to C * tanh(score / C) (the clipping of pointer networks, Bello et
             al. 2017, arXiv:1611.09940). Default: None.
+        activation: of query + key: ``"tanh"``, ``"sigmoid"``, ``"relu"`` or ``"leaky_relu"``, the latter two with
+            PyTorch's gradients at zero. Default: ``"tanh"``.
+        negative_slope: of ``"leaky_relu"``, any number. Default: 0.2.
         normalizer: ``"softmax"``; ``"sigmoid"``, sigma(e) / sum sigma(e) over the visible keys, which smooths
             (Chorowski et al. 2015, arXiv:1506.07503); or a callable that takes the scores (B, [H,] Tq, Tk), in
             float32 for half-precision inputs and -inf at invisible keys, to weights of that shape: sparsemax,
             entmax, any that works along the last dimension. A row without a visible key is 0 for it. Any but
             softmax is composed in PyTorch over :func:`fusedattn.additive_scores`, with memory for
             (B, [H,] Tq, Tk). Default: ``"softmax"``.
-        activation, dropout_p: only ``"tanh"`` and 0.0 for now.
+        dropout_p: only 0.0 for now.
         return_weights: also return the weights, differentiable.
         return_lse: also return the log-sum-exp of the scores, differentiable; with softmax alone.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch).
@@ -319,10 +328,9 @@ def additive_attention(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    if activation != "tanh" or dropout_p != 0:
+    if dropout_p != 0:
         raise UnsupportedError(
-            "additive_attention: only activation='tanh' and dropout_p=0.0 are supported for now, "
-            f"got activation={activation!r}, dropout_p={dropout_p!r}"
+            f"additive_attention: only dropout_p=0.0 is supported for now, got dropout_p={dropout_p!r}"
         )
     return attend(
         query,
@@ -334,6 +342,8 @@ def additive_attention(
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
+        activation=activation,
+        negative_slope=negative_slope,
         normalizer=normalizer,
         return_weights=return_weights,
         return_lse=return_lse,
@@ -353,6 +363,8 @@ def attend(
     is_causal: bool = False,
     scale: float = 1.0,
     softcap: float | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
     normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     return_weights: bool = False,
     return_lse: bool = False,
@@ -376,6 +388,8 @@ def attend(
                 is_causal=is_causal,
                 scale=scale,
                 softcap=softcap,
+                activation=activation,
+                negative_slope=negative_slope,
                 normalizer=normalizer,
                 return_weights=return_weights,
                 return_lse=return_lse,
@@ -386,7 +400,7 @@ def attend(
                 unseen_are_zero=unseen_are_zero,
             )
     query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
-    _scores.check_numbers("additive_attention", scale, softcap)
+    _scores.check_numbers("additive_attention", scale, softcap, activation, negative_slope)
     dtype = query.dtype
     if mask is not None:
         full = (*query.shape[:-1], key.shape[-2])
@@ -401,7 +415,14 @@ def attend(
         if mask is not None or key_lengths is not None or is_causal:
             full = (*query.shape[:-1], key.shape[-2])
             visible = _visible_keys(full, device, mask, key_lengths, is_causal)
-        score = partial(additive_scores, scale=scale, softcap=softcap, backend=backend)
+        score = partial(
+            additive_scores,
+            scale=scale,
+            softcap=softcap,
+            activation=activation,
+            negative_slope=negative_slope,
+            backend=backend,
+        )
         of_all = _normalizers.attend(
             "additive_attention", query, key, value, weight, visible, normalizer, score, unseen_are_zero
         )
@@ -412,11 +433,12 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
+        _scores.unable(activation),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)
     tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound)
-    options = Options(is_causal, scale, 0.0 if softcap is None or softcap == math.inf else softcap)
+    options = Options(is_causal, *_scores.numbers(scale, softcap, activation, negative_slope))
     flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
     if token is None:
         context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)

@@ -2,7 +2,7 @@
 
 Mathematics, for every batch element and head (i query, j key, d score channel)::
 
-    e_ij = scale * sum_d w_d tanh(q_id + k_jd)         then softcap: C tanh(e_ij / C)
+    e_ij = scale * sum_d w_d phi(q_id + k_jd)          then softcap: C tanh(e_ij / C)
 
 What is only (Tq, Tk) large composes in PyTorch at a few percent of the cost: other normalisers, coverage, biases
 of all kinds are a few lines over these scores. Forward and backward are those of additive attention
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedattn import _autograd, _scores
-from fusedattn._dispatch import UnsupportedError, autocast, autocast_enabled, choose, overridable
+from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable
 from fusedattn._options import AdditiveScoresOptions as Options
 
 OP = "additive_scores"
@@ -29,7 +29,7 @@ OP = "additive_scores"
 
 def _reference(query, key, weight, options: Options):
     # A weight wider than the other inputs makes wider scores; results are in the dtype of those.
-    return _scores.reference(query, key, weight, options.scale, options.softcap).to(query.dtype)
+    return _scores.reference(query, key, weight, options).to(query.dtype)
 
 
 @overridable
@@ -41,6 +41,7 @@ def additive_scores_ref(
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
+    negative_slope: float = 0.2,
     backend: str = "reference",
 ) -> Tensor:
     """:func:`additive_scores` in plain PyTorch, on any device: the definition that kernels are tested against.
@@ -49,7 +50,14 @@ def additive_scores_ref(
     that the kernels avoid.
     """
     return additive_scores(
-        query, key, weight, scale=scale, softcap=softcap, activation=activation, backend=backend
+        query,
+        key,
+        weight,
+        scale=scale,
+        softcap=softcap,
+        activation=activation,
+        negative_slope=negative_slope,
+        backend=backend,
     )
 
 
@@ -96,9 +104,10 @@ def additive_scores(
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
+    negative_slope: float = 0.2,
     backend: str = "auto",
 ) -> Tensor:
-    """Scores of additive attention, ``scale * tanh(query + key) @ weight`` for all pairs, fused.
+    """Scores of additive attention, ``scale * activation(query + key) @ weight`` for all pairs, fused.
 
     The primitive under :func:`fusedattn.additive_attention`, for what that does not have: softmax, mask and
     product with the values are left to the caller. After Bahdanau, Cho and Bengio 2015 (arXiv:1409.0473).
@@ -112,7 +121,7 @@ def additive_scores(
         weight: (D,) or (H, D); of the dtype of the others, or float32 beside half-precision ones, unrounded.
         scale: factor of the score. Default: 1.0.
         softcap: C > 0 caps the scaled score to C * tanh(score / C). Default: None.
-        activation: only ``"tanh"`` for now.
+        activation, negative_slope: see :func:`fusedattn.additive_attention`.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch).
 
     Returns:
@@ -129,18 +138,30 @@ def additive_scores(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    if activation != "tanh":
-        raise UnsupportedError(f"{OP}: only activation='tanh' is supported for now, got {activation!r}")
     _scores.require_tensors(OP, query=query, key=key, weight=weight)
     device = query.device
     if autocast_enabled(device):
         query, key, weight = autocast(query), autocast(key), autocast(weight)
         with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
-            return additive_scores(query, key, weight, scale=scale, softcap=softcap, backend=backend)
+            return additive_scores(
+                query,
+                key,
+                weight,
+                scale=scale,
+                softcap=softcap,
+                activation=activation,
+                negative_slope=negative_slope,
+                backend=backend,
+            )
     query, key, weight, _ = _scores.broadcast(OP, query, key, weight)
-    _scores.check_numbers(OP, scale, softcap)
+    _scores.check_numbers(OP, scale, softcap, activation, negative_slope)
     backend = choose(
-        OP, backend, device, query.dtype, lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}", _UNABLE
+        OP,
+        backend,
+        device,
+        query.dtype,
+        lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}",
+        _scores.unable(activation) | _UNABLE,
     )
-    options = Options(scale, 0.0 if softcap is None or softcap == math.inf else softcap)
+    options = Options(*_scores.numbers(scale, softcap, activation, negative_slope))
     return SCORES(backend, (query, key, weight), options)

@@ -24,6 +24,8 @@ Backward needs the scores (kept, or made again per chunk) and runs::
 The two passes over inputs cost 12.3 issue slots and 1 MUFU a tanh (5.5 for the keys, 6.8 for queries and weight).
 One joint pass would take fewer, but needs atomics: its results would differ from run to run.
 
+relu and leaky_relu pack the inputs themselves and take 3 slots a pair forward, without a MUFU.
+
 float64 takes the same loops. Kernels read the dtype of their arithmetic off their scratch; a reciprocal takes two
 steps of Newton from float32's, and an exponential is a function of tens of instructions.
 
@@ -40,8 +42,8 @@ from typing import NamedTuple
 import torch
 
 from fusedattn._dtypes import accumulation_dtype
+from fusedattn._options import SCORE_ACTIVATIONS, schema
 from fusedattn._options import AdditiveAttentionOptions as Options
-from fusedattn._options import schema
 from fusedattn.triton._common import Kernel, asked_for, on_device_of, recorded, register
 from fusedattn.triton.additive_attention_bwd import (
     key_gradient,
@@ -216,7 +218,7 @@ def _typical_call(B, Tq, Tk, D, dtype, masked):
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
     inputs += [mask, lengths, None, None]
-    options = Options(is_causal=masked, scale=1.0, softcap=5.0 if masked else 0.0)
+    options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS["tanh"], 0.2)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
     additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b1111)

@@ -13,9 +13,10 @@ from fusedattn.triton.additive_attention_problem import (
     PAIR_RANGE,
     UNSPECIALISED,
     batch_and_head,
-    pack,
+    linear,
+    linear_gradient,
     programs_wanted,
-    reciprocal_of_sum,
+    reciprocal_beyond_range,
     strides,
 )
 
@@ -175,7 +176,7 @@ def additive_attention_bwd_kernel_inputs(
     held, passing, held_exp, passing_exp, held_bound, passing_bound, weight, g, key_lengths, grad, grad_weight,
     stride_hb, stride_hh, stride_ht, stride_hd, stride_pb, stride_ph, stride_pt, stride_pd,
     held_tiles_b, held_tiles_h, passing_tiles_b, passing_tiles_h, stride_wh, H, BH, T, passing_T, first_query,
-    split_rows,
+    split_rows, negative_slope, ACTIVATION: tl.constexpr, RATE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     PAD: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -214,9 +215,19 @@ def additive_attention_bwd_kernel_inputs(
     g += bh * passing_T * padded + t64
     held_tile = b * held_tiles_b + h * held_tiles_h
     acc = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)
-    sums = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)  # of g r
+    sums = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)  # of g r, or of g phi
     total = tl.zeros((BLOCK_T,), ARITHMETIC)  # of g
-    if tl.load(held_bound + held_tile + tile * BLOCK_T // PAD) + tl.load(passing_bound + bh) <= PAIR_RANGE:
+    if RATE == 0.0:
+        x_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
+        x = tl.load(x_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
+        rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
+        for n in tl.range(first, last):
+            z = x + tl.load(rows + n * CHANNELS, mask=in_pack, other=0.0)[None, :]
+            g1 = tl.load(g + n * padded)[:, None]
+            acc += linear_gradient(z, g1, negative_slope, ACTIVATION)
+            if grad_weight is not None:
+                sums = tl.fma(g1, linear(z, negative_slope, ACTIVATION), sums)
+    elif tl.load(held_bound + held_tile + tile * BLOCK_T // PAD) + tl.load(passing_bound + bh) <= PAIR_RANGE:
         e_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
         e = tl.load(e_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
         rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
@@ -246,7 +257,7 @@ def additive_attention_bwd_kernel_inputs(
             y = load_wide(y_at + n * stride_pt, in_d)
             g1 = tl.load(g + n * padded)
             # 0 where g is: a masked key may be NaN
-            r1 = tl.where((g1 == 0.0)[:, None], 0.0, reciprocal_of_sum(x + y[None, :], NVIDIA))
+            r1 = tl.where((g1 == 0.0)[:, None], 0.0, reciprocal_beyond_range(x + y[None, :], RATE, NVIDIA))
             if grad_weight is not None:
                 gr1 = g1[:, None] * r1
                 sums += gr1
@@ -258,11 +269,15 @@ def additive_attention_bwd_kernel_inputs(
     part = split * BH + bh
     if grad_weight is not None:
         w_at = grad_weight + (part * tiles + tile) * D + d
-        tl.store(w_at, tl.sum(total, 0) - 2.0 * tl.sum(sums, 0), mask=in_d)
-        acc = sums - acc
+        if RATE > 0.0:
+            tl.store(w_at, tl.sum(total, 0) - RATE * tl.sum(sums, 0), mask=in_d)
+            acc = sums - acc
+        else:
+            tl.store(w_at, tl.sum(sums, 0), mask=in_d)
     w = tl.load(weight + h * stride_wh + d, mask=in_d, other=0.0)
     out = grad + (part * T + t64)[:, None] * D + d[None, :]
-    tl.store(out, 4.0 * acc * w[None, :], mask=(t < T)[:, None] & in_d[None, :])
+    slope: tl.constexpr = RATE * RATE if RATE > 0.0 else 1.0
+    tl.store(out, slope * acc * w[None, :], mask=(t < T)[:, None] & in_d[None, :])
 
 
 class Rows(NamedTuple):
@@ -280,7 +295,7 @@ class Rows(NamedTuple):
 def packed_rows(problem):
     """Queries and keys."""
     return (
-        Rows(problem.query, *pack(problem.query, problem.channels, PAD, by_row=True)),
+        Rows(problem.query, *problem.pack_queries(problem.query, PAD, by_row=True)),
         Rows(problem.key, *problem.pack_keys(PAD, by_row=True)),
     )
 

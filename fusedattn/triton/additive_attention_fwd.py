@@ -11,8 +11,9 @@ from fusedattn.triton.additive_attention_problem import (
     UNSPECIALISED,
     at_most,
     batch_and_head,
-    pack,
+    linear,
     programs_wanted,
+    reciprocal_beyond_range,
     reciprocal_of_sum,
     strides,
 )
@@ -73,18 +74,32 @@ def _paired_sums(
 
 
 @triton.jit
-def _plain_sums(
-    q, k, w, stride_qd, stride_kd, in_q, in_k, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    NVIDIA: tl.constexpr,
+def _linear_sums(
+    q, k, w, negative_slope, ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sum_d w_d tanh(q_d + k_d), [BLOCK_Q, BLOCK_K], from the inputs themselves, whatever their range."""
+    """sum_d w_d phi(q_d + k_d), [BLOCK_Q, BLOCK_K], from packed rows."""
+    s = tl.zeros((BLOCK_Q, BLOCK_K), w.dtype.element_ty)
+    for d in tl.range(0, CHANNELS, 2):
+        for u in tl.static_range(2):
+            z = tl.load(q + (d + u) * BLOCK_Q)[:, None] + tl.load(k + (d + u) * BLOCK_K)[None, :]
+            s = tl.fma(linear(z, negative_slope, ACTIVATION), tl.load(w + d + u), s)
+    return s
+
+
+@triton.jit
+def _plain_sums(
+    q, k, w, stride_qd, stride_kd, in_q, in_k, RATE: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """sum_d w_d phi(q_d + k_d), [BLOCK_Q, BLOCK_K], from the inputs themselves, whatever their range."""
     s = tl.zeros((BLOCK_Q, BLOCK_K), w.dtype.element_ty)
     for d in tl.range(0, D):
         d64 = tl.cast(d, tl.int64)
         x = load_wide(q + d64 * stride_qd, in_q)
         y = load_wide(k + d64 * stride_kd, in_k)
-        r = reciprocal_of_sum(x[:, None] + y[None, :], NVIDIA)
-        s = tl.fma(tl.fma(r, -2.0, 1.0), tl.load(w + d), s)
+        r = reciprocal_beyond_range(x[:, None] + y[None, :], RATE, NVIDIA)
+        s = tl.fma(tl.fma(r, -RATE, 1.0), tl.load(w + d), s)
     return s
 
 
@@ -102,7 +117,7 @@ def additive_attention_fwd_kernel_scores(
     query, key, weight, mask, key_lengths, query_exp, key_exp, query_bound, key_bound, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_mb, stride_mh, stride_mq, stride_mk, q_tiles_b, q_tiles_h, k_tiles_b, k_tiles_h, stride_wh,
-    H, Tq, Tk, first_query, scale, softcap,
+    H, Tq, Tk, first_query, scale, softcap, negative_slope, ACTIVATION: tl.constexpr, RATE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -130,17 +145,19 @@ def additive_attention_fwd_kernel_scores(
     w = tl.load(weight + d, mask=d < D, other=0.0)
     tile_q = b * q_tiles_b + h * q_tiles_h + q_tile
     tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
+    q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
+    k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
     if first_j >= last:  # no key is visible
         s = tl.zeros((BLOCK_Q, BLOCK_K), scores.dtype.element_ty)
+    elif RATE == 0.0:
+        s = _linear_sums(q_exp, k_exp, weight, negative_slope, ACTIVATION, CHANNELS, BLOCK_Q, BLOCK_K)
     elif paired & (tl.max(tl.abs(w), 0) < WEIGHT_RANGE):
-        q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
-        k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
-        s = tl.sum(w, 0) - 2.0 * _paired_sums(q_exp, k_exp, weight, CHANNELS, BLOCK_Q, BLOCK_K, UNROLL, NVIDIA)
+        s = tl.sum(w, 0) - RATE * _paired_sums(q_exp, k_exp, weight, CHANNELS, BLOCK_Q, BLOCK_K, UNROLL, NVIDIA)
     else:
         q = query + b * stride_qb + h * stride_qh + first_i * stride_qt + row64 * stride_qt
         k = key + b * stride_kb + h * stride_kh + first_j * stride_kt + column64 * stride_kt
-        s = _plain_sums(q, k, weight, stride_qd, stride_kd, in_q, in_k, D, BLOCK_Q, BLOCK_K, NVIDIA)
+        s = _plain_sums(q, k, weight, stride_qd, stride_kd, in_q, in_k, RATE, D, BLOCK_Q, BLOCK_K, NVIDIA)
     s = _capped(s, scale, softcap, NVIDIA)
     inside = in_q[:, None] & in_k[None, :]
     visible = column[None, :] < last - first_j
@@ -158,7 +175,8 @@ def additive_attention_fwd_kernel_scores(
 def additive_attention_fwd_kernel_few(
     query, key, weight, mask, key_lengths, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_wh, H, Tq, Tk, first_query, scale, softcap,
+    stride_mb, stride_mh, stride_mq, stride_mk, stride_wh, H, Tq, Tk, first_query, scale, softcap, negative_slope,
+    ACTIVATION: tl.constexpr, RATE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query and BLOCK_K keys, read once and as they lie. Grid: (Tq * key tiles * B * H,).
@@ -197,11 +215,17 @@ def additive_attention_fwd_kernel_few(
         w2 = tl.load(weight + d2, mask=d2 < D, other=0.0)
         k1 = tl.load(keys + d1_64[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d1[None, :] < D), other=0.0)
         k2 = tl.load(keys + d2_64[None, :] * stride_kd, mask=(j[:, None] < Tk) & (d2[None, :] < D), other=0.0)
-        t1 = 1.0 + tl.exp2(at_most(q1[None, :] + k1.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
-        t2 = 1.0 + tl.exp2(at_most(q2[None, :] + k2.to(ARITHMETIC), PAIR_RANGE) * (2.0 * LOG2E))
-        r = -2.0 * fast_reciprocal(t1 * t2, NVIDIA)
-        sums = tl.fma(tl.fma(t2, r, 1.0), w1[None, :], sums)
-        sums = tl.fma(tl.fma(t1, r, 1.0), w2[None, :], sums)
+        if RATE > 0.0:
+            limit: tl.constexpr = 2.0 * PAIR_RANGE / RATE
+            t1 = 1.0 + tl.exp2(at_most(q1[None, :] + k1.to(ARITHMETIC), limit) * (RATE * LOG2E))
+            t2 = 1.0 + tl.exp2(at_most(q2[None, :] + k2.to(ARITHMETIC), limit) * (RATE * LOG2E))
+            r = -RATE * fast_reciprocal(t1 * t2, NVIDIA)
+            sums = tl.fma(tl.fma(t2, r, 1.0), w1[None, :], sums)
+            sums = tl.fma(tl.fma(t1, r, 1.0), w2[None, :], sums)
+        else:
+            z1, z2 = q1[None, :] + k1.to(ARITHMETIC), q2[None, :] + k2.to(ARITHMETIC)
+            sums = tl.fma(linear(z1, negative_slope, ACTIVATION), w1[None, :], sums)
+            sums = tl.fma(linear(z2, negative_slope, ACTIVATION), w2[None, :], sums)
     s = _capped(tl.sum(sums, 1), scale, softcap, NVIDIA)
     visible = j64 < last
     if mask is not None:
@@ -238,7 +262,7 @@ def _write_scores_by(tile, problem, out, first, end):
     if block_k not in problem.key_packed:
         problem.key_packed[block_k] = problem.pack_keys(block_k)
     key_exp, key_bound = problem.key_packed[block_k]
-    query_exp, query_bound = pack(query, problem.channels, block_q)
+    query_exp, query_bound = problem.pack_queries(query, block_q)
     launch(
         additive_attention_fwd_kernel_scores,
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),

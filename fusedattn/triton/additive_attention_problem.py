@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from fusedattn._dtypes import accumulation_dtype
+from fusedattn._options import SCORE_ACTIVATIONS
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton import _tiles
-from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, recording_for, require
+from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, number, recording_for, require
 
 _require = functools.partial(require, "additive_attention")
 
@@ -17,6 +18,10 @@ _require = functools.partial(require, "additive_attention")
 # reciprocal are normal float32 numbers; tanh is 1 to rounding from there on.
 PAIR_RANGE = tl.constexpr(21.0)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+RELU, LEAKY_RELU = (tl.constexpr(SCORE_ACTIVATIONS[name]) for name in ("relu", "leaky_relu"))
+# phi(z) = 1 - RATE r, r = 1 / (1 + exp(RATE z)), by the number of the activation; 0 takes no exponentials.
+_RATES = (2.0, 1.0, 0.0, 0.0)
 
 # Integers, or bits of float64, that change from call to call: else compiled anew for 1 and multiples of 16.
 UNSPECIALISED = [
@@ -41,8 +46,36 @@ def reciprocal_of_sum(z, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def reciprocal_beyond_range(z, RATE: tl.constexpr, NVIDIA: tl.constexpr):
+    """r = 1 / (1 + exp(RATE z)) for any z."""
+    if RATE == 1.0:
+        z *= 0.5
+    return reciprocal_of_sum(z, NVIDIA)
+
+
+@triton.jit
 def at_most(z, limit):
     return tl.minimum(z, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def linear(z, negative_slope, ACTIVATION: tl.constexpr):
+    """phi(z) where that is linear on either side of zero; NaN stays NaN."""
+    if ACTIVATION == RELU:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        z = tl.where(z > 0.0, z, z * number(negative_slope, z.dtype))
+    return z
+
+
+@triton.jit
+def linear_gradient(z, g, negative_slope, ACTIVATION: tl.constexpr):
+    """g phi'(z), of g that has fewer dimensions than z, or NaN as PyTorch's."""
+    if ACTIVATION == RELU:
+        h = tl.where(z <= 0.0, 0.0, g)
+    else:
+        h = tl.where(z > 0.0, g, g * number(negative_slope, g.dtype))
+    return h
 
 
 @triton.jit
@@ -99,10 +132,11 @@ def additive_attention_seen_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_pack_kernel(
     source, packed, bounds, key_lengths, stride_b, stride_h, stride_t, stride_d, H, T, tiles,
-    seen, stride_sb, stride_sh, keys_end,
+    seen, stride_sb, stride_sh, keys_end, RATE: tl.constexpr,
     D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """exp(2x) as [tile, channel, row], or [row, channel], padded with 0; the largest |x| of every tile.
+    """exp(RATE x), or x for RATE 0, as [tile, channel, row], or [row, channel], padded with 0; the largest
+    |RATE x / 2| of every tile.
 
     Keys that no query sees are padding, too. Grid: (tiles * B * H,).
     """
@@ -118,8 +152,12 @@ def additive_attention_pack_kernel(
         d = start + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (d[None, :] < D)
         x = load_wide(at + d.to(tl.int64)[None, :] * stride_d, inside)
+        if RATE == 1.0:
+            x *= 0.5
         bound = tl.maximum(bound, tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1))
-        e = tl.where(inside, _exp_twice(x), 0.0)  # [BLOCK_T, BLOCK_D]
+        e = x  # [BLOCK_T, BLOCK_D]
+        if RATE > 0.0:
+            e = tl.where(inside, _exp_twice(x), 0.0)
         if BY_ROW:
             tl.store(packed + row[:, None] * CHANNELS + d[None, :], e, mask=d[None, :] < CHANNELS)
         else:
@@ -144,11 +182,11 @@ def strides(t, block=1):
     return tuple(0 if t.shape[dim] == 1 else t.stride(dim) // block for dim in (0, 1))
 
 
-def pack(t, channels, block, by_row=False, key_lengths=None, sight=None):
+def pack(t, channels, block, rate, by_row=False, key_lengths=None, sight=None):
     """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded.
 
-    Of keys, ``key_lengths`` and ``sight`` of a Problem say which are seen: so that a batch or heads are not one
-    where that differs.
+    They are exp(rate t), or t for rate 0. Of keys, ``key_lengths`` and ``sight`` of a Problem say which are seen:
+    so that a batch or heads are not one where that differs.
     """
     seen = None if sight is None else sight["seen"]
     same = [dim for dim in (0, 1) if seen is None or _expanded(seen, dim)]
@@ -161,7 +199,8 @@ def pack(t, channels, block, by_row=False, key_lengths=None, sight=None):
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, key_lengths, *t.stride(), H, T, tiles,
-        options=sight, D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row, num_warps=4,
+        options=sight, RATE=rate, D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row,
+        num_warps=4,
     )  # fmt: skip
     return packed, bounds
 
@@ -194,6 +233,11 @@ def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
         "IS_CAUSAL": options.is_causal,
         "scale": argument(options.scale, dtype),
         "softcap": argument(options.softcap, dtype) if options.softcap else None,
+        "ACTIVATION": options.activation,
+        "RATE": _RATES[options.activation],
+        "negative_slope": argument(options.negative_slope, dtype)
+        if options.activation == LEAKY_RELU.value
+        else None,
     }
 
 
@@ -270,8 +314,12 @@ class Problem:
             seen = seen.to(torch.int64)
         return seen.expand(self.B, self.H, self.Tk)
 
+    def pack_queries(self, query, block, by_row=False):
+        return pack(query, self.channels, block, self.options["RATE"], by_row)
+
     def pack_keys(self, block, by_row=False):
-        return pack(self.key, self.channels, block, by_row, self.key_lengths, self.sight)
+        rate = self.options["RATE"]
+        return pack(self.key, self.channels, block, rate, by_row, self.key_lengths, self.sight)
 
     def chunks(self, all_at_once):
         """(first, end) of the queries whose scores are held at the same time."""

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "additive_attention/cpu_kernel.h"
+#include "additive_attention/formula.h"
 #include "film/cpu_kernel.h"
 
 namespace {
@@ -151,7 +152,7 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const 
     p.seen = reinterpret_cast<const bool*>(seen.data()), p.seen_end = seen_end.data();
     p.seen_stride[0] = c.H, p.seen_stride[1] = 1;
   }
-  p.options = c.options;
+  p.options = c.options, p.argument = static_cast<T>(factors_of(c.options.activation).argument);
   p.weight = weight.data(), p.weight_scaled = scaled.data();
   p.weight_max = weight_max.data(), p.weight_sum = weight_sum.data();
   p.query_exp = query_exp.data(), p.query_bound = query_bound.data();
@@ -298,7 +299,10 @@ int main(int arguments, char** argument) {
   if (arguments != 3 || (std::strcmp(argument[1], "write") != 0 && std::strcmp(argument[1], "compare") != 0))
     fail("expected: kernels write|compare FILE");
   Results results(std::strcmp(argument[1], "write") == 0, argument[2]);
-  const AttentionOptions plain{false, 1.0, 0.0}, causal{true, 0.5, 0.0}, capped{false, 1.0, 3.0};
+  const AttentionOptions plain{false, 1.0, 0.0, ScoreActivation::TANH, 0},
+      causal{true, 0.5, 0.0, ScoreActivation::TANH, 0}, capped{false, 1.0, 3.0, ScoreActivation::TANH, 0},
+      sigmoid{false, 1.0, 0.0, ScoreActivation::SIGMOID, 0}, relu{true, 1.0, 0.0, ScoreActivation::RELU, 0},
+      leaky_relu{false, 1.0, 3.0, ScoreActivation::LEAKY_RELU, 0.2};
   const AttentionCase cases[] = {
       {"one query", 2, 2, 1, 40, 64, 48, 2, plain, false, false, false},
       {"one query, exponentials at hand", 2, 2, 1, 40, 64, 48, 2, plain, true, true, false},
@@ -309,6 +313,11 @@ int main(int arguments, char** argument) {
       {"sums", 1, 2, 21, 35, 19, 18, 60, causal, true, false, false},
       {"sums, few queries", 1, 1, 4, 20, 24, 16, 60, plain, false, true, false},
       {"an infinite weight", 1, 1, 5, 18, 16, 16, 1, plain, false, false, true},
+      {"sigmoid, one query", 1, 2, 1, 40, 64, 48, 2, sigmoid, false, false, false},
+      {"sigmoid, sums", 1, 1, 21, 20, 24, 16, 90, sigmoid, true, false, false},
+      {"relu", 1, 2, 19, 33, 21, 19, 2, relu, true, false, false},
+      {"leaky_relu, one query", 2, 1, 1, 37, 33, 17, 2, leaky_relu, false, false, false},
+      {"leaky_relu, few queries", 1, 2, 5, 37, 33, 17, 2, leaky_relu, false, false, false},
   };
   for (const AttentionCase& c : cases) {
     using namespace default_;
