@@ -24,7 +24,16 @@ def smoothed(scores: Tensor) -> Tensor:
     return torch.softmax(F.logsigmoid(scores), -1)
 
 
-NAMED: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": smoothed}
+NAMED: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda scores: scores.softmax(-1), "sigmoid": smoothed}
+
+
+def function(op: str, normalizer: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What makes weights of scores, by its name or itself."""
+    named = normalizer if callable(normalizer) else NAMED.get(normalizer)
+    if named is None:
+        names = ", ".join(map(repr, NAMED))
+        fail(op, "normalizer", f"one of {names}, or a callable on the scores", repr(normalizer))
+    return named
 
 
 def attend(
@@ -44,10 +53,7 @@ def attend(
 
     Scores and normaliser work in float32 at least; weights and context are in the dtype of the query.
     """
-    normalize = normalizer if callable(normalizer) else NAMED.get(normalizer)
-    if normalize is None:
-        names = ", ".join(map(repr, ("softmax", *NAMED)))
-        fail(op, "normalizer", f"one of {names}, or a callable on the scores", repr(normalizer))
+    normalize = function(op, normalizer)
     if visible is not None and not unseen_are_zero:
         key, value = _scores.without_unseen(visible, key, value)
     wide = accumulation_dtype(query.dtype)

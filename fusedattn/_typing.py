@@ -114,7 +114,9 @@ class ScoreOptions(TypedDict, total=False):
 class CappedScoreOptions(ScoreOptions, total=False):
     """Of the constructors of the others."""
 
+    scale: float
     softcap: float | None
+    normalizer: str | Callable[[Tensor], Tensor]
 
 
 class HidingOptions(TypedDict, total=False):

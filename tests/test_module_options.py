@@ -14,6 +14,7 @@ BAD_OPTIONS = {
         lambda: BahdanauAttention(5, 6, 8, activation="gelu"),
         "activation: expected one of .*got 'gelu'",
     ),
+    "normalizer": (lambda: BahdanauAttention(5, 6, 8, normalizer="max"), "normalizer: expected one of .*'max'"),
     "backend": (lambda: AdditiveAttention(5, 6, 8, backend="tpu"), "backend: expected one of .*got 'tpu'"),
     "film_backend": (lambda: FiLM(4, 3, backend="tpu"), "FiLM: backend: expected one of .*got 'tpu'"),
     "film_activation": (lambda: FiLM(4, 3, activation="swish"), "FiLM: activation: expected one of .*'swish'"),

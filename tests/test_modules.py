@@ -13,6 +13,7 @@ from fusedattn import AdditiveAttention, BahdanauAttention, ProjectedKeys
 
 VARIANTS = {
     "plain": {},
+    "smoothed": {"scale": 2.0, "normalizer": "sigmoid"},
     "no_bias": {"bias": False},
     "heads": {"num_heads": 2},
     "projected_values": {"num_heads": 2, "context_dim": 6},
@@ -55,9 +56,11 @@ def written_out(module, query, key, value=None, mask=None):
     weight = module.weight
     if module.weight_g is not None:
         weight = module.weight_g[:, None] * weight / weight.norm(dim=1, keepdim=True)
-    scores = (torch.tanh(q.unsqueeze(3) + k.unsqueeze(2)) * weight[:, None, None]).sum(-1)
+    scores = module.scale * (torch.tanh(q.unsqueeze(3) + k.unsqueeze(2)) * weight[:, None, None]).sum(-1)
     if module.softcap is not None:
         scores = module.softcap * torch.tanh(scores / module.softcap)
+    if module.normalizer == "sigmoid":
+        scores = torch.sigmoid(scores).log()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(-1)

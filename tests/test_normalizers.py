@@ -9,7 +9,7 @@ from pairwise import pairwise
 from test_additive_attention import shape
 from test_masked_keys import FORMS, PLACES, SPECIALS, check_absent
 
-from fusedattn import additive_attention, additive_attention_ref
+from fusedattn import AdditiveAttention, additive_attention, additive_attention_ref
 
 FUNCTIONS = pytest.mark.parametrize("function", [additive_attention, additive_attention_ref])
 
@@ -120,6 +120,14 @@ def test_derivatives(normalizer):
 
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid"])
+def test_activations(activation):
+    inputs = make_inputs(SIZES[0])
+    options = {"activation": activation, "negative_slope": 0.3}
+    actual = additive_attention(*inputs, normalizer=NORMALIZERS["softmax"], **options)
+    torch.testing.assert_close(actual, additive_attention(*inputs, **options))
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -239,3 +247,9 @@ def test_a_normalizer_with_parameters():
     torch.testing.assert_close(context, additive_attention(*inputs, scale=math.exp(0.3)))
     (grad,) = torch.autograd.grad(context.sum(), module.logit)
     assert grad.abs() > 0
+    attention = AdditiveAttention(4, 4, 3, normalizer=module, dtype=torch.float64)
+    assert "normalizer.logit" in attention.state_dict()
+    plain = AdditiveAttention(4, 4, 3, scale=math.exp(0.3), dtype=torch.float64)
+    plain.load_state_dict(attention.state_dict(), strict=False)
+    torch.testing.assert_close(attention(*inputs[:2]), plain(*inputs[:2]))
+    assert "scale=1.35, normalizer='sigmoid'" in repr(AdditiveAttention(4, 4, 3, scale=1.35, normalizer="sigmoid"))

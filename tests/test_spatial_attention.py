@@ -22,7 +22,8 @@ def make(gate="scalar", places=(3, 4), dtype=torch.float64, **options):
 def written_out(module, state, features, mask=None):
     """(z, weights, the weighted map)"""
     a = features.flatten(2).mT
-    e = torch.tanh(module.query_proj(state).unsqueeze(1) + module.key_proj(a)) @ module.weight[0]
+    phi = torch.relu if module.activation == "relu" else torch.tanh
+    e = phi(module.query_proj(state).unsqueeze(1) + module.key_proj(a)) @ module.weight[0]
     alpha = torch.zeros_like(e)
     for b in range(len(e)):
         seen = torch.ones(e.shape[1], dtype=torch.bool) if mask is None else mask[b].flatten()
@@ -32,10 +33,11 @@ def written_out(module, state, features, mask=None):
     return under.sum(2), alpha.view(len(e), *features.shape[2:]), under.view_as(features)
 
 
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("gate", GATES)
-def test_the_formula_and_its_gradients(gate, places):
-    module, state, features = make(gate, places)
+def test_the_formula_and_its_gradients(gate, places, activation):
+    module, state, features = make(gate, places, activation=activation)
     mask = torch.rand(2, *places) > 0.4
     leaves = [state, features, *module.parameters()]
     results = module(state, features, mask=mask, return_map=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from fusedattn import _scores
+from fusedattn import _normalizers, _scores
 from fusedattn._dispatch import beside, check_backend, not_scriptable
 from fusedattn._steps import are_recorded
 from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
@@ -64,8 +65,11 @@ class AdditiveAttention(nn.Module):
         bias: biases of the query, value and output projections. Default: True.
         normalize: use ``g weight / |weight|`` with a learned g per head: weight normalisation (Salimans and Kingma
             2016, arXiv:1602.07868), as TensorFlow's ``BahdanauAttention(normalize=True)``. Default: False.
+        scale: of the scores; above 1 it sharpens. Default: 1.0.
         softcap: see :func:`fusedattn.additive_attention`. Default: None.
         activation, negative_slope: see :func:`fusedattn.additive_attention`. Default: ``"tanh"``, 0.2.
+        normalizer: see :func:`fusedattn.additive_attention`; a module becomes part of this one.
+            Default: ``"softmax"``.
         backend: see :func:`fusedattn.additive_attention`. Default: ``"auto"``.
         device, dtype: of the parameters.
     """
@@ -84,9 +88,11 @@ class AdditiveAttention(nn.Module):
         out_dim: int | None = None,
         bias: bool = True,
         normalize: bool = False,
+        scale: float = 1.0,
         softcap: float | None = None,
         activation: str = "tanh",
         negative_slope: float = 0.2,
+        normalizer: str | Callable[[Tensor], Tensor] = "softmax",
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -99,13 +105,15 @@ class AdditiveAttention(nn.Module):
                 raise ValueError(
                     f"AdditiveAttention: {name}: expected a multiple of num_heads={num_heads}, got {width}"
                 )
-        _scores.check_numbers("AdditiveAttention", 1.0, softcap, activation, negative_slope)
+        _scores.check_numbers("AdditiveAttention", scale, softcap, activation, negative_slope)
+        _normalizers.function("AdditiveAttention", normalizer)
         check_backend("AdditiveAttention", backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         value_dim = key_dim if value_dim is None else value_dim
         self.query_dim, self.key_dim, self.value_dim = query_dim, key_dim, value_dim
         self.num_heads, self.softcap, self.backend = num_heads, softcap, backend
         self.activation, self.negative_slope = activation, negative_slope
+        self.scale, self.normalizer = scale, normalizer
         self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias, **factory)
         self.key_proj = nn.Linear(key_dim, attention_dim, bias=False, **factory)
         self.value_proj = None if context_dim is None else nn.Linear(value_dim, context_dim, bias=bias, **factory)
@@ -133,12 +141,16 @@ class AdditiveAttention(nn.Module):
         parts = [f"num_heads={self.num_heads}"]
         if self.normalize:
             parts.append("normalize=True")
+        if self.scale != 1:
+            parts.append(f"scale={self.scale}")
         if self.softcap is not None:
             parts.append(f"softcap={self.softcap}")
         if self.activation != "tanh":
             parts.append(f"activation={self.activation!r}")
         if self.activation == "leaky_relu":
             parts.append(f"negative_slope={self.negative_slope}")
+        if self.normalizer != "softmax" and not isinstance(self.normalizer, nn.Module):  # which shows itself
+            parts.append(f"normalizer={self.normalizer!r}")
         return ", ".join(parts)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -253,9 +265,12 @@ class AdditiveAttention(nn.Module):
         mask: Tensor | None,
         key_lengths: Tensor | None,
         return_weights: bool,
-        **options: Any,
+        is_causal: bool = False,
+        normalizer: Any = None,
     ) -> tuple[Tensor, Any]:
-        """(context (B, Tq, width), weights (B, H, Tq, Tk) if asked for); options are those of ``attend``."""
+        """(context (B, Tq, width), weights (B, H, Tq, Tk) if asked for); perhaps by another normaliser."""
+        normalizer = self.normalizer if normalizer is None else normalizer
+        unseen_are_zero = False
         query = self._heads(self.query_proj(query))
         token, has_heads = None, self.num_heads > 1
         if isinstance(key, ProjectedKeys):
@@ -269,8 +284,8 @@ class AdditiveAttention(nn.Module):
                 weight = self._score_weight()
             if mask is not None or key_lengths is not None:
                 keys = keys.hiding(over_heads(mask, has_heads), key_lengths)
-            elif options.get("normalizer", "softmax") != "softmax" and not options.get("is_causal"):
-                keys, options["unseen_are_zero"] = keys.without_unseen(), True
+            elif normalizer != "softmax" and not is_causal:
+                keys, unseen_are_zero = keys.without_unseen(), True
         else:
             key, value = self._project(key, value)
             keys = ProjectedKeys(_cast(key, query.dtype), _cast(value, query.dtype), mask, key_lengths)
@@ -283,15 +298,18 @@ class AdditiveAttention(nn.Module):
             beside(query, weight),
             mask=over_heads(keys.mask, has_heads),
             key_lengths=keys.key_lengths,
+            is_causal=is_causal,
+            scale=self.scale,
             softcap=self.softcap,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            normalizer=normalizer,
             return_weights=return_weights,
             backend=self.backend,
             key_exp=key_exp,
             key_bound=key_bound,
             token=token,
-            **options,
+            unseen_are_zero=unseen_are_zero,
         )
         context, weights = result if return_weights else (result, None)
         if has_heads:
@@ -311,7 +329,7 @@ class BahdanauAttention(AdditiveAttention):
         query_dim: width of the decoder state.
         memory_dim: width of the memory.
         attention_dim: width of the score network.
-        bias, normalize, softcap, activation, negative_slope, backend, device, dtype: see
+        bias, normalize, scale, softcap, activation, negative_slope, normalizer, backend, device, dtype: see
             :class:`AdditiveAttention`.
     """
 
@@ -323,9 +341,11 @@ class BahdanauAttention(AdditiveAttention):
         *,
         bias: bool = True,
         normalize: bool = False,
+        scale: float = 1.0,
         softcap: float | None = None,
         activation: str = "tanh",
         negative_slope: float = 0.2,
+        normalizer: str | Callable[[Tensor], Tensor] = "softmax",
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -336,9 +356,11 @@ class BahdanauAttention(AdditiveAttention):
             attention_dim,
             bias=bias,
             normalize=normalize,
+            scale=scale,
             softcap=softcap,
             activation=activation,
             negative_slope=negative_slope,
+            normalizer=normalizer,
             backend=backend,
             device=device,
             dtype=dtype,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fusedattn import _normalizers
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn.modules.attention import BahdanauAttention, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
@@ -50,7 +51,7 @@ class ConcatAttention(BahdanauAttention):
         sigma: width of the factor of local-p. Default: ``window / 2``, the paper's.
         out_dim: width of h~. Default: None, the context itself is returned.
         bias: a bias in W. Default: False, as in the paper.
-        normalize, softcap, activation, negative_slope, backend, device, dtype: see
+        normalize, scale, softcap, activation, negative_slope, normalizer, backend, device, dtype: see
             :class:`AdditiveAttention`.
 
     Raises:
@@ -100,8 +101,8 @@ class ConcatAttention(BahdanauAttention):
 
     def _window(
         self, query: Tensor, memory: Tensor | ProjectedKeys, position: int, key_lengths: Tensor | None
-    ) -> tuple[Tensor, str | Callable[[Tensor], Tensor]]:
-        """(bool (B or 1, Tq, Tk): the places in the window, the normaliser)"""
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """(bool (B or 1, Tq, Tk): the places in the window, the normaliser of local-p)"""
         if isinstance(memory, ProjectedKeys):
             key_lengths = memory.key_lengths if key_lengths is None else key_lengths
             memory = memory.key
@@ -109,11 +110,12 @@ class ConcatAttention(BahdanauAttention):
         places = torch.arange(Tk, device=query.device)
         if self.local == "monotonic":
             centres = torch.arange(position, position + Tq, device=query.device).view(1, Tq, 1)
-            return (places - centres).abs() <= self.window, "softmax"
+            return (places - centres).abs() <= self.window, None
         centres = self.predicted(query, Tk if key_lengths is None else key_lengths)
         near = (places - centres.round()).abs() <= self.window
         factor = torch.exp(-(places - centres).square() / (2 * self.sigma**2))
-        return near, lambda scores: scores.softmax(-1) * factor
+        normalize = _normalizers.function("ConcatAttention", self.normalizer)
+        return near, lambda scores: normalize(scores) * factor
 
     @overload  # type: ignore[override]  # one step has other arguments
     def forward(
@@ -163,7 +165,7 @@ class ConcatAttention(BahdanauAttention):
         _check(query, "ConcatAttention: query", "B", *([] if is_step else ["Tq"]), self.query_dim)
         if is_step:
             query, mask = query.unsqueeze(1), _for_one_query(mask, "ConcatAttention")
-        normalizer: str | Callable[[Tensor], Tensor] = "softmax"
+        normalizer = None
         if self.local is not None:
             near, normalizer = self._window(query, memory, position, key_lengths)
             mask = near if mask is None else mask & near

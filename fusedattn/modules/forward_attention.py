@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedattn import _normalizers
 from fusedattn.modules.attention import BahdanauAttention, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 
@@ -74,8 +75,10 @@ class ForwardAttention(BahdanauAttention):
                 )
             reach = torch.lerp(alignment, moved, transition.unsqueeze(1))
 
+        normalize = _normalizers.function("ForwardAttention", self.normalizer)
+
         def normalizer(scores: Tensor) -> Tensor:
-            weights = scores.softmax(-1) * reach.unsqueeze(1)
+            weights = normalize(scores) * reach.unsqueeze(1)
             return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
         context, weights = self._attend(

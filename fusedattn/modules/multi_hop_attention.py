@@ -32,7 +32,7 @@ class MultiHopAttention(nn.Module):
         hops: how many reads, 1 or more.
         update: ``"add"`` or ``"replace"``. Default: ``"add"``.
         shared: whether all hops have the same parameters; the memory is projected once then. Default: True.
-        bias, normalize, softcap, activation, negative_slope, backend, device, dtype: see
+        bias, normalize, scale, softcap, activation, negative_slope, normalizer, backend, device, dtype: see
             :class:`AdditiveAttention`.
 
     Raises:

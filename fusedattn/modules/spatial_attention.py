@@ -33,7 +33,7 @@ class SpatialAttention(BahdanauAttention):
         attention_dim: width of the score network.
         gate: ``"scalar"``, one beta for a state as in the paper; ``"channel"``, one for each channel, as in
             many programs; None for beta = 1. Default: ``"scalar"``.
-        bias, normalize, softcap, activation, negative_slope, backend, device, dtype: see
+        bias, normalize, scale, softcap, activation, negative_slope, normalizer, backend, device, dtype: see
             :class:`AdditiveAttention`.
 
     Raises:
