@@ -103,6 +103,7 @@ def test_film_kernels_of_any_shape(arch):
         ((2, 3, 20), 2, (2, 3, 20), (20,), (2, 3, 1), (20,)),
         ((2, 40, 3, 3), 1, (2, 1, 3, 3), None, (40,), (1, 40, 1, 3)),
         ((70, 9), 1, (70, 1), None, (1, 9), ()),
+        ((2, 3, 20), 2, None, None, (2, 3, 1), (20,)),
     )
     with on_ptx(arch) as launches:
         for (shape, channel_dim, *parameters), dtype in itertools.product(cases, (torch.float32, torch.bfloat16)):

@@ -98,10 +98,10 @@ def share(row, within, step, pieces, K):
 
 
 @triton.jit
-def _affine(x, gamma, beta, gamma_offset):
-    """(gamma + gamma_offset) x + beta and its factor, None for 1."""
+def factor(gamma, gamma_offset):
+    """gamma + gamma_offset; None stays None, for a factor of 1."""
     scale = None if gamma is None else gamma + number(gamma_offset, gamma.dtype)
-    return affine(x, scale, beta), scale
+    return scale  # alone: a tuple with None in it does not compile
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def film_fwd_kernel_broadcast(
         (beta_added_0, beta_added_1, beta_added_2), DIMS, DIMS, BETA_KIND, BETA_ADDED_KIND, ALIGN, False,
     )  # fmt: skip
     at = place(row, sizes, (x_0, x_1, x_2), 0, DIMS, ALIGN)[:, None] + n[None, :]
-    z, _ = _affine(load_wide(X + at, mask), gamma, beta, gamma_offset)
+    z = affine(load_wide(X + at, mask), factor(gamma, gamma_offset), beta)
     y = activate(z, ACTIVATION)
     if RESIDUAL is not None:
         y += load_wide(RESIDUAL + at, mask)
@@ -208,8 +208,8 @@ def film_bwd_kernel_broadcast(
         ))  # fmt: skip
         at = (at_held + place(passed, sizes, x_steps, SPLIT, DIMS, ALIGN))[:, None] + n[None, :]
         x = load_wide(X + at, these)
-        z, scale = _affine(x, gamma, beta, gamma_offset)
-        dz = grad_z(load_wide(DY + at, these), z, ACTIVATION)
+        scale = factor(gamma, gamma_offset)
+        dz = grad_z(load_wide(DY + at, these), affine(x, scale, beta), ACTIVATION)
         tl.store(DX + at, dz if scale is None else dz * scale, mask=these)
         dz_x = dz * x
         part = held.to(tl.int64) * K + passed
