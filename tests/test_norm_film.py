@@ -482,7 +482,7 @@ BUFFER = torch.zeros(3)
             *(ValueError, ["num_batches_tracked", "momentum is None"]),
         ),
         ({"backend": "gpu"}, ValueError, ["backend", "'cpu'", "'gpu'"]),
-        ({"backend": "triton"}, UnsupportedError, ["(2, 3, 4)", "no kernels of norm_film"]),
+        ({"backend": "cuda"}, UnsupportedError, ["(2, 3, 4)", "no kernels of norm_film"]),
     ],
 )
 def test_bad_input_is_named(function, changes, error, words):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from device import DEVICE, not_on_the_standin
+from device import DEVICE, not_on_the_standin, raw_op
 from test_norm_film import NAMES, make_inputs, options_of, ours
 
 from fusedattn import norm_film, norm_film_ref
@@ -54,6 +54,7 @@ def arguments(norm, shape=(2, 6, 5, 3), channel_dim=1, like_x=False, alone=False
     )
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_raw_ops_pass_opcheck(norm, alone):
@@ -64,20 +65,21 @@ def test_raw_ops_pass_opcheck(norm, alone):
         if (not training and norm != "batch") or (like_x and norm not in ("layer", "rms")):
             continue
         forward = arguments(norm, shape, channel_dim, like_x, alone, training)
-        torch.library.opcheck(torch.ops.fusedattn.norm_film_fwd.default, forward, test_utils=utils)
-        y, h, mean, var = torch.ops.fusedattn.norm_film_fwd(*forward)
+        torch.library.opcheck(raw_op("norm_film_fwd").default, forward, test_utils=utils)
+        y, h, mean, var = raw_op("norm_film_fwd")(*forward)
         grad_h = None if alone else torch.randn_like(y)
         backward = (torch.randn_like(y), grad_h, *forward[:12], *forward[13:], h, mean, var, 0b1111111111)
-        torch.library.opcheck(torch.ops.fusedattn.norm_film_bwd.default, backward, test_utils=utils)
+        torch.library.opcheck(raw_op("norm_film_bwd").default, backward, test_utils=utils)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("wrong", ["gamma", "weight", "pre_residual", "residual"])
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
     place = {"gamma": 1, "weight": 5, "pre_residual": 9, "residual": 12}[wrong]
     given = list(arguments("layer", (2, 5, 6), 2))
     given[place] = given[place][..., :2]
     with pytest.raises(RuntimeError, match=f"norm_film: {wrong}: expected"):
-        torch.ops.fusedattn.norm_film_fwd(*given)
+        raw_op("norm_film_fwd")(*given)
 
 
 @pytest.mark.parametrize("norm", NORMS)

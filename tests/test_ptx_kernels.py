@@ -22,16 +22,19 @@ import test_attention_pool
 import test_film
 import test_film_parameters
 import test_gated_film
+import test_norm_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import additive_attention, attention_pool, film, gated_film
+from fusedattn import additive_attention, attention_pool, film, gated_film, norm_film
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import (
     additive_attention_bwd,
     additive_attention_fwd,
     additive_attention_problem,
     film_broadcast,
+    norm_film_maps,
+    norm_film_rows,
 )
 from fusedattn.triton import attention_pool as attention_pool_kernels
 from fusedattn.triton import film as film_kernels
@@ -138,6 +141,37 @@ def test_attention_pool_kernels(arch):
     with on_ptx(arch) as launches:
         test_attention_pool.check(inputs, torch.tensor([shape[1], 40]), on_triton(attention_pool))
     assert set(launches.executed) == names_of_kernels(attention_pool_kernels)
+
+
+def check_norm_film(norm, x, dtype=torch.float32, channel_dim=None, **shapes):
+    inputs = test_norm_film.make_inputs({"x": x, **shapes}, dtype)
+    options = test_norm_film.options_of(norm) | {"channel_dim": channel_dim}
+    test_norm_film.check(inputs, function=on_triton(norm_film), activation="silu", **options)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_norm_film_kernel_of_rows(arch):
+    """Aligned and not, parameters held and for each place, rows that a tile holds and longer ones."""
+    x, odd, long = (2, 5, 64), (2, 3, 50), (1, 2, 4500)
+    with on_ptx(arch) as launches:
+        gate = {"pre_gate": (2, 64), "pre_residual": x, "residual": x}
+        check_norm_film("layer", x, gamma=(2, 64), gamma_added=x, beta=(64,), weight=(64,), bias=(64,), **gate)
+        check_norm_film("rms", odd, torch.bfloat16, gamma=odd, beta=(2, 3, 1), weight=(50,))
+        check_norm_film("layer", (4, 40), torch.float64, gamma=(4, 40), bias=(40,))
+        check_norm_film("layer", long, gamma=(1, 4500), beta=long, pre_gate=(4500,))
+    assert set(launches.executed) == names_of_kernels(norm_film_rows)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_norm_film_kernel_of_maps(arch):
+    """Planes and columns of channels, aligned and not, in one piece and in several."""
+    with on_ptx(arch) as launches:
+        shapes = {"gamma": (2, 6), "beta": (6,), "weight": (6,), "bias": (6,), "pre_gate": (2, 6)}
+        check_norm_film("group", (2, 6, 4, 8), **shapes, pre_residual=(2, 6, 4, 8), residual=(2, 6, 4, 8))
+        check_norm_film("batch", (2, 9, 16), torch.bfloat16, channel_dim=2, gamma=(2, 16), pre_residual=(2, 9, 16))
+        check_norm_film("instance", (2, 3, 3, 3), torch.float64, weight=(3,))
+        check_norm_film("batch", (1, 2, 5000), gamma=(2,))
+    assert set(launches.executed) == names_of_kernels(norm_film_maps)
 
 
 SIZES = {

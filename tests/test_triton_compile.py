@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from fusedattn.triton import additive_attention, film, film_problem
+from fusedattn.triton import additive_attention, film, film_problem, norm_film
 from fusedattn.triton._common import recorded
 
 
@@ -106,3 +106,40 @@ def test_one_query_of_many_keys_fills_a_large_gpu_in_backward():
     assert len(found) == 4
     for kernel in found:
         assert math.prod(kernel.grid) * kernel.num_warps >= 8 * 132, kernel.name
+
+
+def norm_film_call(norm, shape, dtype=torch.float32):
+    """Of everything that a norm takes, beside what has a value for each place."""
+    channel_dim = 2 if norm < norm_film.GROUP else 1
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    own, sample = x.new_empty(shape[channel_dim]), x.new_empty(shape[0], shape[channel_dim])
+    inputs = (x, sample, sample, None, None, own, own, sample, None, x, None, None)
+    options = (norm, 4, True, 1e-5, channel_dim, 1.0, film_problem.SILU.value)
+    y, h, mean, var = norm_film.forward(*inputs, x, *options)
+    norm_film.backward(y, h, *inputs, *options, h, mean, var, (1 << 10) - 1)
+
+
+@pytest.mark.parametrize("norm, shape", [(0, (8, 50, 100)), (4, (8, 64, 14, 14))], ids=["rows", "maps"])
+def test_norms_load_16_bytes_a_thread(norm, shape):
+    for kernel in recorded(lambda: norm_film_call(norm, shape)):
+        if "_statistics" not in kernel.name and "_means" not in kernel.name:  # of what is small
+            code = kernel.compile("cuda", 90).asm["ptx"]
+            assert "ld.global.v4.b32" in code
+            assert "st.global.v4.b32" in code or "_sums" in kernel.name
+
+
+def test_random_lengths_compile_few_kernels_of_norms():
+    """Rows by their power of two, maps by their alignment and by how many parts are joined."""
+    lengths, found = random.Random(0).sample(range(513, 1000), 30), {0: set(), 4: set()}
+    for n in lengths:
+        for norm, shape in ((0, (8, n, 64)), (4, (8, 16, n))):
+            call = functools.partial(norm_film_call, norm, shape)
+            found[norm].update(kernel.specialisation for kernel in recorded(call))
+    assert len(found[0]) == 2 and len(found[4]) <= 3 * 4 + 2
+
+
+def test_one_group_of_maps_fills_a_large_gpu():
+    """Whatever is as large as x is read by eight warps for each of 132 multiprocessors."""
+    for kernel in recorded(functools.partial(norm_film_call, norm_film.GROUP, (1, 4, 1024, 1024))):
+        if "_statistics" not in kernel.name and "_means" not in kernel.name:
+            assert math.prod(kernel.grid) * kernel.num_warps >= 8 * 132, kernel.name

@@ -382,12 +382,12 @@ def _update(
         running.lerp_(found.to(running.dtype), rate)
 
 
-_NO_KERNELS = dict.fromkeys(("cuda", "triton"), "it has no kernels of norm_film")
-_NOT_PER_CHANNEL = {
-    **_NO_KERNELS,
-    "cpu": "gamma, beta or pre_gate has one value a place, its kernels of group, instance and batch norm take one "
-    "per channel",
-}
+_NO_KERNELS = {"cuda": "it has no kernels of norm_film"}
+_NOT_PER_CHANNEL = _NO_KERNELS | dict.fromkeys(
+    ("cpu", "triton"),
+    "gamma, beta or pre_gate has one value a place, its kernels of group, instance and batch norm take one per "
+    "channel",
+)
 
 
 @overridable

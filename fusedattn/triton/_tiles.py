@@ -85,6 +85,10 @@ TABLE = (
     Tile("film", (2048,), 8),
     Tile("film", (1024,), 4, 0),
     Tile("film", (4096,), 16, 0),
+    # Elements of whole rows, 8 a thread; size: channels. Longer rows go in blocks of the last.
+    Tile("norm", (1024,), 4, 1024),
+    Tile("norm", (2048,), 8, 2048),
+    Tile("norm", (4096,), 16),
 )
 
 
