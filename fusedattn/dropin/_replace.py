@@ -247,13 +247,14 @@ def plan(
             entries.append(Entry(tuple(names), type(module).__name__, adapter, replaced, reason, is_chosen))
 
         before = _adapter_of(module)
-        if before is not None:
-            note(before, True, "it was before")
-            continue
-        known = [a for a in _of_that_name(module, by_class) if resembles(a, module)]
+        known = (
+            [a for a in _of_that_name(module, by_class) if resembles(a, module)] if before is None else [before]
+        )
         selected = [a for a in known if only is None or chosen.has(names, module, a)]
         candidates = [a for a in selected if not excluded.has(names, module, a)]
-        if not known:
+        if before is not None:
+            note(before, True, "it was before")
+        elif not known:
             unknown += 1
         elif not candidates:
             note(known[0], False, "excluded" if selected else "not among those chosen", is_chosen=False)
