@@ -25,6 +25,7 @@ _FILES = (
     "allennlp",
     "attention_learn_to_route",
     "bentrevett",
+    "captioning",
     "clam",
     "d2l",
     "diffusers",
