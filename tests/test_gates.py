@@ -394,6 +394,7 @@ def test_what_does_not_compile_leaves_the_others_checked(monkeypatch, tmp_path, 
     good = SimpleNamespace(missing=lambda: None, measure=lambda jobs, archs: [kernel(backend="Triton")])
     bad = SimpleNamespace(missing=lambda: None, measure=fails)
     good.compiler = bad.compiler = lambda: "a compiler"
+    good.inputs = bad.inputs = list
     monkeypatch.setattr(gates_main, "PARTS", {"CUDA C++": bad, "Triton": good})
     monkeypatch.setattr(sys, "argv", ["gates", "--output", str(tmp_path)])
     assert gates_main.main() == 1
@@ -480,6 +481,34 @@ def test_the_stored_table_is_that_of_the_stored_counts():
 
 def test_the_stored_table_breaks_no_threshold():
     assert thresholds.broken(map(Kernel.from_json, json.loads(roofline.COUNTS.read_text())["kernels"])) == []
+
+
+def test_the_stored_table_is_of_these_sources():
+    """`.ci/run` compiles for few architectures: `make gates` has checked all of them before."""
+    digests = json.loads(roofline.COUNTS.read_text())["sources"]
+    parts = {"CUDA C++": cuda_kernels, "Triton": triton_kernels, "Triton, oldest supported": triton_kernels}
+    assert digests == {section: tools.digest_of(part.inputs()) for section, part in parts.items()}
+
+
+def test_what_a_source_includes_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(tools, "ROOT", tmp_path)
+    for name, text in {
+        "op/cuda_fwd.cu": '#include "cuda_fwd.cuh"\n#include <cmath>',
+        "op/cuda_fwd.cuh": '#include "../common/cuda.cuh"\n#include "op/options.h"',
+        "common/cuda.cuh": "",
+        "op/options.h": "",
+        "op/cpu_kernel.h": "",
+    }.items():
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    files = cuda_kernels.inputs()
+    assert [path.relative_to(tmp_path / "csrc").as_posix() for path in files] == [
+        "common/cuda.cuh", "op/cuda_fwd.cu", "op/cuda_fwd.cuh", "op/options.h",
+    ]  # fmt: skip
+    before = tools.digest_of(files)
+    (tmp_path / "csrc/common/cuda.cuh").write_text("// changed")
+    assert tools.digest_of(files) != before
 
 
 def stored(section: str) -> list[Kernel]:

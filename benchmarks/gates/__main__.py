@@ -42,12 +42,13 @@ def main() -> int:
         options.only = "Triton"
 
     counts = options.output / "counts.json"
-    stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "kernels": []}
+    stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "sources": {}, "kernels": []}
     if options.quick:
         print(
             f"Quick: {', '.join(QUICK)} alone. Without --quick, as in make gates, all architectures are checked."
         )
     kernels, compilers, broken = [Kernel.from_json(k) for k in stored["kernels"]], dict(stored["tools"]), 0
+    digests = dict(stored["sources"])
     for backend, part in PARTS.items():
         missing = "not asked for" if options.only not in (None, backend) else part.missing()
         if missing:
@@ -61,6 +62,7 @@ def main() -> int:
             continue
         section = found[0].section
         compilers[section] = part.compiler()
+        digests[section] = tools.digest_of(part.inputs())
         kernels = [k for k in kernels if k.section != section] + found
         failed = thresholds.broken(found)
         for line in failed:
@@ -74,7 +76,8 @@ def main() -> int:
     if not (options.check or options.quick):
         kernels.sort(key=lambda k: k.section)  # stable: within a section as they were found
         rows = ",\n".join(json.dumps(k.to_json()) for k in kernels)
-        counts.write_text(f'{{"tools": {json.dumps(compilers)},\n"kernels": [\n{rows}\n]}}\n')
+        head = f'"tools": {json.dumps(compilers)},\n"sources": {json.dumps(digests)}'
+        counts.write_text(f'{{{head},\n"kernels": [\n{rows}\n]}}\n')
         (options.output / "table.md").write_text(table.markdown(kernels, compilers))
     return 1 if broken else 0
 

@@ -24,6 +24,18 @@ def sources() -> list[Path]:
     return sorted(path for path in (tools.ROOT / "csrc").glob("*/cuda_*.cu") if path.parent.name != "common")
 
 
+def inputs() -> list[Path]:
+    """Every file that may change what is compiled: the sources, and what they include of ours."""
+    found, rest = set(), sources()
+    while rest:
+        file = rest.pop()
+        found.add(file)
+        included = re.findall(r'^#include "([^"]+)"', file.read_text(), re.MULTILINE)
+        paths = (folder / name for name in included for folder in (file.parent, tools.ROOT / "csrc"))
+        rest += [path for path in map(Path.resolve, paths) if path.exists() and path not in found]
+    return sorted(found)
+
+
 def compile_source(source: Path, arch: int) -> bytes:
     """The cubin. Kept by the text that the preprocessor makes of the source, so that headers count too."""
     compiler = tools.nvcc()

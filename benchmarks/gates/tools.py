@@ -64,6 +64,11 @@ def digest(*parts: str | bytes) -> str:
     return hasher.hexdigest()[:24]
 
 
+def digest_of(files: list[Path]) -> str:
+    """Of their paths in the tree and their text."""
+    return digest(*(part for file in files for part in (str(file.relative_to(ROOT)), file.read_bytes())))
+
+
 def disassemble(cubin: bytes) -> tuple[str, dict[str, dict[str, int]], dict[str, int]]:
     """Code as `nvdisasm -c` prints it, resources of every function, threads of a block of every kernel."""
     tools = [disassembler(name) for name in ("nvdisasm", "cuobjdump")]

@@ -14,6 +14,7 @@ from collections.abc import Container
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from . import amdgcn, sass, tools
@@ -51,6 +52,11 @@ def ops() -> list[str]:
     return sorted(
         path.stem for path in FOLDER.glob("[!_]*.py") if (tools.ROOT / "fusedattn/ops" / path.name).exists()
     )
+
+
+def inputs() -> list[Path]:
+    """Every file that may change what is compiled."""
+    return sorted(FOLDER.glob("*.py"))
 
 
 @cache
