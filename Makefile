@@ -1,8 +1,8 @@
 # Every target sets up what it needs; the stamps make the second time quick.
-#   make test                       tests, at every CPU level that this machine has: five minutes on two cores
+#   make test                       tests, at every CPU level that this machine has: six minutes on two cores
 #   make test-all                   all combinations of options that make test covers in pairs; for the night
 #   make bench                      results checked, then measured, a case or two of each kind, in five minutes at most
-#   make gates                      what every GPU kernel compiles to, checked; needs no GPU; GATES=--quick: less of it
+#   make gates                      what every GPU kernel compiles to, checked and run; needs no GPU; GATES=--quick
 #   make demo                       trains a grapheme-to-phoneme model, saves alignment plots
 #   make gpu                        on a machine with an NVIDIA GPU: tests and measures, in ten minutes; GPU=--help
 #   make gpu-libraries              builds what make gpu needs there into build/gpu, to be carried; needs nvcc
@@ -29,13 +29,13 @@ BUILT := $(VENV)/.built
 .DELETE_ON_ERROR:
 
 # A worker per core, whose two threads must not spin while they wait.
-test test-all: export OMP_WAIT_POLICY := passive
-test test-all: PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+test test-all gates: export OMP_WAIT_POLICY := passive
+test test-all gates: PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
 test-all: export FUSEDATTN_TESTS := all
 test test-all: $(BUILT)
-	@echo "== compiling CUDA kernels for the emulator and as PTX"
-	$(BIN)/python tests/build_kernels.py
-	$(PYTEST) tests -m "not sanitizers"
+	@echo "== compiling CUDA kernels for the emulator"
+	$(BIN)/python tests/build_kernels.py emulator
+	$(PYTEST) tests -m "not sanitizers and not compiled"
 	@echo "== Triton kernels in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(shell grep -l mark.interpreted tests/test_*.py)
 	@echo "== tests of GPUs on a stand-in, which refuses to mix their tensors with the CPU's"
@@ -50,6 +50,9 @@ bench: $(BUILT)
 
 gates: $(BUILT)
 	$(BIN)/python -m benchmarks.gates $(GATES)
+	@echo "== running what GPU kernels compile to, without a GPU"
+	$(BIN)/python tests/build_kernels.py ptx
+	$(PYTEST) -m compiled tests/test_ptx_cuda.py tests/test_ptx_kernels.py tests/test_triton_compile.py
 
 demo: $(BUILT)
 	$(BIN)/python -m benchmarks.g2p --demo

@@ -18,6 +18,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "sanitized: emulated kernels, repeated under AddressSanitizer")
     config.addinivalue_line("markers", "races: emulated kernels on small shapes, repeated under ThreadSanitizer")
     config.addinivalue_line("markers", "sanitizers: the two markers before this one, repeated (make sanitize)")
+    config.addinivalue_line("markers", "compiled: runs what GPU kernels compile to, without a GPU (make gates)")
     # It keeps compiled derivatives by the graph of the forward pass alone, though operators have changed since.
     os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
     # Two threads run every path that splits work, and cost little on the small tensors of tests.

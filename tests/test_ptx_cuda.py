@@ -17,6 +17,8 @@ from test_additive_attention import make_inputs, shape
 test_cuda_additive_attention = pytest.importorskip("test_cuda_additive_attention")
 test_cuda_film = pytest.importorskip("test_cuda_film")
 
+pytestmark = pytest.mark.compiled
+
 
 def executed(name):
     """The module; a test that ran none of its PTX fails."""

@@ -40,6 +40,8 @@ from fusedattn.triton import attention_pool as attention_pool_kernels
 from fusedattn.triton import film as film_kernels
 from fusedattn.triton import gated_film as gated_film_kernels
 
+pytestmark = pytest.mark.compiled
+
 on_triton = functools.partial(functools.partial, backend="triton")
 ARCHS = [80, 90]
 

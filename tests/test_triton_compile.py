@@ -21,6 +21,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from fusedattn.triton import additive_attention, film, film_problem, norm_film
 from fusedattn.triton._common import recorded
 
+pytestmark = pytest.mark.compiled
+
 
 def film_call(shape, channel_dim, activation=0, shared=False, dtype=torch.float32):
     x = torch.empty(shape, dtype=dtype, device="meta")
