@@ -86,7 +86,7 @@ class Attention(ModelCase):
         return self.itemsize * scored * (2 if mode == "forward" else 3)
 
     def reduced(self) -> "Attention":
-        return replace(self, B=min(self.B, 2), Tq=min(self.Tq, 16))
+        return replace(self, B=min(self.B, 2), Tq=min(self.Tq, 16), Tk=min(self.Tk, 2000))
 
     def eager(self) -> dict[str, Function]:
         if self.heads is None:
@@ -102,6 +102,12 @@ class Attention(ModelCase):
 def attention_of_heads(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     features = torch.tanh(query[:, :, :, None] + key[:, :, None])
     return (features * weight[:, None, None]).sum(-1).softmax(-1) @ value
+
+
+def fewer(x: tuple[int, ...], channel_dim: int) -> tuple[int, ...]:
+    """A shape with all its channels, and with few samples of few places."""
+    kept = {0: min(x[0], 2), channel_dim % len(x): x[channel_dim]}
+    return tuple(kept.get(d, min(n, 96)) for d, n in enumerate(x))
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Film(ModelCase):
         return self.normal(*self.x, seed=4)
 
     def reduced(self) -> "Film":
-        return replace(self, x=(min(self.x[0], 8), *self.x[1:]))
+        return replace(self, x=fewer(self.x, self.channel_dim))
 
     def eager(self) -> dict[str, Function]:
         shape = [1] * len(self.x)

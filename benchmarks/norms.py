@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fusedattn
 
 from .contenders import Function
-from .models import ModelCase
+from .models import ModelCase, fewer
 
 
 class StreamCase(ModelCase):
@@ -91,7 +91,7 @@ class NormFilm(StreamCase):
         return forward, (reads, 1 + self.gated + 2 * self.per_place)
 
     def reduced(self) -> "NormFilm":
-        return replace(self, x=(min(self.x[0], 2), *self.x[1:]))
+        return replace(self, x=fewer(self.x, self.channel_dim))
 
     def _parts(self, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
         names = [
@@ -155,7 +155,7 @@ class GatedFilm(StreamCase):
         return self.itemsize * prod(self.x) * (3 if mode == "forward" else 6)
 
     def reduced(self) -> "GatedFilm":
-        return replace(self, x=(min(self.x[0], 2), *self.x[1:]))
+        return replace(self, x=fewer(self.x, self.channel_dim))
 
     def eager(self) -> dict[str, Function]:
         def call(x: Tensor, condition: Tensor) -> Tensor:

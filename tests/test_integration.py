@@ -1,8 +1,11 @@
 """Additive attention inside PyTorch: autograd of any order, torch.func, compile, export, autocast, opcheck."""
 
+import itertools
+
 import pytest
 import torch
 from device import DEVICE, not_on_the_standin, raw_op
+from pairwise import pairwise
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -304,8 +307,7 @@ def fresh_dynamo():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("H", [None, 2])
+@pytest.mark.parametrize(("case", "H"), zip(CASES, itertools.cycle((None, 2)), strict=False))
 def test_compile_without_graph_breaks(case, H, fresh_dynamo):
     options = options_of(case)
 
@@ -484,9 +486,7 @@ def test_autocast_of_mixed_dtypes():
 # Raw operators
 
 
-@pytest.mark.parametrize("H", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kept", [False, True])
+@pairwise(H=[1, 2], dtype=[torch.float32, torch.float64, torch.float16, torch.bfloat16], kept=[False, True])
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)

@@ -42,13 +42,13 @@ def main() -> int:
         options.only = "Triton"
 
     counts = options.output / "counts.json"
-    stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "sources": {}, "kernels": []}
+    stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "kernels": []}
     if options.quick:
         print(
             f"Quick: {', '.join(QUICK)} alone. Without --quick, as in make gates, all architectures are checked."
         )
     kernels, compilers, broken = [Kernel.from_json(k) for k in stored["kernels"]], dict(stored["tools"]), 0
-    digests = dict(stored["sources"])
+    digests = dict(stored.get("sources", {}))
     for backend, part in PARTS.items():
         missing = "not asked for" if options.only not in (None, backend) else part.missing()
         if missing:
