@@ -222,6 +222,12 @@ def test_attention_with_everything_masked_that_can_be(sizes, dtype):
         check_attention(sizes, dtype, scale=0.7, softcap=2.1, **options)
 
 
+@pytest.mark.parametrize("sizes, activation", [("tiles", "relu"), ("few_queries", "leaky_relu")])
+def test_attention_of_other_activations(sizes, activation):
+    with on_ptx(90):
+        check_attention(sizes, activation=activation)
+
+
 def test_attention_of_half_precision():
     with on_ptx(80):
         check_attention("tiles", torch.float16)

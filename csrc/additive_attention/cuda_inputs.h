@@ -36,6 +36,8 @@ struct AttentionInputs {
         mask(mask),
         key_lengths(key_lengths_),
         options(options) {
+    STD_TORCH_CHECK(options.activation == ScoreActivation::TANH,
+                    "additive_attention: activation: the CUDA kernels have tanh alone");
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
