@@ -221,7 +221,8 @@ def additive_attention_bwd_kernel_inputs(
         x_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
         x = tl.load(x_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
         rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
-        for n in tl.range(first, last, loop_unroll_factor=2):  # 1 spills on sm_100
+        UNROLL: tl.constexpr = 2 if NVIDIA else 1  # 1 spills on sm_100, 2 on AMD
+        for n in tl.range(first, last, loop_unroll_factor=UNROLL):
             z = x + tl.load(rows + n * CHANNELS, mask=in_pack, other=0.0)[None, :]
             g1 = tl.load(g + n * padded)[:, None]
             acc += linear_gradient(z, g1, negative_slope, ACTIVATION)
