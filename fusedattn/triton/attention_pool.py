@@ -32,7 +32,7 @@ from fusedattn.triton._common import (
 )
 from fusedattn.triton.film_problem import SIGMOID, TANH, activate, aligned, alignment, power_of_2
 
-# Kernels
+# Kernels. They divide in 32 bits: a division of 64 is a call, around which registers spill.
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def attention_pool_fwd_kernel(
     tiles = tl.cdiv(T, BLOCK_T)
     program = tl.program_id(0)
     k = (program % K).to(tl.int64)
-    b = (program // K // tiles).to(tl.int64)
+    bag = program // K // tiles
+    b = bag.to(tl.int64)
     t = (program // K % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     seen = t < _length(LENGTHS, b, T)
     row = (b * T + t) * D  # [BLOCK_T]
@@ -67,7 +68,7 @@ def attention_pool_fwd_kernel(
         f = activate(load_wide(HIDDEN + at, mask), TANH)
         if GATE is not None:
             f *= activate(load_wide(GATE + at, mask), SIGMOID)
-        score += f * load_wide(WEIGHT + (b // bags * K + k) * D + d, d < D)[None, :]
+        score += f * load_wide(WEIGHT + ((bag // bags).to(tl.int64) * K + k) * D + d, d < D)[None, :]
     out = tl.where(seen, tl.sum(score, 1), float("-inf"))
     tl.store(SCORES + (b * K + k) * T + t, out, mask=t < T)
 
@@ -82,16 +83,17 @@ def attention_pool_bwd_kernel(
     tiles_d = tl.cdiv(D, BLOCK_D)
     program = tl.program_id(0)
     own = (program % K).to(tl.int64)  # head of which this is the gradient of weight
-    part = (program // K // tiles_d).to(tl.int64)  # counts b, then pieces
-    b = part // pieces
+    part = program // K // tiles_d  # counts b, then pieces
+    bag = part // pieces
+    b = bag.to(tl.int64)
     d = program // K % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     length = _length(LENGTHS, b, T)
-    weight = WEIGHT + b // bags * K * D + d
+    weight = WEIGHT + (bag // bags).to(tl.int64) * K * D + d
     dscores = DSCORES + b * K * T
     ARITHMETIC: tl.constexpr = tl.float64 if HIDDEN.dtype.element_ty == tl.float64 else tl.float32
     dweight = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)
     for step in range(steps):
-        t = ((part % pieces).to(T.dtype) * steps + step) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        t = (part % pieces * steps + step) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         mask = (t < length)[:, None] & (d < D)[None, :]  # [BLOCK_T, BLOCK_D]
         at = ((b * T + t) * D)[:, None] + d[None, :]
         h = activate(load_wide(HIDDEN + at, mask), TANH)
@@ -113,7 +115,7 @@ def attention_pool_bwd_kernel(
             else:
                 tl.store(DHIDDEN + at, df * s * (1.0 - h * h), mask=within)
                 tl.store(DGATE + at, df * f * (1.0 - s), mask=within)
-    tl.store(DWEIGHT + (part * K + own) * D + d, tl.sum(dweight, 0), mask=d < D)
+    tl.store(DWEIGHT + (part.to(tl.int64) * K + own) * D + d, tl.sum(dweight, 0), mask=d < D)
 
 
 # Launchers
@@ -151,10 +153,16 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1))
 
 
-def _tile(D: int, dtype: torch.dtype) -> dict[str, int]:
-    elements = 1024 if dtype == torch.float64 else 2048
-    along = power_of_2(D, 128)
-    return {"ALIGN": alignment(D), "BLOCK_T": elements // along, "BLOCK_D": along}
+# Elements of a tile, its longest row, and its warps. Backward keeps three tiles in registers, forward two. Other
+# tiles of these sizes spilled a number or two on sm_80 or sm_90.
+_FORWARD, _BACKWARD = (4096, 128, 8), (512, 64, 2)
+
+
+def _blocks(D: int, dtype: torch.dtype, tile: tuple[int, int, int]) -> dict[str, int]:
+    elements, longest, warps = tile
+    along = power_of_2(D, longest)
+    rows = elements // along // (2 if dtype == torch.float64 else 1)
+    return {"ALIGN": alignment(D), "BLOCK_T": rows, "BLOCK_D": along, "num_warps": warps}
 
 
 def forward(hidden, gate, value, weight, lengths):
@@ -163,12 +171,12 @@ def forward(hidden, gate, value, weight, lengths):
     (B, T, D), (G, K, _) = hidden.shape, weight.shape
     wide = accumulation_dtype(hidden.dtype)
     scores = hidden.new_empty((B, K, T), dtype=wide)
-    blocks = _tile(D, hidden.dtype)
+    blocks = _blocks(D, hidden.dtype, _FORWARD)
     if scores.numel():
         pointers = *_dense(hidden, gate, weight, lengths), scores
         programs = B * triton.cdiv(T, blocks["BLOCK_T"]) * K
         with on_device_of(hidden):
-            launch(attention_pool_fwd_kernel, (programs,), *pointers, T, D, K, B // G, **blocks, num_warps=8)
+            launch(attention_pool_fwd_kernel, (programs,), *pointers, T, D, K, B // G, **blocks)
     lse = scores.logsumexp(-1)
     if value is None:
         return hidden.new_empty(0), lse, scores
@@ -196,7 +204,7 @@ def backward(
         dscores = dscores + weights * (dweights - relative.unsqueeze(-1))
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     dgate = None if gate is None else torch.empty_like(dhidden)
-    blocks = _tile(D, hidden.dtype)
+    blocks = _blocks(D, hidden.dtype, _BACKWARD)
     tiles_t, tiles_d = triton.cdiv(T, blocks["BLOCK_T"]), triton.cdiv(D, blocks["BLOCK_D"])
     most = max(1, film_problem.PROGRAMS // max(B * tiles_d, 1))
     steps = triton.cdiv(tiles_t, most)
@@ -207,10 +215,7 @@ def backward(
         sizes = T, D, K, B // G, pieces, steps
         grid = (B * pieces * tiles_d * K,)
         with on_device_of(hidden):
-            launch(
-                attention_pool_bwd_kernel, grid, *pointers, *sizes,
-                **blocks, num_warps=8,
-            )  # fmt: skip
+            launch(attention_pool_bwd_kernel, grid, *pointers, *sizes, **blocks)
     if of_value and value is not None and dvalue is None:
         dvalue = torch.zeros_like(value, memory_format=torch.contiguous_format)
     dweight = parts.sum(1).to(weight.dtype) if of_weight else None
