@@ -38,7 +38,7 @@ from fusedattn.triton.film_problem import SIGMOID, TANH, activate, aligned, alig
 @triton.jit
 def _length(LENGTHS, b, T):
     """How many instances of bag b count."""
-    return T if LENGTHS is None else tl.minimum(tl.load(LENGTHS + b), T).to(T.dtype)
+    return T if LENGTHS is None else tl.minimum(tl.load(LENGTHS + b).to(tl.int32), T)
 
 
 UNSPECIALISED = ["T", "K", "bags", "pieces", "steps"]
@@ -154,8 +154,8 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 # Elements of a tile, its longest row, and its warps. Backward keeps three tiles in registers, forward two. Other
-# tiles of these sizes spilled a number or two on sm_80 or sm_90.
-_FORWARD, _BACKWARD = (4096, 128, 8), (512, 64, 2)
+# tiles of these sizes spilled a number or two somewhere.
+_FORWARD, _BACKWARD = (4096, 128, 8), (1024, 32, 4)
 
 
 def _blocks(D: int, dtype: torch.dtype, tile: tuple[int, int, int]) -> dict[str, int]:

@@ -47,7 +47,11 @@ NAMES = ("condition", "added")
 def _behind(P, apart, KIND: tl.constexpr, ALIGN: tl.constexpr):
     """Where the second half of a condition begins, or None."""
     UNIT: tl.constexpr = ALIGN if KIND % 2 == 1 else 1
-    return P if P is None else P + aligned(apart, UNIT)
+    if P is None:  # noqa: SIM108, of which Triton 3.6 makes no such expression
+        second = P
+    else:
+        second = P + aligned(apart, UNIT)
+    return second
 
 
 UNSPECIALISED = [
