@@ -405,12 +405,18 @@ def set_tf32(request):
         setting(False)
 
 
+def allows_tf32(arguments):
+    """What the raw op is told; an argument that has its default is left out."""
+    names = [argument.name for argument in raw_op("additive_attention_fwd").default._schema.arguments]
+    return dict(zip(names, arguments, strict=False)).get("allow_tf32", False)
+
+
 class RecordsTf32(TorchDispatchMode):
     """Whether the last call of the raw op was allowed TF32."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is raw_op("additive_attention_fwd").default:
-            self.allowed = args[13:] == (True,)  # without an argument that has its default
+            self.allowed = allows_tf32(args)
         return function(*args, **(kwargs or {}))
 
 
@@ -430,7 +436,7 @@ def test_tf32_follows_the_setting_when_compiled(set_tf32, fresh_dynamo):
 
     def record(graph, inputs):
         op = raw_op("additive_attention_fwd").default
-        allowed.extend(node.args[13:] == (True,) for node in graph.graph.nodes if node.target is op)
+        allowed.extend(allows_tf32(node.args) for node in graph.graph.nodes if node.target is op)
         return graph
 
     inputs = make_inputs(dtype=torch.float32)

@@ -182,7 +182,7 @@ Outputs forward(const Problem<T>& p) {
         continue;
       }
       const double sum = kernels().exponentials(ARITHMETIC<T>, length, row, most, out);
-      l[n] = static_cast<T>(most + std::log(sum));
+      l[n] = static_cast<T>(most + std::log1p(sum - 1));  // log would be that of glibc 2.29
       if (pools)
         for (int64_t t = 0; t < length; ++t) out[t] = static_cast<T>(out[t] / sum);
     }

@@ -37,6 +37,7 @@ launches are in ``additive_attention_fwd.py`` and ``_bwd.py``; what both share, 
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -197,28 +198,31 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
     )
     narrow = (((2, 6, 300, 16), False), ((8, 40, 300, 64), True))
     found: dict[tuple, Kernel] = {}
-    for dtype, (shape, masked) in itertools.product(dtypes, wide + narrow):
+    calls = [(dtype, "tanh", *call) for dtype, call in itertools.product(dtypes, wide + narrow)]
+    calls += [(dtypes[0], "relu", *wide[0]), (dtypes[0], "relu", *wide[1]), (dtypes[0], "leaky_relu", *wide[0])]
+    for dtype, activation, shape, masked in calls:
         # Compiling takes its time: the others have the first one's kernels in float64, too, and what is narrow
         # takes fewer registers in half precision, where products have one term.
         if (dtype == torch.float64 and shape == wide[0][0]) or (dtype.itemsize == 2 and (shape, masked) in narrow):
             continue
 
-        def call(shape=shape, dtype=dtype, masked=masked):
-            _typical_call(*shape, dtype, masked)
+        def call(shape=shape, dtype=dtype, masked=masked, activation=activation):
+            _typical_call(*shape, dtype, masked, activation)
 
-        every_tile = dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
+        every_tile = activation == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
+        suffix = "" if activation == "tanh" else f"-{activation}"
         for kernel in recorded(call, target, every_tile):
-            found.setdefault(kernel.specialisation, kernel)
+            found.setdefault(kernel.specialisation, replace(kernel, name=kernel.name + suffix))
     return list(found.values())
 
 
-def _typical_call(B, Tq, Tk, D, dtype, masked):
+def _typical_call(B, Tq, Tk, D, dtype, masked, activation):
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
     inputs += [mask, lengths, None, None]
-    options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS["tanh"], 0.2)
+    options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
     additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b1111)
