@@ -153,9 +153,9 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1))
 
 
-# Elements of a tile, its longest row, and its warps. Backward keeps three tiles in registers, forward two. Other
+# Elements of a tile, its longest row, and its warps. Backward keeps three tiles in registers, forward two. Larger
 # tiles of these sizes spilled a number or two somewhere.
-_FORWARD, _BACKWARD = (4096, 128, 8), (1024, 32, 4)
+_FORWARD, _BACKWARD = (1024, 128, 4), (512, 16, 4)
 
 
 def _blocks(D: int, dtype: torch.dtype, tile: tuple[int, int, int]) -> dict[str, int]:
