@@ -129,6 +129,17 @@ def test_without_nvidia_smi_nothing_is_known(monkeypatch, tmp_path):
     assert timings.bound({"max_sm_mhz": "2000", "multiprocessors": 100}) == 32 * 100 * 2
 
 
+def test_a_line_of_the_gpus_table():
+    shared = {"case": "attention (1, 1, 8, 8)", "dtype": "bfloat16", "mode": "forward", "unit": "G tanh/s"}
+    row = shared | {"contender": "cuda", "milliseconds": 2.0, "call_microseconds": 30.0, "rate": 5.0}
+    agreeing = row | {"disagrees": None}
+    assert timings.line(agreeing, 10.0).split()[-7:] == ["cuda", "2.0000", "30.0", "5.0", "G", "tanh/s", "50%"]
+    assert timings.line(agreeing, None).endswith("-")
+    assert timings.line(row | {"disagrees": "grad_key: 3"}, 10.0).endswith("50%  DISAGREES: grad_key: 3")
+    lacking = row | {"milliseconds": None, "why": "out of memory"}
+    assert timings.line(lacking, 10.0).endswith("cuda       out of memory")
+
+
 def test_carried_libraries_must_be_of_these_sources(tmp_path):
     root, carried = tmp_path / "root", tmp_path / "carried"
     (root / "csrc" / "film").mkdir(parents=True)
