@@ -1,43 +1,21 @@
 """Whole blocks of networks, as their authors write them and with what lies between their products fused."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import fusedattn
 
 from .contenders import Function
-from .models import ModelCase
+from .models import LayerCase
 
 
-@dataclass(frozen=True)
-class BlockCase(ModelCase):
+class BlockCase(LayerCase):
     """Two functions of data and then parameters: ``by_hand`` and ``with_ours``, which is compiled, too."""
 
-    B: int
     compiles_fused = True
-
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the inputs; the result is like the first."""
-        raise NotImplementedError
-
-    def inputs(self) -> tuple[Tensor, ...]:
-        return tuple(
-            self.normal(*shape, seed=n, scale=1.0 if n < 2 else shape[1:].numel() ** -0.5)
-            for n, shape in enumerate(map(torch.Size, self.shapes()))
-        )
-
-    def grad_output(self) -> Tensor:
-        return self.normal(*self.shapes()[0], seed=99)
-
-    def reduced(self) -> "BlockCase":
-        return replace(self, B=2)
-
-    def eager(self) -> dict[str, Function]:
-        return {"eager": self.by_hand}
 
     def fused(self) -> Function:
         return self.with_ours
@@ -47,6 +25,7 @@ class BlockCase(ModelCase):
 class DiTBlock(BlockCase):
     """A transformer block under adaLN-Zero (Peebles & Xie 2022, arXiv:2212.09748)."""
 
+    B: int
     T: int
     width: int
     heads: int
@@ -55,9 +34,12 @@ class DiTBlock(BlockCase):
     def name(self) -> str:
         return f"block DiT ({self.B}, {self.T}, {self.width}), {self.heads} heads {self.dtype}"
 
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        B, T, C = self.B, self.T, self.width
-        return (B, T, C), (B, C), (6 * C, C), (3 * C, C), (C, C), (4 * C, C), (C, 4 * C)
+    def data(self) -> tuple[tuple[int, ...], ...]:
+        return (self.B, self.T, self.width), (self.B, self.width)
+
+    def parameters(self) -> tuple[tuple[int, ...], ...]:
+        C = self.width
+        return (6 * C, C), (3 * C, C), (C, C), (4 * C, C), (C, 4 * C)
 
     def _attention(self, y: Tensor, to_qkv: Tensor, to_out: Tensor) -> Tensor:
         q, k, v = F.linear(y, to_qkv).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -89,6 +71,7 @@ def _mlp(y: Tensor, up: Tensor, down: Tensor) -> Tensor:
 class FiLMedResNetBlock(BlockCase):
     """The residual block of FiLM (Perez et al. 2018, arXiv:1709.07871), without coordinate maps."""
 
+    B: int
     C: int
     N: int
     condition: int
@@ -98,9 +81,12 @@ class FiLMedResNetBlock(BlockCase):
         sizes = f"({self.B}, {self.C}, {self.N}, {self.N})"
         return f"block FiLMed ResNet {sizes}, condition {self.condition} {self.dtype}"
 
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        B, C, N, Z = self.B, self.C, self.N, self.condition
-        return (B, C, N, N), (B, Z), (2 * C, Z), (C, C, 1, 1), (C, C, 3, 3)
+    def data(self) -> tuple[tuple[int, ...], ...]:
+        return (self.B, self.C, self.N, self.N), (self.B, self.condition)
+
+    def parameters(self) -> tuple[tuple[int, ...], ...]:
+        C = self.C
+        return (2 * C, self.condition), (C, C, 1, 1), (C, C, 3, 3)
 
     def _block(self, modulated: Callable[..., Tensor], x, z, to_both, one, three) -> Tensor:
         h = F.relu(F.conv2d(x, one))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -227,19 +228,20 @@ class DecoderLoop(nn.Module):
         return torch.stack([self.attention(query, keys, return_weights=False) for query in queries])
 
 
-class ModuleCase(ModelCase):
-    """A module with its projections against the same lines by hand, ``by_hand``."""
-
-    def module(self) -> nn.Module:
-        raise NotImplementedError
+class LayerCase(ModelCase):
+    """What has parameters, against the same lines by hand, ``by_hand``: a function of data and parameters."""
 
     def data(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what the module is called with, of which the first is the result's."""
+        """Shapes of what it is called with, of which the first is the result's."""
+        raise NotImplementedError
+
+    def parameters(self) -> tuple[tuple[int, ...], ...]:
+        """Their shapes."""
         raise NotImplementedError
 
     def inputs(self) -> tuple[Tensor, ...]:
-        parameters = [p.shape for p in self.module().parameters()]
-        scales = [1.0 for _ in self.data()] + [shape[-1] ** -0.5 for shape in parameters]
+        parameters = self.parameters()
+        scales = [1.0 for _ in self.data()] + [prod(shape[1:] or shape) ** -0.5 for shape in parameters]
         shapes = [*self.data(), *parameters]
         return tuple(
             self.normal(*shape, seed=n, scale=scale)
@@ -249,8 +251,21 @@ class ModuleCase(ModelCase):
     def grad_output(self) -> Tensor:
         return self.normal(*self.data()[0], seed=99)
 
+    def reduced(self) -> "LayerCase":
+        return replace(self, B=2)
+
     def eager(self) -> dict[str, Function]:
         return {"eager": self.by_hand}
+
+
+class ModuleCase(LayerCase):
+    """A module with its projections."""
+
+    def module(self) -> nn.Module:
+        raise NotImplementedError
+
+    def parameters(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(p.shape) for p in self.module().parameters())
 
     def fused(self) -> Function:
         module = self.module()
@@ -267,9 +282,6 @@ class FilmModule(ModuleCase):
     @property
     def name(self) -> str:
         return f"module FiLM ({self.B}, {self.C}, {self.N}, {self.N}), condition {self.condition} {self.dtype}"
-
-    def reduced(self) -> "FilmModule":
-        return replace(self, B=2)
 
     def module(self) -> nn.Module:
         return fusedattn.FiLM(self.condition, self.C)
@@ -305,9 +317,6 @@ class MultiheadModule(ModuleCase):
 
     def eager_bytes(self, mode: str) -> int:
         return self.itemsize * self.B * self.Tq * self.Tk * self.width * (2 if mode == "forward" else 3)
-
-    def reduced(self) -> "MultiheadModule":
-        return replace(self, B=2)
 
     @staticmethod
     def by_hand(query, key, weight, to_q, q_bias, to_k, to_v, v_bias, to_out, out_bias) -> Tensor:
