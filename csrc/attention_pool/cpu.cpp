@@ -70,6 +70,16 @@ struct Result {
   }
 };
 
+// In the type of the arithmetic, contiguous; nothing of none.
+template <typename T>
+Buffer<T> widened(const OptionalTensor& t) {
+  if (!t) return Buffer<T>(0);
+  const Tensor dense = torch::stable::contiguous(*t);
+  Buffer<T> out(t->numel());
+  kernels().widen(storage_type(t->scalar_type()), t->numel(), 1, dense.const_data_ptr(), out.get(), false);
+  return out;
+}
+
 template <typename T>
 struct Problem {
   StorageType type;
@@ -93,7 +103,7 @@ struct Problem {
         gate(gate, "gate", B, rows, dtype),
         value(value, "value", B, rows, dtype),
         lengths(lengths),
-        weight(weight.numel()) {
+        weight(widened<T>(weight)) {
     const int64_t D = this->hidden.width;
     STD_TORCH_CHECK(weight.dim() == 3 && weight.size(2) == D && groups > 0 && B % groups == 0,
                     "attention_pool: weight: expected shape (groups of ", B, ", K, ", D, ")");
@@ -101,9 +111,6 @@ struct Problem {
     STD_TORCH_CHECK(
         !lengths || (lengths->dim() == 1 && lengths->size(0) == B && lengths->scalar_type() == ScalarType::Long),
         "attention_pool: lengths: expected int64 of shape (", B, ",)");
-    const Tensor dense = torch::stable::contiguous(weight);
-    kernels().widen(storage_type(weight.scalar_type()), weight.numel(), 1, dense.const_data_ptr(),
-                    this->weight.get(), false);
     piece = std::clamp(ceil_div(B * rows, 256), LEAST_ROWS, MOST_ROWS);
     pieces = ceil_div(rows, piece);
   }
@@ -154,7 +161,8 @@ template <typename T>
 Outputs forward(const Problem<T>& p) {
   const int64_t K = p.K, N = p.rows, Dv = p.value.width;
   Tensor scores = empty({p.B, K, N}, p.wide), lse = empty({p.B, K}, p.wide);
-  Tensor context = p.value.data == nullptr && !p.value.tensor ? empty({0}, p.dtype) : empty({p.B, K, Dv}, p.dtype);
+  const bool pools = p.value.tensor.has_value();
+  Tensor context = pools ? empty({p.B, K, Dv}, p.dtype) : empty({0}, p.dtype);
   T *const e = static_cast<T*>(scores.mutable_data_ptr()), *const l = static_cast<T*>(lse.mutable_data_ptr());
   const T minus_infinity = -std::numeric_limits<T>::infinity();
   p.for_each_piece([&](int64_t, int64_t b, int64_t t, int64_t count) {
@@ -164,7 +172,6 @@ Outputs forward(const Problem<T>& p) {
     for (int64_t k = 0; k < K; ++k)
       std::fill(at + k * N + count, at + k * N + std::min(p.piece, N - t), minus_infinity);
   });
-  const bool pools = p.value.tensor.has_value();
   const Buffer<T> weights(pools ? p.B * K * N : 0), parts(pools ? p.B * p.pieces * K * Dv : 0);
   parallel_for(p.B * K, ceil_div(16384, std::max<int64_t>(N, 1)), [&](int64_t first, int64_t last) {
     const Buffer<T> room(pools ? 0 : N);
@@ -196,16 +203,6 @@ Outputs forward(const Problem<T>& p) {
   const Buffer<T> found = added_up(parts.get(), p.B, p.pieces, K * Dv);
   kernels().narrow(p.type, p.B * K * Dv, found.get(), context.mutable_data_ptr());
   return {context, lse, scores};
-}
-
-// A gradient of an output in the type of the arithmetic; none for 0.
-template <typename T>
-Buffer<T> widened(const OptionalTensor& t) {
-  if (!t) return Buffer<T>(0);
-  const Tensor dense = torch::stable::contiguous(*t);
-  Buffer<T> out(t->numel());
-  kernels().widen(storage_type(t->scalar_type()), t->numel(), 1, dense.const_data_ptr(), out.get(), false);
-  return out;
 }
 
 template <typename T>
