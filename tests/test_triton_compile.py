@@ -103,7 +103,7 @@ def test_random_lengths_compile_few_kernels_of_additive_attention():
 
 def test_one_query_of_many_keys_fills_a_large_gpu_in_backward():
     """Each kernel that walks the keys has eight warps for each of 132 multiprocessors."""
-    call = functools.partial(additive_attention._typical_call, 1, 1, 100000, 256, torch.float32, False, "tanh")
+    call = functools.partial(additive_attention._typical_call, (1, 1, 100000, 256), torch.float32, False, "tanh")
     found = [kernel for kernel in recorded(call) if "_bwd_" in kernel.name]
     assert len(found) == 4
     for kernel in found:

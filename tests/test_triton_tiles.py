@@ -66,7 +66,7 @@ def tiles_of_scores(kernels):
 def test_launchers_take_the_rows_of_the_target(gpu):
     found = set()
     for Tq in (16, 17):
-        call = functools.partial(additive_attention._typical_call, 2, Tq, 40, 8, torch.float32, False, "tanh")
+        call = functools.partial(additive_attention._typical_call, (2, Tq, 40, 8), torch.float32, False, "tanh")
         found |= tiles_of_scores(recorded(call, TARGETS[gpu]))
     rows = _tiles.rows("scores", gpu)
     assert found == {(tile.extents, tile.warps) for tile in rows if tile.most > 0}

@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -226,6 +226,14 @@ def recorded(
         return _record
     finally:
         _record = None
+
+
+def distinct(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """One of each specialisation, the first."""
+    found: dict[tuple, Kernel] = {}
+    for kernel in kernels:
+        found.setdefault(kernel.specialisation, kernel)
+    return list(found.values())
 
 
 def recording_for() -> tuple[str, int | str] | None:

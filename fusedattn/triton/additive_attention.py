@@ -45,7 +45,7 @@ import torch
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import SCORE_ACTIVATIONS, schema
 from fusedattn._options import AdditiveAttentionOptions as Options
-from fusedattn.triton._common import Kernel, asked_for, on_device_of, recorded, register
+from fusedattn.triton._common import Kernel, asked_for, distinct, on_device_of, recorded, register
 from fusedattn.triton.additive_attention_bwd import (
     key_gradient,
     packed_rows,
@@ -197,7 +197,7 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
         ((128, 64, 128, 1024), True),
     )
     narrow = (((2, 6, 300, 16), False), ((8, 40, 300, 64), True))
-    found: dict[tuple, Kernel] = {}
+    found = list[Kernel]()
     calls = [(dtype, "tanh", *call) for dtype, call in itertools.product(dtypes, wide + narrow)]
     calls += [(dtypes[0], "relu", *wide[0]), (dtypes[0], "relu", *wide[1]), (dtypes[0], "leaky_relu", *wide[0])]
     for dtype, activation, shape, masked in calls:
@@ -206,17 +206,15 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
         if (dtype == torch.float64 and shape == wide[0][0]) or (dtype.itemsize == 2 and (shape, masked) in narrow):
             continue
 
-        def call(shape=shape, dtype=dtype, masked=masked, activation=activation):
-            _typical_call(*shape, dtype, masked, activation)
-
+        call = functools.partial(_typical_call, shape, dtype, masked, activation)
         every_tile = activation == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
         suffix = "" if activation == "tanh" else f"-{activation}"
-        for kernel in recorded(call, target, every_tile):
-            found.setdefault(kernel.specialisation, replace(kernel, name=kernel.name + suffix))
-    return list(found.values())
+        found += [replace(k, name=k.name + suffix) for k in recorded(call, target, every_tile)]
+    return distinct(found)
 
 
-def _typical_call(B, Tq, Tk, D, dtype, masked, activation):
+def _typical_call(shape, dtype, masked, activation):
+    B, Tq, Tk, D = shape
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None

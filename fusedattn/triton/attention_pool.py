@@ -13,6 +13,8 @@ Symbols: as in ``fusedattn/ops/attention_pool.py``, definition and reference. Te
 ``tests/test_attention_pool.py``, ``tests/test_ptx_kernels.py``.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from fusedattn.triton import film_problem
 from fusedattn.triton._common import (
     Kernel,
     asked_for,
+    distinct,
     launch,
     load_wide,
     on_device_of,
@@ -248,9 +251,6 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         outputs = forward(*given)
         backward(None, None, outputs[2], *given, *outputs, 0b1111)
 
-    found: dict[tuple, Kernel] = {}
-    for dtype in dtypes:
-        for case in ((10_000, 256, 1, True, False), (10_000, 128, 1, False, False), (300, 100, 3, True, True)):
-            for kernel in recorded(lambda: call(dtype, *case), target):  # noqa: B023, called at once
-                found.setdefault(kernel.specialisation, kernel)
-    return list(found.values())
+    cases = (10_000, 256, 1, True, False), (10_000, 128, 1, False, False), (300, 100, 3, True, True)
+    calls = (partial(call, dtype, *case) for dtype in dtypes for case in cases)
+    return distinct(kernel for of in calls for kernel in recorded(of, target))

@@ -27,6 +27,7 @@ Symbols: B, M, C, N as above; R runs; BLOCK_R, BLOCK_N, BLOCK_C extents of a til
 ``fusedattn/ops/film.py``. Tests: ``tests/test_triton_film.py``, ``tests/test_triton_compile.py``, ``make gates``.
 """
 
+import functools
 import math
 
 import torch
@@ -38,7 +39,17 @@ from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import FilmOptions as Options
 from fusedattn._options import schema
 from fusedattn.triton import _tiles, film_broadcast, film_problem
-from fusedattn.triton._common import Kernel, asked_for, launch, load_wide, number, recorded, register, require
+from fusedattn.triton._common import (
+    Kernel,
+    asked_for,
+    distinct,
+    launch,
+    load_wide,
+    number,
+    recorded,
+    register,
+    require,
+)
 from fusedattn.triton.film_problem import (
     GELU,
     SILU,
@@ -395,9 +406,5 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         (maps, 1, GELU, (8, 1, 56, 56)),
         ((8, 1024, 7, 7), 1, TANH, (8, 1, 7, 7), (1024,)),
     )
-    found: dict[tuple, Kernel] = {}
-    for dtype in dtypes:
-        for case in cases:
-            for kernel in recorded(lambda: call(dtype, *case), target):  # noqa: B023, called at once
-                found.setdefault(kernel.specialisation, kernel)
-    return list(found.values())
+    calls = (functools.partial(call, dtype, *case) for dtype in dtypes for case in cases)
+    return distinct(kernel for of in calls for kernel in recorded(of, target))

@@ -21,6 +21,7 @@ times pieces. Tests: ``tests/test_film_parameters.py``.
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,19 @@ LEAST_STEPS = 16  # of a row that shares its walk, so that parts stay few beside
 
 
 # Kernels
+
+
+@triton.jit
+def tile_of_program(R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows [BLOCK_R], the number of the tile along rows, places in them [BLOCK_N]; which rows and which elements
+    exist."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    row = (program // tiles_n).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tile_n = program % tiles_n
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = row < R
+    return row, tile_n, n, within, within[:, None] & (n < N)[None, :]
 
 
 @triton.jit
@@ -134,12 +148,7 @@ def film_fwd_kernel_broadcast(
 ):  # fmt: skip
     N = aligned(N, ALIGN)
     sizes = (size_0, size_1, size_2)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    row = (program // tiles_n).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    n = (program % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    within = row < R
-    mask = within[:, None] & (n < N)[None, :]  # [BLOCK_R, BLOCK_N]
+    row, _, n, within, mask = tile_of_program(R, N, BLOCK_R, BLOCK_N)
     gamma = pair(
         GAMMA, GAMMA_ADDED, row, row, n, within, mask, sizes, (gamma_0, gamma_1, gamma_2),
         (gamma_added_0, gamma_added_1, gamma_added_2), DIMS, DIMS, GAMMA_KIND, GAMMA_ADDED_KIND, ALIGN, False,
@@ -175,13 +184,7 @@ def film_bwd_kernel_broadcast(
     gamma_added_steps = (gamma_added_0, gamma_added_1, gamma_added_2)
     beta_steps = (beta_0, beta_1, beta_2)
     beta_added_steps = (beta_added_0, beta_added_1, beta_added_2)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    row = (program // tiles_n).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    tile_n = program % tiles_n
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    within = row < R
-    mask = within[:, None] & (n < N)[None, :]  # [BLOCK_R, BLOCK_N]
+    row, tile_n, n, within, mask = tile_of_program(R, N, BLOCK_R, BLOCK_N)
     held = row // pieces
     gamma_held = pair(
         GAMMA, GAMMA_ADDED, held, held, n, within, mask, sizes, gamma_steps, gamma_added_steps,
@@ -262,34 +265,38 @@ def spread(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=accumulation_dtype(t.dtype)).copy_(t)
 
 
-class Walk:
-    """x and its parameters along the dimensions that kernels take: ``dims``, rows last.
+def in_rank(t: Tensor, view: View, channel_dim: int) -> Tensor:
+    """A parameter in the rank of x, as a walk takes it."""
+    return in_order(t.reshape(shape_in_rank(t, view.x.dim(), channel_dim)), view)
 
-    ``sources`` lie along x, too, at steps of their own. ``is_spread``: there were too many dimensions, parameters
-    have a value for each element now.
+
+class Walk:
+    """x and its parameters, in its rank, along the dimensions that kernels take: ``dims``, rows last.
+
+    ``sources`` lie along x, too, at steps of their own. Where there are too many dimensions it does not ``fit``:
+    parameters have to be ``spread``.
     """
 
     def __init__(
         self,
         view: View,
-        parameters: tuple[Tensor | None, ...],
-        channel_dim: int,
+        parameters: Sequence[Tensor | None],
         names: tuple[str, ...] = NAMES,
         sources: tuple[Tensor, ...] = (),
     ):
-        self.view, self.names, self.sources = view, names, sources
-        self.parameters = [None if t is None else self._in_rank(t, channel_dim) for t in parameters]
+        self.view, self.parameters, self.names, self.sources = view, parameters, names, sources
         self.dims = self._joined()
-        self.is_spread = len(self.dims) > OUTER + 1
-        if self.is_spread:
-            self.parameters = [None if t is None else spread(t, view.x) for t in self.parameters]
-            self.dims = self._joined()
 
-    def _in_rank(self, t: Tensor, channel_dim: int) -> Tensor:
-        return in_order(t.reshape(self.shape_in_rank(t, channel_dim)), self.view)
+    @classmethod
+    def of(cls, view: View, parameters: Sequence[Tensor | None], channel_dim: int) -> "Walk":
+        """With parameters as they are given, in whatever rank, spread if need be."""
+        parameters = [None if t is None else in_rank(t, view, channel_dim) for t in parameters]
+        walk = cls(view, parameters)
+        return walk if walk.fits else cls(view, [None if t is None else spread(t, view.x) for t in parameters])
 
-    def shape_in_rank(self, t: Tensor, channel_dim: int) -> list[int]:
-        return shape_in_rank(t, self.view.x.dim(), channel_dim)
+    @property
+    def fits(self) -> bool:
+        return len(self.dims) <= OUTER + 1
 
     def _joined(self) -> list[_Dim]:
         x, dims = self.view.x, list[_Dim]()
@@ -368,7 +375,7 @@ class Walk:
 
 def forward(view, parameters, channel_dim: int, residual: Tensor | None, y: Tensor, options: dict) -> None:
     """Fills y; parameters in the order of NAMES, residual with the strides of x."""
-    walk = Walk(view, parameters, channel_dim)
+    walk = Walk.of(view, parameters, channel_dim)
     numbers, kinds = walk.arguments(walk.outer, [])
     R, N = math.prod(dim.size for dim in walk.outer), walk.row.size
 
@@ -388,7 +395,7 @@ def backward(
     view, grad_output, parameters, asked: tuple[bool, ...], channel_dim: int, dx: Tensor, options: dict
 ) -> list[Tensor | None]:
     """Fills dx; returns the gradients of parameters in the order of NAMES, of those that are asked for."""
-    walk = Walk(view, parameters, channel_dim)
+    walk = Walk.of(view, parameters, channel_dim)
     held, passed = walk.split(asked)
     numbers, kinds = walk.arguments(held, passed)
     G, K, N = math.prod(dim.size for dim in held), math.prod(dim.size for dim in passed), walk.row.size
@@ -437,5 +444,5 @@ class Gradient:
         parts = self.parts if self.is_direct else self.parts.sum(self.summed)
         parts = parts.reshape([self.walk.view.x.shape[d] for d in self.places])
         parts = parts.permute(sorted(range(parts.dim()), key=self.places.__getitem__)).reshape(self.shape)
-        parts = parts.sum_to_size(self.walk.shape_in_rank(given, channel_dim))
+        parts = parts.sum_to_size(shape_in_rank(given, self.walk.view.x.dim(), channel_dim))
         return parts.reshape(given.shape).to(given.dtype).contiguous()

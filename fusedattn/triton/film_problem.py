@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fusedattn._options import FilmOptions as Options
+from fusedattn._options import FilmOptions, NormFilmOptions
 from fusedattn.triton import _tiles
 from fusedattn.triton._common import argument, on_device_of
 
@@ -186,6 +186,6 @@ def alignment(n: int) -> int:
     return 4 if n % 4 == 0 and n % 16 else 1
 
 
-def kernel_options(options: Options, dtype: torch.dtype) -> dict:
+def kernel_options(options: FilmOptions | NormFilmOptions, dtype: torch.dtype) -> dict:
     """What kernels take of the options, by name."""
     return {"gamma_offset": argument(options.gamma_offset, dtype), "ACTIVATION": options.activation}

@@ -14,6 +14,7 @@ Symbols: as in ``film_broadcast.py``. Definition and reference: ``fusedattn/ops/
 
 import copy
 import math
+from functools import partial
 
 import torch
 import triton
@@ -23,18 +24,19 @@ from torch import Tensor
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import GatedFilmOptions as Options
 from fusedattn._options import schema
-from fusedattn.triton._common import Kernel, asked_for, launch, load_wide, recorded, register, require
+from fusedattn.triton._common import Kernel, asked_for, distinct, launch, load_wide, recorded, register, require
 from fusedattn.triton.film_broadcast import (
     OUTER,
     Gradient,
     Walk,
-    in_order,
+    in_rank,
     pair,
     place,
     shape_in_rank,
     share,
     spread,
     store_terms,
+    tile_of_program,
 )
 from fusedattn.triton.film_problem import SIGMOID, TANH, View, activate, aligned, plus
 
@@ -73,12 +75,7 @@ def gated_film_fwd_kernel(
     sizes = (size_0, size_1, size_2)
     condition_steps = (condition_0, condition_1, condition_2)
     added_steps = (added_0, added_1, added_2)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    row = (program // tiles_n).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    n = (program % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    within = row < R
-    mask = within[:, None] & (n < N)[None, :]  # [BLOCK_R, BLOCK_N]
+    row, _, n, within, mask = tile_of_program(R, N, BLOCK_R, BLOCK_N)
     h_a = pair(
         CONDITION, ADDED, row, row, n, within, mask, sizes, condition_steps, added_steps,
         DIMS, DIMS, CONDITION_KIND, ADDED_KIND, ALIGN, False,
@@ -117,13 +114,7 @@ def gated_film_bwd_kernel(
     added_steps = (added_0, added_1, added_2)
     condition_b = _behind(CONDITION, condition_apart, CONDITION_KIND, ALIGN)
     added_b = _behind(ADDED, added_apart, ADDED_KIND, ALIGN)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    row = (program // tiles_n).to(R.dtype) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    tile_n = program % tiles_n
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    within = row < R
-    mask = within[:, None] & (n < N)[None, :]  # [BLOCK_R, BLOCK_N]
+    row, tile_n, n, within, mask = tile_of_program(R, N, BLOCK_R, BLOCK_N)
     held = row // pieces
     held_a = pair(
         CONDITION, ADDED, held, held, n, within, mask, sizes, condition_steps, added_steps,
@@ -193,15 +184,12 @@ class _Problem:
             view.order = [self.channel_dim, *(d for d in range(x.dim()) if d != self.channel_dim)]
         self.y = copy.copy(view)
         self.y.x, self.y.C = self._empty_half(), view.C // 2
-        self.whole = [None if t is None else self._in_rank(t) for t in conditions]
+        self.whole = [None if t is None else in_rank(t, view, self.channel_dim) for t in conditions]
         self.walk = self._walked()
-        if self.walk.is_spread:
+        if not self.walk.fits:
             self.whole = [None if t is None else spread(t, view.x) for t in self.whole]
             self.walk = self._walked()
         self.has_each = [t is not None and t.shape == x.shape for t in self.whole]  # element its own value
-
-    def _in_rank(self, t: Tensor) -> Tensor:
-        return in_order(t.reshape(shape_in_rank(t, self.given.dim(), self.channel_dim)), self.view)
 
     def _empty_half(self) -> Tensor:
         x, step = self.view.x, 1
@@ -223,8 +211,8 @@ class _Problem:
         return 0 if t is None or t.shape[d] == 1 else t.shape[d] // 2 * t.stride(d)
 
     def _walked(self) -> Walk:
-        halves = tuple(None if t is None else self.half(t) for t in self.whole)
-        return Walk(self.y, halves, self.channel_dim, NAMES, (self.half(self.view.x),))
+        halves = [None if t is None else self.half(t) for t in self.whole]
+        return Walk(self.y, halves, NAMES, (self.half(self.view.x),))
 
     def arguments(self, held, passed) -> tuple[tuple[int, ...], dict[str, int]]:
         """As Walk's, with the distances between halves, which have to be aligned, too."""
@@ -369,9 +357,5 @@ def kernels(dtypes=(torch.float32, torch.bfloat16), target=("cuda", 90)) -> list
         ((32, 256, 7, 7), 1, (32, 256)),
         (maps, 1),
     )
-    found: dict[tuple, Kernel] = {}
-    for dtype in dtypes:
-        for case in cases:
-            for kernel in recorded(lambda: call(dtype, *case), target):  # noqa: B023, called at once
-                found.setdefault(kernel.specialisation, kernel)
-    return list(found.values())
+    calls = (partial(call, dtype, *case) for dtype in dtypes for case in cases)
+    return distinct(kernel for of in calls for kernel in recorded(of, target))

@@ -5,12 +5,14 @@ reach over positions: ``norm_film_maps.py``. What both share: ``norm_film_proble
 Definition and reference: ``fusedattn/ops/norm_film.py``.
 """
 
+from functools import partial
+
 import torch
 
 from fusedattn._options import NormFilmOptions as Options
 from fusedattn._options import schema
 from fusedattn.triton import norm_film_maps, norm_film_rows
-from fusedattn.triton._common import Kernel, asked_for, recorded, register, require
+from fusedattn.triton._common import Kernel, asked_for, distinct, recorded, register, require
 from fusedattn.triton.film_problem import RELU, SILU
 from fusedattn.triton.norm_film_problem import (
     BATCH,
@@ -142,8 +144,4 @@ def kernels(target=("cuda", 90)) -> list[Kernel]:
         (half, BATCH, (64, 128, 28, 28), RELU, True, by_channel | named(gate=(64, 128)), True),
         (single, INSTANCE, (64, 512, 7, 7), RELU, True, own(512)),
     )
-    found: dict[tuple, Kernel] = {}
-    for dtype, *case in cases:
-        for kernel in recorded(lambda: call(dtype, *case), target):  # noqa: B023, called at once
-            found.setdefault(kernel.specialisation, kernel)
-    return list(found.values())
+    return distinct(kernel for case in cases for kernel in recorded(partial(call, *case), target))

@@ -73,6 +73,16 @@ def _channels(block, R, C, N, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _sizes(C, N, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
+    """C and N, of which that of neighbours in memory is known to be aligned."""
+    if COLUMNS:
+        C = aligned(C, ALIGN)
+    else:
+        N = aligned(N, ALIGN)
+    return C, N
+
+
+@triton.jit
 def _tile(base, within, n, N, C, COLUMNS: tl.constexpr):
     """Places of positions n, [BLOCK_C, BLOCK_N], and which of them exist."""
     at = base[:, None] + (n * C if COLUMNS else n)[None, :]
@@ -108,10 +118,7 @@ def norm_film_fwd_kernel_moments(
     R, C, N, pieces, steps,  # a program walks a piece, steps tiles of its channels
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if COLUMNS:
-        C = aligned(C, ALIGN)
-    else:
-        N = aligned(N, ALIGN)
+    C, N = _sizes(C, N, COLUMNS, ALIGN)
     program = tl.program_id(0)
     b, c, within, base = _channels(program // pieces, R, C, N, COLUMNS, BLOCK_C)
     piece = program % pieces
@@ -184,10 +191,7 @@ def norm_film_fwd_kernel_maps(
     eps, gamma_offset, ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if COLUMNS:
-        C = aligned(C, ALIGN)
-    else:
-        N = aligned(N, ALIGN)
+    C, N = _sizes(C, N, COLUMNS, ALIGN)
     program = tl.program_id(0)
     b, c, within, base = _channels(program // pieces, R, C, N, COLUMNS, BLOCK_C)
     ARITHMETIC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -218,10 +222,7 @@ def norm_film_bwd_kernel_sums(
     eps, gamma_offset, ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if COLUMNS:
-        C = aligned(C, ALIGN)
-    else:
-        N = aligned(N, ALIGN)
+    C, N = _sizes(C, N, COLUMNS, ALIGN)
     program = tl.program_id(0)
     b, c, within, base = _channels(program // pieces, R, C, N, COLUMNS, BLOCK_C)
     piece = program % pieces
@@ -286,10 +287,7 @@ def norm_film_bwd_kernel_maps(
     eps, gamma_offset, ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if COLUMNS:
-        C = aligned(C, ALIGN)
-    else:
-        N = aligned(N, ALIGN)
+    C, N = _sizes(C, N, COLUMNS, ALIGN)
     program = tl.program_id(0)
     b, c, within, base = _channels(program // pieces, R, C, N, COLUMNS, BLOCK_C)
     piece = program % pieces

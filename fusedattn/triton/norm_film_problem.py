@@ -128,12 +128,8 @@ def check(x: Tensor, parameters, options: Options, **like_x: Tensor | None) -> N
 
 def kernel_options(options: Options, x: Tensor) -> dict:
     """What kernels take of the options, by name."""
-    return {
-        "eps": argument(options.eps, x.dtype),
-        "gamma_offset": argument(options.gamma_offset, x.dtype),
-        "ACTIVATION": options.activation,
-        "IS_RMS": options.norm == RMS,
-    }
+    of_film = film_problem.kernel_options(options, x.dtype)
+    return {"eps": argument(options.eps, x.dtype), **of_film, "IS_RMS": options.norm == RMS}
 
 
 def cut(walks: int, tiles: int, least: int) -> tuple[int, int]:
