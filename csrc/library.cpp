@@ -4,6 +4,7 @@
 
 #include "additive_attention/options.h"
 #include "additive_scores/options.h"
+#include "common/philox.h"
 #include "film/options.h"
 #include "gated_film/options.h"
 #include "norm_film/options.h"
@@ -12,6 +13,10 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
   m.def("cpu_capability() -> str");
   m.def("empty_cache() -> ()");
   m.def("cuda_error(int device) -> str");
+
+  // Random words less 2^31, int32, of the shape of like: (B,H,Tq,Tk) or (B,Tq,Tk). seed (S,), S dividing H: see
+  // common/philox.h.
+  m.def("philox_words(Tensor seed, Tensor like, " FUSEDATTN_PHILOX_PLACE ") -> Tensor");
 
   // query (B,H,Tq,D), key (B,H,Tk,D), value (B,H,Tk,Dv), weight (H,D), mask (B,H,Tq,Tk) or None, or all without H,
   // key_lengths (B,) or None, key_exp = exp(2 key) or None, with key_bound = max|key| of one element in its dtype.

@@ -281,6 +281,21 @@ int32_t dtype_code(ScalarType type) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
 
+size_t size_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      STD_TORCH_CHECK(false, "fusedattn: no memory is made for tensors of dtype ", dtype_code(type));
+  }
+}
+
 std::string text(const std::vector<int64_t>& sizes) {
   std::ostringstream out;
   for (size_t n = 0; n < sizes.size(); ++n) out << (n == 0 ? "(" : ", ") << sizes[n];
@@ -347,7 +362,7 @@ Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
   for (int64_t size : sizes)
     STD_TORCH_CHECK(!__builtin_mul_overflow(count, size, &count), "fusedattn: out of memory: tried to allocate ",
                     "a tensor of shape ", text(sizes));
-  const size_t bytes = bytes_of(count, type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
+  const size_t bytes = bytes_of(count, size_of(type));
   if (bytes < LEAST_KEPT) return small(sizes, strides, type, bytes);
   const Block block = lend(bytes);
   const auto give_back = [](void* data, void* size) { take_back({data, reinterpret_cast<size_t>(size)}); };
