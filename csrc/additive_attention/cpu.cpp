@@ -53,37 +53,53 @@ void contexts(const Inputs<S>& in, const Chunk& chunk, const T* probabilities, S
   }
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// Where forward's results go, contiguous rows (B, H, Tq, ...); null: not asked for.
+template <typename S>
+struct Results {
+  S* context;
+  Arithmetic<S>* lse;
+  S* weights;
+  Arithmetic<S>* scores;
+};
 
 template <typename S, typename T = Arithmetic<S>>
-Forward forward(const Inputs<S>& in, bool return_weights, bool keep_scores) {
+void forward(const Inputs<S>& in, const Results<S>& to) {
   const auto& p = in.p;
-  const ScalarType acc = scalar_type<T>();
-  Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq}, acc);
-  Tensor weights = return_weights ? in.empty({p.Tq, p.Tk}) : empty({0}, scalar_type<S>());
-  Tensor scores = keep_scores ? in.empty({p.Tq, p.Tk}, acc) : empty({0}, acc);
+  const bool return_weights = to.weights != nullptr;
   const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
   const Buffer<T> buffer(return_weights && !IS_NARROW<S> ? 0 : buffer_size);
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
-    S* const returned = mutable_data_of<S>(weights) + first_row * p.Tk;
+    S* const returned = to.weights + first_row * p.Tk;
     T* probabilities = return_weights ? unrounded(returned, buffer.get()) : buffer.get();
-    T* s = keep_scores ? scores.template mutable_data_ptr<T>() + first_row * p.Tk : probabilities;
+    T* s = to.scores != nullptr ? to.scores + first_row * p.Tk : probabilities;
     in.prepare_queries(chunk);
     in.score(chunk, s);
-    T* chunk_lse = lse.template mutable_data_ptr<T>() + first_row;
+    T* chunk_lse = to.lse + first_row;
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       T* rows = probabilities + first * p.Tk;
       fwd<S>().softmax(last - first, p.Tk, s + first * p.Tk, rows, chunk_lse + first);
       if (return_weights) round_into(returned + first * p.Tk, rows, (last - first) * p.Tk);
     });
-    contexts(in, chunk, probabilities, mutable_data_of<S>(context) + first_row * p.Dv);
+    contexts(in, chunk, probabilities, to.context + first_row * p.Dv);
   });
-  return {context, lse, weights, scores};
 }
 
-// Those not asked for are (0,).
+// What backward reads besides the inputs, rows as in Results; null: not given. Those of grad_context may lie
+// apart.
+template <typename S>
+struct Given {
+  View<const S> grad_context;
+  const Arithmetic<S>* grad_lse;
+  const S* grad_weights;
+  const Arithmetic<S>*lse, *scores;
+};
+
+// Where gradients go: those of the scores' inputs, and value's (B, H, Tk, Dv).
+template <typename S>
 struct Gradients {
-  Tensor query, key, value, weight;
+  ScoreGradientRows<S> of_scores;
+  S* value;
+  bool is_value_streamed;
 };
 
 // The rows of grad_context that belong to a chunk, in the type of the arithmetic.
@@ -91,8 +107,8 @@ template <typename S>
 class ContextGradients {
  public:
   using T = Arithmetic<S>;
-  ContextGradients(const Tensor& grad_context, const Inputs<S>& in)
-      : given_(view<S>(grad_context)),
+  ContextGradients(const View<const S>& grad_context, const Inputs<S>& in)
+      : given_(grad_context),
         H_(in.p.H),
         width_(in.p.Dv),
         wide_(IS_NARROW<S> ? in.chunk_heads * in.chunk_rows * width_ : 0) {}
@@ -126,18 +142,16 @@ class ContextGradients {
 };
 
 template <typename S, typename T = Arithmetic<S>>
-Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
-                   const OptionalTensor& grad_weights, const Tensor& lse, const Tensor& scores, OutputMask asked) {
+void backward(const Inputs<S>& in, const Given<S>& given, const Gradients<S>& to) {
   const auto& p = in.p;
-  ScoreGradients<S> grads(in, asked[0], asked[1], asked[3]);
-  Tensor value = asked[2] ? in.empty({p.Tk, p.Dv}) : empty({0}, scalar_type<S>());
-  const HeadGradients<S> grad_value(value, p.Dv, in);
-  if (!grad_context || in.rows() == 0) torch::stable::zero_(value);
-  const bool kept = scores.numel() > 0;
+  ScoreGradients<S> grads(in, to.of_scores);
+  const HeadGradients<S> grad_value(to.value, p.Dv, to.is_value_streamed, in);
+  const bool has_context = given.grad_context.data != nullptr, kept = given.scores != nullptr;
+  if (to.value != nullptr && !has_context) std::fill_n(to.value, p.B * p.H * p.Tk * p.Dv, S{});
   const int64_t chunk_size = in.chunk_heads * in.chunk_rows;
   const Buffer<T> probabilities(chunk_size * p.Tk), g(chunk_size * p.Tk);
   std::optional<ContextGradients<S>> dc;
-  if (grad_context) dc.emplace(*grad_context, in);
+  if (has_context) dc.emplace(given.grad_context, in);
 
   // Probabilities replace the scores in place, unless the slope of the cap still needs these.
   const Buffer<T> capped(!kept && p.options.softcap != 0 ? chunk_size * p.Tk : 0);
@@ -145,7 +159,7 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
     const int64_t rows = chunk.heads * chunk.queries;
     if (!kept || grads.reads_exponentials(chunk)) in.prepare_queries(chunk);
-    const T* s = kept ? scores.template const_data_ptr<T>() + first_row * p.Tk : recomputed;
+    const T* s = kept ? given.scores + first_row * p.Tk : recomputed;
     if (!kept) in.score(chunk, recomputed);
     if (dc) {
       dc->take(chunk);
@@ -156,9 +170,9 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
     } else {
       std::fill_n(g.get(), rows * p.Tk, T(0));
     }
-    const S* extra = grad_weights ? data_of<S>(*grad_weights) + first_row * p.Tk : nullptr;
-    const T* dl = grad_lse ? grad_lse->template const_data_ptr<T>() + first_row : nullptr;
-    const T* l = lse.template const_data_ptr<T>() + first_row;
+    const S* extra = given.grad_weights ? given.grad_weights + first_row * p.Tk : nullptr;
+    const T* dl = given.grad_lse ? given.grad_lse + first_row : nullptr;
+    const T* l = given.lse + first_row;
     parallel<T>(rows, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
@@ -167,7 +181,7 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
             p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
       }
     });
-    if (dc && asked[2]) {
+    if (dc && grad_value.asked()) {
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {
         products<S>().grad_values(p, chunk, head, first_key, probabilities.get(), dc->rows(chunk, head),
                                   dc->stride(), grad_value.rows(chunk, head), scratch);
@@ -176,30 +190,40 @@ Gradients backward(const Inputs<S>& in, const OptionalTensor& grad_context, cons
     grads.add(chunk, first_row, g.get());
   });
   grads.finish();
-  return {grads.query, grads.key, value, grads.weight};
 }
 
+using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 // The last argument, allow_tf32, is ignored: no CPU has TF32.
-Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
+Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
                                const OptionalTensor& key_exp, const OptionalTensor& key_bound,
                                const AttentionOptions& options, bool return_weights, bool keep_scores, bool) {
   return with_storage(query.scalar_type(), [&](auto storage) {
-    const Inputs<decltype(storage)> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
-    return forward(in, return_weights, keep_scores);
+    using S = decltype(storage);
+    using T = Arithmetic<S>;
+    const Inputs<S> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
+    const auto& p = in.p;
+    const Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq}, scalar_type<T>());
+    const Tensor weights = in.empty_if(return_weights, {p.Tq, p.Tk});
+    const Tensor scores = keep_scores ? in.empty({p.Tq, p.Tk}, scalar_type<T>()) : empty({0}, scalar_type<T>());
+    forward<S>(in, {mutable_data_of<S>(context), mutable_data_of<T>(lse),
+                    return_weights ? mutable_data_of<S>(weights) : nullptr,
+                    keep_scores ? mutable_data_of<T>(scores) : nullptr});
+    return Tensors{context, lse, weights, scores};
   });
 }
 
-Forward additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+Tensors additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                                const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
                                const OptionalTensor& key_lengths, const OptionalTensor& key_exp,
                                const OptionalTensor& key_bound, const AttentionOptions& options, const Tensor&,
                                const Tensor& lse, const Tensor& scores, OutputMask asked) {
-  return with_storage(query.scalar_type(), [&](auto storage) -> Forward {
+  return with_storage(query.scalar_type(), [&](auto storage) -> Tensors {
     using S = decltype(storage);
-    const ScalarType type = scalar_type<S>(), acc = scalar_type<Arithmetic<S>>();
-    const auto given = [&](const OptionalTensor& t, ScalarType as) { return t ? contiguous(*t, as) : t; };
+    using T = Arithmetic<S>;
+    const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
     const Inputs<S> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
@@ -209,11 +233,19 @@ Forward additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     if (scores.numel() > 0) check_shape(scores, "scores", in.shape({p.Tq, p.Tk}));
     STD_TORCH_CHECK(lse.scalar_type() == acc && scores.scalar_type() == acc,
                     "additive_attention: lse and scores must be in the dtype of the arithmetic");
-    OptionalTensor dc;
-    if (grad_context) dc = prepared(*grad_context, type);
-    const auto grads = backward(in, dc, given(grad_lse, acc), given(grad_weights, type), contiguous(lse, acc),
-                                contiguous(scores, acc), asked);
-    return {grads.query, grads.key, grads.value, contiguous(grads.weight, weight.scalar_type())};
+    const OptionalTensor dc = grad_context ? prepared(*grad_context, type) : grad_context;
+    const OptionalTensor dl = grad_lse ? contiguous(*grad_lse, acc) : grad_lse;
+    const OptionalTensor dp = grad_weights ? contiguous(*grad_weights, type) : grad_weights;
+    const Tensor rows_lse = contiguous(lse, acc), rows_scores = contiguous(scores, acc);
+    const ScoreGradientTensors<S> made(in, asked[0], asked[1], asked[3]);
+    const Tensor value_gradient = in.empty_if(asked[2], {p.Tk, p.Dv});
+    backward<S>(
+        in,
+        {dc ? view<S>(*dc) : View<const S>{}, dl ? data_of<T>(*dl) : nullptr, dp ? data_of<S>(*dp) : nullptr,
+         data_of<T>(rows_lse), scores.numel() > 0 ? data_of<T>(rows_scores) : nullptr},
+        {made.rows(), gradient_data<S>(value_gradient),
+         passes_caches(value_gradient, p.Dv * value_gradient.element_size())});
+    return {made.query, made.key, value_gradient, contiguous(made.weight, weight.scalar_type())};
   });
 }
 

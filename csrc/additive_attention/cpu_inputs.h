@@ -201,7 +201,20 @@ struct Inputs {
     const int64_t lanes = fwd<S>().lanes;
     p.D_padded = ceil_div(p.D, lanes) * lanes;
     set_weight(prepared(weight_, scalar_type<T>()));
+    set_chunks();
+  }
 
+  // Of one batch element, `queries` queries from first_query on with `keys` keys from first_key on, as a problem
+  // of its own. `all` is to stay.
+  Inputs(const Inputs& all, int64_t first_query, int64_t queries, int64_t first_key, int64_t keys)
+      : query(all.query), key(all.key), value(all.value), p(all.p), flat(all.flat) {
+    p.Tq = queries, p.Tk = keys;
+    p.query.data += first_query * p.query.stride_t;
+    p.key.data += first_key * p.key.stride_t, p.value.data += first_key * p.value.stride_t;
+    set_chunks();
+  }
+
+  void set_chunks() {
     // With few keys it is the channels of queries that are to stay in the cache.
     const int64_t width = p.Tk <= KEY_BLOCK ? std::max(p.Tk, 4 * p.D_padded) : p.Tk;
     const int64_t per_head = std::max<int64_t>(p.Tq * width, 1), heads = std::max<int64_t>(p.B * p.H, 1);
@@ -279,6 +292,10 @@ struct Inputs {
 
   Tensor empty(std::initializer_list<int64_t> rest, ScalarType type = scalar_type<S>()) const {
     return fusedattn::empty(shape(rest), type);
+  }
+
+  Tensor empty_if(bool is_asked, std::initializer_list<int64_t> rest) const {
+    return is_asked ? empty(rest) : fusedattn::empty({0}, scalar_type<S>());
   }
 
   int64_t rows() const { return p.B * p.H * p.Tq; }

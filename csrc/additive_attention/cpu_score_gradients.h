@@ -6,17 +6,25 @@
 namespace fusedattn {
 namespace {
 
-// The gradient of keys or values, `size` elements of each head.
+// The data of a gradient; null where it was not asked for, or has no elements.
+template <typename E>
+E* gradient_data(const Tensor& gradient) {
+  return gradient.numel() == 0 ? nullptr : mutable_data_of<E>(gradient);
+}
+
+// The gradient of keys or values, `size` elements of each head; rows may go past the caches (common/memory.h).
 template <typename S>
 class HeadGradients {
  public:
   using T = Arithmetic<S>;
-  HeadGradients(const Tensor& gradient, int64_t width, const Inputs<S>& in)
-      : rows_(gradient.numel() == 0 ? nullptr : mutable_data_of<S>(gradient)),
+  HeadGradients(S* rows, int64_t width, bool streamed, const Inputs<S>& in)
+      : rows_(rows),
         size_(in.p.Tk * width),
         queries_(in.p.Tq),
         sums_(IS_NARROW<S> && in.chunk_rows < queries_ && asked() ? size_ : 0),
-        streamed_(passes_caches(gradient, width * gradient.element_size())) {}
+        streamed_(streamed) {
+    if (asked() && in.rows() == 0) std::fill_n(rows_, in.p.B * in.p.H * size_, S{});
+  }
 
   bool asked() const { return rows_ != nullptr; }
 
@@ -36,25 +44,40 @@ class HeadGradients {
   bool streamed_;
 };
 
-// Of those asked for; the others are (0,). weight's is in the type of the arithmetic.
+// The gradients that are asked for; the others are null. weight's is in the type of the arithmetic.
+template <typename S>
+struct ScoreGradientRows {
+  S *query, *key;         // (B, H, Tq, D) and (B, H, Tk, D), contiguous
+  Arithmetic<S>* weight;  // (H, D)
+  bool is_key_streamed;   // past the caches
+};
+
+// Tensors for them; (0,) for those that are not asked for.
+template <typename S>
+struct ScoreGradientTensors {
+  Tensor query, key, weight;
+
+  ScoreGradientTensors(const Inputs<S>& in, bool of_query, bool of_key, bool of_weight)
+      : query(in.empty_if(of_query, {in.p.Tq, in.p.D})),
+        key(in.empty_if(of_key, {in.p.Tk, in.p.D})),
+        weight(!of_weight ? fusedattn::empty({0}, scalar_type<Arithmetic<S>>())
+               : in.flat  ? fusedattn::empty({in.p.D}, scalar_type<Arithmetic<S>>())
+                          : fusedattn::empty({in.p.H, in.p.D}, scalar_type<Arithmetic<S>>())) {}
+
+  ScoreGradientRows<S> rows() const {
+    const bool is_streamed = passes_caches(key, key.size(-1) * key.element_size());
+    return {gradient_data<S>(query), gradient_data<S>(key), gradient_data<Arithmetic<S>>(weight), is_streamed};
+  }
+};
+
 template <typename S>
 class ScoreGradients {
  public:
   using T = Arithmetic<S>;
-  Tensor query, key, weight;
 
-  ScoreGradients(const Inputs<S>& in, bool of_query, bool of_key, bool of_weight)
-      : query(of_query ? in.empty({in.p.Tq, in.p.D}) : none(scalar_type<S>())),
-        key(of_key ? in.empty({in.p.Tk, in.p.D}) : none(scalar_type<S>())),
-        weight(!of_weight ? none(scalar_type<T>())
-               : in.flat  ? fusedattn::empty({in.p.D}, scalar_type<T>())
-                          : fusedattn::empty({in.p.H, in.p.D}, scalar_type<T>())),
-        in_(in),
-        is_asked_(of_query || of_key || of_weight),
-        is_asked_of_weight_(of_weight),
-        grad_key_(key, in.p.D, in) {
+  ScoreGradients(const Inputs<S>& in, const ScoreGradientRows<S>& to)
+      : in_(in), to_(to), grad_key_(to.key, in.p.D, to.is_key_streamed, in) {
     const auto& p = in.p;
-    if (p.D == 0 || in.rows() == 0) torch::stable::zero_(key);
     const int64_t strips = in.chunk_rows <= ROWWISE_QUERIES ? 1 : p.D_padded / fwd<S>().lanes;
     splits_ = in.key_splits(in.chunk_heads * std::max<int64_t>(strips, 1));
     partial_query_ = Buffer<T>(in.chunk_heads * in.chunk_rows * splits_ * p.D_padded);
@@ -72,7 +95,7 @@ class ScoreGradients {
   // g: the gradients of the chunk's unscaled, uncapped scores.
   void add(const Chunk& chunk, int64_t first_row, const T* g) {
     const auto& p = in_.p;
-    if (p.D == 0 || !is_asked_) return;
+    if (p.D == 0 || !(to_.query || to_.key || to_.weight)) return;
     const bool rowwise = reads_exponentials(chunk);
     const int64_t strips = rowwise ? 1 : p.D_padded / fwd<S>().lanes;
     const int64_t part_keys = ceil_div(ceil_div(p.Tk, splits_), 4) * 4;
@@ -101,14 +124,14 @@ class ScoreGradients {
                                               dk, dw, scratch);
                   }
                 });
-    if (query.numel() == 0) return;
+    if (to_.query == nullptr) return;
     const int64_t rows = chunk.heads * chunk.queries, unrounded_size = IS_NARROW<S> ? p.D : 0;
     const T slope = factors_of(p.options.activation).slope;
     parallel<T>(rows, grain_for(p.D * splits_), unrounded_size, [&](int64_t first, int64_t last, T* scratch) {
       for (int64_t row = first; row < last; ++row) {
         const int64_t head = row / chunk.queries, i = row % chunk.queries;
         const T* w = p.weight + (chunk.first_head + head) % p.H * p.D_padded;
-        S* const row_out = mutable_data_of<S>(query) + (first_row + row) * p.D;
+        S* const row_out = to_.query + (first_row + row) * p.D;
         T* const __restrict out = unrounded(row_out, scratch);  // by rows: loops that the compiler vectorises
         const T* part = partial_query_.get() + (head * splits_ * chunk.queries + i) * p.D_padded;
         std::copy_n(part, p.D, out);
@@ -124,9 +147,8 @@ class ScoreGradients {
 
   // Of weight, from its parts and the row sums.
   void finish() {
-    if (!is_asked_of_weight_) return;
+    if (to_.weight == nullptr) return;
     const auto& p = in_.p;
-    T* grad_weight = weight.template mutable_data_ptr<T>();
     const ScoreFactors by = factors_of(p.options.activation);
     for (int64_t h = 0; h < p.H; ++h) {
       double total = 0;
@@ -138,17 +160,15 @@ class ScoreGradients {
           for (int64_t b = 0; b < p.B; ++b)
             for (int64_t n = 0; n < splits_; ++n)
               sum += partial_weight_.get()[((b * p.H + h) * splits_ + n) * p.D_padded + d];
-          grad_weight[h * p.D + d] = static_cast<T>(by.total * total + by.sum * sum);
+          to_.weight[h * p.D + d] = static_cast<T>(by.total * total + by.sum * sum);
         }
       });
     }
   }
 
  private:
-  static Tensor none(ScalarType type) { return fusedattn::empty({0}, type); }
-
   const Inputs<S>& in_;
-  bool is_asked_, is_asked_of_weight_;
+  const ScoreGradientRows<S> to_;
   int64_t splits_;  // of the keys, among tasks
   HeadGradients<S> grad_key_;
   Buffer<T> partial_query_, partial_weight_;  // the latter: a row of D_padded for each head and split

@@ -59,7 +59,8 @@ Gradients additive_scores_bwd(const Tensor& grad_scores, const Tensor& query, co
     STD_TORCH_CHECK(grad_scores.scalar_type() == query.scalar_type(),
                     "additive_scores: grad_scores must be in the dtype of query");
     const Tensor grad = contiguous(grad_scores, scalar_type<S>());
-    ScoreGradients<S> grads(in, asked[0], asked[1], asked[2]);
+    const ScoreGradientTensors<S> made(in, asked[0], asked[1], asked[2]);
+    ScoreGradients<S> grads(in, made.rows());
     const T scale = static_cast<T>(options.scale);
     const T inverse_cap = options.softcap != 0 ? static_cast<T>(1 / options.softcap) : T(0);
     const Buffer<T> g(chunk_size), scores(options.softcap != 0 ? chunk_size : 0);
@@ -81,7 +82,7 @@ Gradients additive_scores_bwd(const Tensor& grad_scores, const Tensor& query, co
       grads.add(chunk, first_row, g.get());
     });
     grads.finish();
-    return {grads.query, grads.key, contiguous(grads.weight, weight.scalar_type())};
+    return {made.query, made.key, contiguous(made.weight, weight.scalar_type())};
   });
 }
 
