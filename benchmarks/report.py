@@ -28,6 +28,7 @@ HEADS = {  # of the first column, by group
     "loop": "B, Tk, D",
     "wide loop": "B, Tk, D",
     "wide attention": ATTENTION,
+    "wide location": "B, Tk, D",
     "wide pool": "value",
     "wide film": "x",
     "wide norm": "norm, x",
@@ -38,6 +39,7 @@ HEADS = {  # of the first column, by group
 WIDE = {
     "wide loop": "Decoder loops",
     "wide attention": "Attention",
+    "wide location": "Location-sensitive attention",
     "wide pool": "Attention pooling",
     "wide film": "FiLM",
     "wide norm": "Norms with FiLM",

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from . import contenders, fresh, machine, measure, memory, sizing
 from .blocks import DiTBlock, FiLMedResNetBlock
+from .location import LocationStep
 from .machine import GIB
 from .measure import Job
 from .models import Attention, Film, FilmModule, Loop, ModelCase, MultiheadModule
@@ -54,6 +55,11 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", Attention, "words of a document", 64, 1, 30, 100),
         *_in("f", Attention, "pointer network", 128, 50, 50, 128),
         *_in("fb", Attention, "slide of 10,000 patches", 1, 1, 10_000, 512),
+    ],
+    "wide location": [
+        *_in("fb", LocationStep, "Tacotron 2, a step", 64, 400, 128, 512, 2, 32, 31),
+        *_in("f", LocationStep, "speech, a step", 32, 200, 320, 320, 1, 10, 201),
+        *_in("f", LocationStep, "one sentence, a step", 1, 150, 128, 512, 2, 32, 31),
     ],
     "wide pool": [
         *_in("f", Pool, "slide of 100,000 patches", (1, 100_000, 512), 256),

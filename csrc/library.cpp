@@ -40,6 +40,21 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "additive_scores_bwd(Tensor grad_scores, Tensor query, Tensor key, Tensor weight, " FUSEDATTN_SCORES_OPTIONS
       ", int output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_weight)");
 
+  // query (B,Tq,D), key (B,Tk,D), value (B,Tk,Dv) or None, previous (B,Tq,C,Tk), mask (B,Tq,Tk) or None; for G
+  // groups of batch elements weight (G,D), conv_weight (G,N,C,K), location_weight (G,D,N), or None where N is D.
+  // All but query, key, value and mask are in the dtype of the arithmetic, and so are scores (B,Tq,Tk) and lse
+  // (B,Tq). Without value the scores alone are made.
+  m.def(
+      "location_attention_fwd(Tensor query, Tensor key, Tensor? value, Tensor weight, Tensor previous, "
+      "Tensor conv_weight, Tensor? location_weight, Tensor? mask, " FUSEDATTN_SCORES_OPTIONS
+      ") -> (Tensor context, Tensor weights, Tensor scores, Tensor lse)");
+  m.def(
+      "location_attention_bwd(Tensor? grad_context, Tensor? grad_weights, Tensor? grad_scores, Tensor query, "
+      "Tensor key, Tensor? value, Tensor weight, Tensor previous, Tensor conv_weight, Tensor? location_weight, "
+      "Tensor? mask, " FUSEDATTN_SCORES_OPTIONS
+      ", Tensor scores, Tensor lse, int output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+      "Tensor grad_weight, Tensor grad_previous, Tensor grad_conv_weight, Tensor grad_location_weight)");
+
   // x (B, ...) with C channels at channel_dim, residual like x or None. gamma and beta, each the sum of one or two
   // tensors, or None: by their rank (), (C,), (B, C) or like x, any size of which may be 1. On CUDA (C,) or (B,
   // C), and nothing added. A gradient is (0,) where the argument is None.

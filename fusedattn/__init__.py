@@ -32,6 +32,7 @@ from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.attention_pool import attention_pool, attention_pool_ref
 from fusedattn.ops.film import film, film_ref
 from fusedattn.ops.gated_film import gated_film, gated_film_ref
+from fusedattn.ops.location_attention import location_attention, location_attention_ref
 from fusedattn.ops.merge_attention import merge_attention, merge_attention_ref
 from fusedattn.ops.norm_film import norm_film, norm_film_ref
 
@@ -79,6 +80,8 @@ __all__ = [
     "film_ref",
     "gated_film",
     "gated_film_ref",
+    "location_attention",
+    "location_attention_ref",
     "merge_attention",
     "merge_attention_ref",
     "norm_film",

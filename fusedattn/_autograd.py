@@ -71,6 +71,27 @@ class Fold:
         raise NotImplementedError
 
 
+class BatchFold(Fold):
+    """Into the first dimension of all tensors, batch elements or groups of them with parameters each.
+
+    N of (B, ...) become (N B, ...), and N of (G, ...) N G groups.
+    """
+
+    def output(self, t, dim):
+        if t is None or not asked_for(t):
+            return t
+        return (t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+
+    def folded(self):
+        return tuple(map(self.output, self.tensors, self.dims))
+
+    def outputs_apart(self, outputs):
+        found = [(t.unflatten(0, (self.N, -1)), 0) if asked_for(t) else (t, None) for t in outputs]
+        return tuple(zip(*found, strict=True))
+
+    gradients_apart = outputs_apart
+
+
 @dataclass(eq=False)
 class Op:
     """An op, made from its declaration.

@@ -57,14 +57,34 @@ def attend(
     if visible is not None and not unseen_are_zero:
         key, value = _scores.without_unseen(visible, key, value)
     wide = accumulation_dtype(query.dtype)
-    scores = score(query.to(wide), key.to(wide), weight.to(wide))
+    return _normalized(
+        op, score(query.to(wide), key.to(wide), weight.to(wide)), value, visible, normalize, query.dtype
+    )
+
+
+def apply(
+    op: str,
+    scores: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    normalize: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    unseen_are_zero: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(context, weights) in ``dtype`` of scores that exist already."""
+    if visible is not None and not unseen_are_zero:
+        (value,) = _scores.without_unseen(visible, value)
+    return _normalized(op, scores, value, visible, normalize, dtype)
+
+
+def _normalized(op, scores, value, visible, normalize, dtype) -> tuple[Tensor, Tensor]:
     if visible is not None:
         scores = _scores.of_visible(visible, scores)
     weights = normalize(scores)
     if not isinstance(weights, Tensor) or weights.shape != scores.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         fail(op, "normalizer", f"one that returns weights of shape {tuple(scores.shape)}", got)
-    weights = weights.to(query.dtype)
+    weights = weights.to(dtype)
     if visible is not None:
         weights = weights.masked_fill(~visible, 0.0)
     return weights @ value, weights

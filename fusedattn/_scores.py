@@ -23,7 +23,11 @@ _ACTIVATIONS = (
 
 def reference(query: Tensor, key: Tensor, weight: Tensor, options) -> Tensor:
     """Scores (B, [H,] Tq, Tk) in plain PyTorch; weight (D,), or (H, D) with heads."""
-    z = query.unsqueeze(-2) + key.unsqueeze(-3)
+    return of_sum(query.unsqueeze(-2) + key.unsqueeze(-3), weight, options)
+
+
+def of_sum(z: Tensor, weight: Tensor, options) -> Tensor:
+    """The same of what the activation takes, (B, [H,] Tq, Tk, D)."""
     activated = _ACTIVATIONS[options.activation](z, options.negative_slope)
     scores = (activated * weight[..., None, None, :]).sum(-1) * options.scale
     return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores

@@ -15,6 +15,8 @@ from fusedattn import (
     film_ref,
     gated_film,
     gated_film_ref,
+    location_attention,
+    location_attention_ref,
     norm_film,
     norm_film_ref,
 )
@@ -81,6 +83,22 @@ def pool(function):
     return call
 
 
+def location_inputs():
+    shapes = {"query": (2, 3), "key": (2, 4, 3), "value": (2, 4, 2), "weight": (3,), "previous": (2, 2, 4)}
+    shapes |= {"conv_weight": (2, 2, 3), "location_weight": (3, 2)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def locate(function):
+    lengths = torch.tensor([4, 2])
+
+    def call(*inputs):
+        context, weights = function(*inputs, key_lengths=lengths, softcap=3.0)
+        return torch.cat([context.flatten(), weights.flatten()])
+
+    return call
+
+
 def norm_film_inputs():
     shapes = {"x": (2, 3, 4), "gamma": (2, 3), "weight": (3,), "pre_gate": (2, 3), "pre_residual": (2, 3, 4)}
     return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -102,6 +120,7 @@ OPS = {
     "attention_pool": (pool, attention_pool, attention_pool_ref, pool_inputs),
     "film": (modulate, film, film_ref, film_inputs),
     "gated_film": (gate, gated_film, gated_film_ref, gated_film_inputs),
+    "location_attention": (locate, location_attention, location_attention_ref, location_inputs),
     "norm_film": (modulate_the_norm, norm_film, norm_film_ref, norm_film_inputs),
 }
 

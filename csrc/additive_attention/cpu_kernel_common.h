@@ -24,6 +24,11 @@ constexpr T INF = static_cast<T>(__builtin_huge_val());
 template <typename T>
 constexpr T NOT_A_NUMBER = static_cast<T>(__builtin_nan(""));
 
+// Stands for a visible score of -inf, which only an infinite weight makes: softmax of a row of them is NaN, while
+// a row of masked ones is zero.
+template <typename T>
+constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
+
 FUSEDATTN_INLINE int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDATTN_INLINE int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
 

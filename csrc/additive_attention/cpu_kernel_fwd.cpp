@@ -15,11 +15,6 @@ namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
 namespace {
 
-// Stands for a visible score of -inf, which only an infinite weight makes: softmax of a row of them is NaN, while
-// a row of masked ones is zero.
-template <typename T>
-constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
-
 // y = exp(2 argument x), zeros up to whole vectors; returns max |argument x|. Beyond ScoreRange::PAIR y is
 // anything, and not used.
 template <bool PAIRED = true, typename S, typename T = Arithmetic<S>>

@@ -190,14 +190,14 @@ ATTENTION = _autograd.Op(
 _fail = partial(fail, "additive_attention")
 
 
-def _check_mask(mask, full, device):
+def check_mask(mask, full, device, op="additive_attention"):
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        _fail("mask", "a bool Tensor (True = may attend)", getattr(mask, "dtype", type(mask).__name__))
+        fail(op, "mask", "a bool Tensor (True = may attend)", getattr(mask, "dtype", type(mask).__name__))
     if mask.device != device:
-        _fail("mask", f"a Tensor on {device} like query", f"one on {mask.device}")
+        fail(op, "mask", f"a Tensor on {device} like query", f"one on {mask.device}")
     sizes = zip(reversed(mask.shape), reversed(full), strict=False)
     if mask.dim() > len(full) or any(m != 1 and m != n for m, n in sizes):
-        _fail("mask", f"a shape broadcastable to {shape_text(*full)}", tuple(mask.shape))
+        fail(op, "mask", f"a shape broadcastable to {shape_text(*full)}", tuple(mask.shape))
 
 
 def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor:
@@ -205,26 +205,26 @@ def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> T
     *lead, Tk = key.shape[:-1]
     if mask is not None:
         Tq = mask.shape[-2] if mask.dim() > 1 else 1
-        _check_mask(mask, (*lead, Tq, Tk), key.device)
+        check_mask(mask, (*lead, Tq, Tk), key.device)
         mask = mask.any(-2, keepdim=True) if mask.dim() > 1 else mask
     if key_lengths is not None:
-        _check_lengths(key_lengths, key.shape[0], Tk, key.device)
+        check_lengths(key_lengths, key.shape[0], Tk, key.device)
     return _visible_keys((*lead, 1, Tk), key.device, mask, key_lengths, is_causal=False).squeeze(-2)
 
 
-def _check_lengths(key_lengths, B, Tk, device):
+def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
     if not isinstance(key_lengths, Tensor) or key_lengths.dtype not in INTEGER_DTYPES:
         got = getattr(key_lengths, "dtype", type(key_lengths).__name__)
-        _fail("key_lengths", "a Tensor of integers", got)
+        fail(op, "key_lengths", "a Tensor of integers", got)
     if key_lengths.dim() != 1 or key_lengths.shape[0] != B or key_lengths.device != device:
         got = f"{tuple(key_lengths.shape)} on {key_lengths.device}"
-        _fail("key_lengths", f"shape {shape_text(B)} on {device}", got)
+        fail(op, "key_lengths", f"shape {shape_text(B)} on {device}", got)
     # Values are looked at only where that neither synchronises a device nor breaks a trace; the kernels clamp
     # to [0, Tk] everywhere.
     if device.type == "cpu" and B and type(key_lengths) is Tensor and not _is_traced():
         low, high = (int(x) for x in torch.aminmax(key_lengths))
         if low < 0 or high > Tk:
-            _fail("key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
+            fail(op, "key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
 
 
 def _is_traced() -> bool:
@@ -404,9 +404,9 @@ def attend(
     dtype = query.dtype
     if mask is not None:
         full = (*query.shape[:-1], key.shape[-2])
-        _check_mask(mask, full, device)
+        check_mask(mask, full, device)
     if key_lengths is not None:
-        _check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
+        check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
         key_lengths = key_lengths.to(torch.int64)
     if callable(normalizer) or normalizer != "softmax":
         if return_lse:

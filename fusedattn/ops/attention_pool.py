@@ -99,24 +99,6 @@ def _bwd_fake(grad_context, grad_lse, grad_scores, hidden, gate, value, weight, 
     return tuple(hidden.new_empty(0) if t is None else t.new_empty(t.shape) for t in (hidden, gate, value, weight))
 
 
-class _Fold(_autograd.Fold):
-    """Into the bags: N of (B, ...) become (N B, ...), N of (G, K, D) weights for N G groups."""
-
-    def output(self, t, dim):
-        if t is None or (t.dim() == 1 and t.shape[0] == 0):
-            return t
-        return (t.expand(self.N, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
-
-    def folded(self):
-        return tuple(map(self.output, self.tensors, self.dims))
-
-    def outputs_apart(self, outputs):
-        found = [(t.unflatten(0, (self.N, -1)), 0) if _autograd.asked_for(t) else (t, None) for t in outputs]
-        return tuple(zip(*found, strict=True))
-
-    gradients_apart = outputs_apart
-
-
 ATTENTION_POOL = _autograd.Op(
     OP,
     inputs=("hidden", "gate", "value", "weight"),
@@ -127,7 +109,7 @@ ATTENTION_POOL = _autograd.Op(
     reference=_reference,
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
-    fold=_Fold,
+    fold=_autograd.BatchFold,
 )
 
 
