@@ -42,7 +42,7 @@ test test-all: $(BUILT)
 	FUSEDATTN_TEST_DEVICE=standin $(PYTEST) @tests/on_gpus.txt
 	@for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \
 	  echo "== kernel tests at CPU level $$level"; \
-	  FUSEDATTN_CPU_CAPABILITY=$$level $(PYTEST) -m levels $(shell grep -l pytest.mark.levels tests/test_*.py); \
+	  FUSEDATTN_TESTS=$${FUSEDATTN_TESTS:-values} FUSEDATTN_CPU_CAPABILITY=$$level $(PYTEST) -m levels $(shell grep -l pytest.mark.levels tests/test_*.py); \
 	done
 
 bench: $(BUILT)

@@ -3,13 +3,20 @@
 import os
 from pathlib import Path
 
+import choose
 import pytest
 import torch
 from cuda_emulator import build
 from device import BACKEND, DEVICE, INTERPRETED, force_backend, replace_in_package
+from hypothesis import settings
+from pairwise import EVERYTHING
 
 import fusedattn
 from fusedattn import _dispatch, _library
+
+# The same draws every time; a night draws others.
+settings.register_profile("project", deadline=None, derandomize=not EVERYTHING, database=None)
+settings.load_profile("project")
 
 
 def pytest_configure(config):
@@ -18,6 +25,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "sanitized: emulated kernels, repeated under AddressSanitizer")
     config.addinivalue_line("markers", "races: emulated kernels on small shapes, repeated under ThreadSanitizer")
     config.addinivalue_line("markers", "sanitizers: the two markers before this one, repeated (make sanitize)")
+    config.addinivalue_line("markers", "machinery: PyTorch's own, which takes seconds: see choose.py")
     config.addinivalue_line("markers", "compiled: runs what GPU kernels compile to, without a GPU (make gates)")
     # It keeps compiled derivatives by the graph of the forward pass alone, though operators have changed since.
     os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
@@ -31,11 +39,18 @@ if DEVICE == "standin":
 
     replace_in_package(_dispatch.cuda_reasons, standin.cuda_reasons)
     standin.shorten_gradcheck()
-    pytest_collection_modifyitems = standin.choose_tests
 if INTERPRETED:
     import triton_interpreter  # noqa: F401
 if BACKEND != "auto":
     force_backend()
+
+
+@pytest.hookimpl(trylast=True)  # of those that markers and names leave
+def pytest_collection_modifyitems(config, items):
+    if DEVICE == "standin" and not EVERYTHING:
+        choose.keep(config, items, choose.each_value(items, standin.names_or_makes))
+    elif choose.TESTS == "values":
+        choose.keep(config, items, choose.each_value(items))
 
 
 def pytest_report_header():

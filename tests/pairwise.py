@@ -5,12 +5,12 @@ A fault that needs one option, or two at once, shows as in the product; what tak
 """
 
 import itertools
-import os
 from collections.abc import Iterable
 
 import pytest
+from choose import TESTS
 
-EVERYTHING = os.environ.get("FUSEDATTN_TESTS") == "all"
+EVERYTHING = TESTS == "all"
 
 
 def pairs(row: list[tuple[int, int]]) -> set[tuple]:

@@ -13,7 +13,6 @@ changed gives the same memory under the other name.
 
 import ctypes
 import functools
-import os
 
 import torch
 from torch.utils import backend_registration
@@ -63,22 +62,9 @@ def shorten_gradcheck():
         setattr(torch.autograd, name, functools.partial(getattr(torch.autograd, name), fast_mode=True))
 
 
-def choose_tests(config, items):
-    """A test runs once for each value of a parameter that may name or make tensors; FUSEDATTN_TESTS=all: all."""
-    if os.environ.get("FUSEDATTN_TESTS") == "all":
-        return
-    seen, chosen = set(), []
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        values = {
-            x if isinstance(x, str) else id(x) for x in parameters.values() if isinstance(x, str) or callable(x)
-        }
-        new = {(item.function, x) for x in (None, *values)} - seen
-        if new:
-            chosen.append(item)
-        seen |= new
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+def names_or_makes(value):
+    """What parameters that name or make tensors differ in; sizes and numbers ask nothing new of a device."""
+    return value if isinstance(value, str) else id(value) if callable(value) else None
 
 
 class _Module:

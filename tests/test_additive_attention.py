@@ -610,7 +610,7 @@ def problems(draw):
     return sizes, draw(st.sampled_from(DTYPES)), spread, strides, options
 
 
-@settings(max_examples=examples(60), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(60))
 @given(problems())
 def test_any_problem_matches_the_reference(problem):
     sizes, dtype, spread, strides, options = problem
@@ -621,7 +621,7 @@ def test_any_problem_matches_the_reference(problem):
     check(make_inputs(sizes, dtype, spread=spread), views=views, **options)
 
 
-@settings(max_examples=examples(25), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(25))
 @given(st.integers(1, 40), st.integers(2, 90), st.integers(1, 40), st.integers(0, 1000))
 def test_order_of_keys_does_not_matter(Tq, Tk, D, seed):
     query, key, value, weight = make_inputs(shape(1, Tq, Tk, D, 3), torch.float64, seed)
@@ -630,7 +630,7 @@ def test_order_of_keys_does_not_matter(Tq, Tk, D, seed):
     torch.testing.assert_close(additive_attention(query, key[:, order], value[:, order], weight), expected)
 
 
-@settings(max_examples=examples(25), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(25))
 @given(st.integers(1, 20), st.integers(1, 90), st.integers(0, 90), st.integers(0, 1000))
 def test_lengths_are_the_same_as_shorter_keys(Tq, Tk, length, seed):
     length = min(length, Tk)

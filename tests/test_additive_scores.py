@@ -186,6 +186,7 @@ def test_other_errors():
         additive_scores(*inputs, activation="gelu")
 
 
+@pytest.mark.machinery
 @pytest.mark.skipif(DEVICE != "cpu" and BACKEND != "triton", reason="it has no kernels in CUDA C++")
 @pytest.mark.parametrize("softcap, activation", [(0.0, (0, 0.2)), (2.0, (3, 0.1))])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -184,6 +184,7 @@ def test_compiles_as_one_graph_and_exports():
     torch.testing.assert_close(exported(inputs[0]), module(inputs[0]))
 
 
+@pytest.mark.machinery
 @pytest.mark.interpreted
 @pytest.mark.skipif(DEVICE == "standin", reason="has no kernels of it")
 @pytest.mark.parametrize("least", [False, True])

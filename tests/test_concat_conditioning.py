@@ -39,7 +39,7 @@ def check(layer, x, condition, condition_first=False):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_convolutions(data):
     def draw(*values):

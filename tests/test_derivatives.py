@@ -174,6 +174,7 @@ def test_jacfwd(op):
     torch.testing.assert_close(actual, torch.func.jacrev(reference, every)(*inputs))
 
 
+@pytest.mark.machinery
 def test_hessian(op):
     fused, reference, inputs = op
 
@@ -210,6 +211,7 @@ def test_forward_over_reverse_with_dual_numbers(op):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.machinery
 def test_compiled_jvp(op):
     fused, _, inputs = op
     tangents = tuple(torch.randn_like(t) for t in inputs)
@@ -246,6 +248,7 @@ class Calls(torch.nn.Module):
         return self.function(self.layer(x), *self.others)
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_trains_like_its_module(op, strict):
     fused, _, inputs = op
@@ -259,6 +262,7 @@ def test_an_exported_program_trains_like_its_module(op, strict):
         torch.testing.assert_close(other.grad, parameter.grad)
 
 
+@pytest.mark.machinery
 def test_an_exported_program_has_second_derivatives(op):
     fused, _, inputs = op
     module = Calls(fused, inputs)

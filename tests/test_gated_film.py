@@ -136,6 +136,7 @@ def arguments(shape, channel_dim, condition, added, dtype=torch.float32):
     return (*tensors, channel_dim)
 
 
+@pytest.mark.machinery
 @pytest.mark.interpreted
 @pytest.mark.skipif(DEVICE == "standin", reason="has no kernels of it")
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_gradcheck_with_and_without_kept_scores(case, sizes):
     assert torch.autograd.gradcheck(function, make_inputs(**sizes))
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("case", CASES)
 def test_gradgradcheck(case):
     options = options_of(case)
@@ -79,6 +80,7 @@ def test_gradgradcheck(case):
     assert torch.autograd.gradgradcheck(function, make_inputs(Tq=3, Tk=4, D=2, Dv=2))
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_passes_gradcheck_to_second_order(case):
     options = options_of(case)
@@ -307,6 +309,7 @@ def fresh_dynamo():
     torch.compiler.reset()
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize(("case", "H"), zip(CASES, itertools.cycle((None, 2)), strict=False))
 def test_compile_without_graph_breaks(case, H, fresh_dynamo):
     options = options_of(case)
@@ -356,6 +359,7 @@ def test_compile_does_not_recompile_for_every_length(fresh_dynamo):
     assert len(graphs) == 1
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("H", [None, 2])
 def test_compile_of_transforms(H, fresh_dynamo):
     inputs = make_inputs(H=H, requires_grad=False)
@@ -367,6 +371,7 @@ def test_compile_of_transforms(H, fresh_dynamo):
     torch.testing.assert_close(compiled(*batched), torch.vmap(additive_attention)(*batched))
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("module", ["attention", "bahdanau", "projected_keys"])
 def test_compile_of_modules(module, fresh_dynamo):
     torch.manual_seed(0)
@@ -431,6 +436,7 @@ def test_tf32_follows_the_setting_of_pytorch(set_tf32, dtype, requires_grad):
         assert record.allowed == (on and dtype == torch.float32)
 
 
+@pytest.mark.machinery
 def test_tf32_follows_the_setting_when_compiled(set_tf32, fresh_dynamo):
     allowed = []
 
@@ -447,6 +453,7 @@ def test_tf32_follows_the_setting_when_compiled(set_tf32, fresh_dynamo):
     assert allowed == [False, True]  # a graph for each
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict, fresh_dynamo):
     module = Attention()
@@ -492,6 +499,7 @@ def test_autocast_of_mixed_dtypes():
 # Raw operators
 
 
+@pytest.mark.machinery
 @pairwise(H=[1, 2], dtype=[torch.float32, torch.float64, torch.float16, torch.bfloat16], kept=[False, True])
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)

@@ -54,6 +54,7 @@ def arguments(norm, shape=(2, 6, 5, 3), channel_dim=1, like_x=False, alone=False
     )
 
 
+@pytest.mark.machinery
 @pytest.mark.interpreted
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
@@ -105,6 +106,7 @@ def test_vmap(norm, channel_dim):
         torch.testing.assert_close(*found)
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("norm", NORMS)
 def test_export_and_training_of_what_was_exported(norm):
     class Block(torch.nn.Module):
@@ -125,6 +127,7 @@ def test_export_and_training_of_what_was_exported(norm):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.machinery
 @not_on_the_standin("Inductor makes no code for it")
 @pytest.mark.parametrize("norm", ["layer", "group", "batch"])
 def test_compile_without_graph_breaks(norm):

@@ -108,6 +108,7 @@ def test_what_a_hidden_key_holds_does_not_matter(sizes, normalizer, form, places
     check_absent(sizes, torch.float64, form, places, special, kernel)
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_derivatives(normalizer):
     inputs = [t.requires_grad_() for t in make_inputs(shape(2, 2, 3, 2, 2))]
@@ -155,6 +156,7 @@ def test_vmap(normalizer, H, masked):
         torch.testing.assert_close(tuple(t[n] for t in actual), one)
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_compiles_as_one_graph(normalizer):
     inputs = [t.requires_grad_() for t in make_inputs(shape(2, 3, 5, 4, 6))]

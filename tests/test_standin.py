@@ -4,6 +4,7 @@ import copy
 import pickle
 from types import SimpleNamespace
 
+import choose
 import pytest
 import torch
 from device import DEVICE
@@ -71,17 +72,17 @@ def test_kernels_run_as_the_backend_of_gpus():
         film(inputs[0], backend="cpu")
 
 
-def test_one_test_is_chosen_for_each_value_of_a_parameter(monkeypatch):
+PLAIN = {"get_closest_marker": lambda name: None}
+
+
+def test_one_test_is_chosen_for_each_value_of_a_parameter():
     """By value: two strings that are equal may be two objects."""
     import standin  # it registers the device
 
-    monkeypatch.delenv("FUSEDATTN_TESTS", raising=False)
     names = [*"ab", "".join(["key_", "exp"]), "".join(["key_", "exp"])]
     items = [
-        SimpleNamespace(function=len, callspec=SimpleNamespace(params={"name": name, "size": n}))
+        SimpleNamespace(function=len, callspec=SimpleNamespace(params={"name": name, "size": n}), **PLAIN)
         for n, name in enumerate(names)
     ]
-    hook = SimpleNamespace(pytest_deselected=lambda items: None)
-    expected = items[:3]
-    standin.choose_tests(SimpleNamespace(hook=hook), items)
-    assert items == expected
+    assert choose.each_value(items, standin.names_or_makes) == items[:3]
+    assert choose.each_value(items) == items

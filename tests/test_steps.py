@@ -158,6 +158,7 @@ def test_steps_with_masks_of_their_own(heads, masked, monkeypatch):
         close(module(query, module.project_keys(memory, **options), **of), module(query, memory, mask=seen))
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("kind", DECODERS)
 def test_second_derivatives(kind, monkeypatch):
     decoder, (state, memory) = Decoder(**DECODERS[kind]).double(), (t.detach().double() for t in data())

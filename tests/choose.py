@@ -1,0 +1,38 @@
+"""Of the cases of a test, few: where the same test has run in full elsewhere, and this run asks one thing more.
+
+On the stand-in that is which device tensors are made on; at CPU levels below the best (``FUSEDATTN_TESTS=values``,
+as `make test` sets it there) whether the kernels of the level compute the same. `make sanitize` runs all cases at
+every level, `make test-all` all in both.
+"""
+
+import os
+from collections.abc import Callable
+
+TESTS = os.environ.get("FUSEDATTN_TESTS", "")
+
+
+def each_value(items: list, value_of: Callable = repr) -> list:
+    """The items that show a test the first, or a parameter a value that no item before did.
+
+    ``value_of`` a parameter says what tells its values apart, or None where none of them asks anything new. The
+    first case is enough of tests marked ``machinery``, which ask PyTorch more than our kernels, and take seconds.
+    """
+    seen, chosen = set(), []
+    for item in items:
+        alike = item.get_closest_marker("machinery") or not hasattr(item, "callspec")
+        values = {} if alike else {name: value_of(value) for name, value in item.callspec.params.items()}
+        new = {
+            (item.function, None),
+            *((item.function, value) for value in values.items() if value[1] is not None),
+        }
+        if new - seen:
+            chosen.append(item)
+        seen |= new
+    return chosen
+
+
+def keep(config, items: list, chosen: list) -> None:
+    """Deselects all items but the chosen ones."""
+    kept = set(map(id, chosen))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = chosen
