@@ -46,10 +46,12 @@ def attend(
     normalizer: str | Callable[[Tensor], Tensor],
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
     unseen_are_zero: bool,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(context, weights); ``score`` makes the scores of query, key and weight, ``visible`` is None for all keys.
 
-    Keys that no query sees are taken as zeros, unless they are.
+    Keys that no query sees are taken as zeros, unless they are. The weights that the context has are ``drop`` of
+    those that are returned.
 
     Scores and normaliser work in float32 at least; weights and context are in the dtype of the query.
     """
@@ -58,7 +60,7 @@ def attend(
         key, value = _scores.without_unseen(visible, key, value)
     wide = accumulation_dtype(query.dtype)
     return _normalized(
-        op, score(query.to(wide), key.to(wide), weight.to(wide)), value, visible, normalize, query.dtype
+        op, score(query.to(wide), key.to(wide), weight.to(wide)), value, visible, normalize, query.dtype, drop
     )
 
 
@@ -77,7 +79,7 @@ def apply(
     return _normalized(op, scores, value, visible, normalize, dtype)
 
 
-def _normalized(op, scores, value, visible, normalize, dtype) -> tuple[Tensor, Tensor]:
+def _normalized(op, scores, value, visible, normalize, dtype, drop=None) -> tuple[Tensor, Tensor]:
     if visible is not None:
         scores = _scores.of_visible(visible, scores)
     weights = normalize(scores)
@@ -87,4 +89,4 @@ def _normalized(op, scores, value, visible, normalize, dtype) -> tuple[Tensor, T
     weights = weights.to(dtype)
     if visible is not None:
         weights = weights.masked_fill(~visible, 0.0)
-    return weights @ value, weights
+    return (weights if drop is None else drop(weights)) @ value, weights

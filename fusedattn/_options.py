@@ -12,6 +12,11 @@ class AdditiveAttentionOptions(NamedTuple):
     softcap: float  # 0: none
     activation: int  # a number of SCORE_ACTIVATIONS
     negative_slope: float  # of leaky_relu
+    dropout_p: float = 0.0  # with a seed alone, as Place of _philox.py, which follows
+    first_head: int = 0
+    heads: int = 0
+    first_query: int = 0
+    first_key: int = 0
 
 
 class AdditiveScoresOptions(NamedTuple):
@@ -47,8 +52,4 @@ class NormFilmOptions(NamedTuple):
 
 def schema(bundle: type[Any]) -> str:
     """A NamedTuple's fields as arguments in an operator's schema, ``"bool is_causal, float scale"``."""
-    arguments = []
-    for name, kind in bundle.__annotations__.items():
-        default = f"={bundle._field_defaults[name]}" if name in bundle._field_defaults else ""
-        arguments.append(f"{kind.__name__} {name}{default}")
-    return ", ".join(arguments)
+    return ", ".join(f"{kind.__name__} {name}" for name, kind in bundle.__annotations__.items())

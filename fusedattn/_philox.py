@@ -16,7 +16,7 @@ operator: ``fusedattn::philox_words(seed, like, *Place())``, on the CPU. Tests: 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Place(NamedTuple):
 
 
 EVERYTHING = Place()
+
+
+def place_of(options: Any) -> Place:
+    """That of an op's options."""
+    return Place(*(getattr(options, name) for name in Place._fields))
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

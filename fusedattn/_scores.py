@@ -40,7 +40,9 @@ def unable(activation: str) -> dict[str, str]:
     return {"cuda": f"there are no kernels for activation={activation!r} in CUDA C++"}
 
 
-def numbers(scale: float, softcap: float | None, activation: str, negative_slope: float) -> tuple:
+def numbers(
+    scale: float, softcap: float | None, activation: str, negative_slope: float
+) -> tuple[float, float, int, float]:
     """The options of raw operators that a score has."""
     return (
         scale,

@@ -78,8 +78,9 @@ def attend(op: Op, backend: str, tensors: tuple, options: NamedTuple, flags: tup
     fits = key is of_key and value is of_value  # most often; else perhaps their first batch elements
     fits = fits or (key.shape[1:] == of_key.shape[1:] and value.shape[1:] == of_value.shape[1:])
     fits = fits and key.dtype is of_key.dtype and value.dtype is of_value.dtype and weight.shape == of_weight.shape
-    # A causal step's queries count from its first key.
-    if not fits or backend == "reference" or options.is_causal:  # type: ignore[attr-defined]
+    # A causal step's queries count from its first key. Dropout's random bits are of one seed for a call.
+    alone = options.is_causal or options.dropout_p != 0  # type: ignore[attr-defined]
+    if not fits or backend == "reference" or alone:
         return op(backend, tensors, options, flags)
     return _step(op.operators[backend]).apply(*tensors, *options, *flags, token)
 
@@ -111,8 +112,8 @@ class _Record(NamedTuple):
     operators: Operators
     options: tuple
     grads: list[Any]  # of context, lse and weights
-    saved: tuple[Any, ...]  # query, key, value, weight, mask, key_lengths, key_exp, key_bound, then
-    # context, lse, scores
+    saved: tuple[Any, ...]  # query, key, value, weight, mask, key_lengths, key_exp, key_bound,
+    # dropout_seed, then context, lse, scores
 
 
 def _add(records: dict[int, list[_Record]], record: _Record) -> None:
@@ -192,7 +193,7 @@ def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: tu
             grad_outputs(0, rows, lambda step: step.saved[-3].shape),
             grad_outputs(1, row, lambda step: step.saved[-2].shape),
             grad_outputs(2, rows, lambda step: (*step.saved[-2].shape, key.shape[-2])),
-            joined(saved(0), rows), key, value, first.saved[3], mask, *first.saved[5:8], *first.options,
+            joined(saved(0), rows), key, value, first.saved[3], mask, *first.saved[5:9], *first.options,
             joined(saved(-3), rows), joined(saved(-2), row, infinite), scores,
             sum([2 << n for n, needed in enumerate(asked) if needed]),
         )  # fmt: skip

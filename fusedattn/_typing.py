@@ -27,6 +27,7 @@ class AttentionOptions(TypedDict, total=False):
     negative_slope: float
     normalizer: str | Callable[[Tensor], Tensor]
     dropout_p: float
+    generator: torch.Generator | None
     backend: str
 
 

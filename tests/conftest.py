@@ -79,6 +79,13 @@ def pytest_make_parametrize_id(val, argname):
     return None
 
 
+@pytest.fixture
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def device_under_test():
     """Tensors that tests make without naming a device are made there."""

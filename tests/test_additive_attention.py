@@ -69,7 +69,7 @@ def largest_activation(query, key, activation):
     return max(1.0, (query.unsqueeze(-2) + key.unsqueeze(-3)).abs().max().item())
 
 
-def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activation="tanh", **_):
+def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activation="tanh", dropout_p=0.0, **_):
     """Magnitude of the terms of every sum, where the sums themselves may cancel.
 
     A score has the rounding of its D terms w_d phi and of sum_d w_d (tanh = 1 - 2r), that is ``noise`` units; it
@@ -79,6 +79,7 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activati
     query, key, value, weight = views(leaves) if views else leaves
     p = exact["weights"].detach()
     dc, dp, dlse = (t.abs() for t in gradients_of_outputs(exact["context"].shape, p.shape[-1], inputs[0].dtype))
+    dc = dc / (1 - dropout_p)
     noise, largest = 1 + (softcap or 0), 1.0
     if weight.numel():
         largest = largest_activation(query, key, activation)
@@ -87,7 +88,7 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activati
     g = p * (a + (p * a).sum(-1, keepdim=True) + dlse.unsqueeze(-1)) * abs(scale) * noise
     w = weight.abs().unsqueeze(-2)
     sums = {
-        "context": p @ value.abs() * noise,
+        "context": p @ value.abs() * noise / (1 - dropout_p),
         "weights": p * noise,
         "lse": torch.tensor([noise]),
         "grad_query": 4 * g.sum(-1).unsqueeze(-1) * w,

@@ -7,7 +7,8 @@ import torch
 from device import BACKEND, DEVICE, INTERPRETED, cpu_alone, not_on_the_standin, raw_op
 from test_additive_attention import INPUTS, check, make_inputs, shape
 
-from fusedattn import AdditiveAttention, UnsupportedError, additive_attention, additive_attention_ref
+from fusedattn import AdditiveAttention, additive_attention, additive_attention_ref
+from fusedattn._options import AdditiveAttentionOptions as Options
 
 
 def tensor(*shape, dtype=torch.float32, device=None):
@@ -92,7 +93,11 @@ BAD_INPUTS = {
         ValueError,
         r"normalizer: expected one that returns weights of shape \(2, 3, 5\), got \(3, 5\)",
     ),
-    "dropout": ("dropout_p", 0.1, UnsupportedError, "dropout_p=0.1"),
+    "dropout_negative": ("dropout_p", -0.1, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
+    "dropout_of_all": ("dropout_p", 1.0, ValueError, "dropout_p: expected"),
+    "dropout_nan": ("dropout_p", math.nan, ValueError, "dropout_p: expected"),
+    "dropout_tensor": ("dropout_p", tensor(), ValueError, "dropout_p: expected a number .* got a Tensor"),
+    "generator": ("generator", 7, ValueError, "generator: expected a torch.Generator on .* got int"),
     "backend": ("backend", "tpu", ValueError, "backend: expected one of .*got 'tpu'"),
 }
 
@@ -129,7 +134,8 @@ def raw_arguments():
     query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
     arguments = {"query": query, "key": key, "value": value, "weight": weight}
     arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
-    return arguments | {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
+    arguments |= {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
+    return arguments | {"dropout_seed": None}
 
 
 def without_its_end(t):
@@ -155,7 +161,7 @@ of_cpu_kernels = pytest.mark.skipif(
 )
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
     arguments = raw_arguments()
-    options = (False, 1.0, 0.0, 0, 0.2)
+    options = Options(False, 1.0, 0.0, 0, 0.2)
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     context, lse, weights, scores = forward(*arguments.values(), *options, True, True)
     arguments[wrong] = without_its_end(arguments[wrong])
@@ -174,7 +180,7 @@ reads_context = pytest.mark.skipif(DEVICE != "cuda" and BACKEND != "triton", rea
     ["grad_context", "grad_lse", "grad_weights", pytest.param("context", marks=reads_context), "lse", "scores"],
 )
 def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
-    arguments, options = raw_arguments(), (False, 1.0, 0.0, 0, 0.2)
+    arguments, options = raw_arguments(), Options(False, 1.0, 0.0, 0, 0.2)
     context, lse, weights, scores = raw_op("additive_attention_fwd")(*arguments.values(), *options, True, True)
     grads = {"grad_context": context, "grad_lse": lse, "grad_weights": weights}
     kept = {"context": context, "lse": lse, "scores": scores}
@@ -258,7 +264,8 @@ def test_float32_weight_passes_opcheck():
     *rows, weight = make_inputs(shape(2, 3, 4, 5, 6), torch.bfloat16)
     inputs = [t.requires_grad_() for t in (*rows, weight.float())]
     forward = raw_op("additive_attention_fwd")
-    torch.library.opcheck(forward, (*inputs, *[None] * 4, False, 1.0, 0.0, 0, 0.2, True, False))
+    options = Options(False, 1.0, 0.0, 0, 0.2)
+    torch.library.opcheck(forward, (*inputs, *[None] * 5, *options, True, False))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -18,6 +18,7 @@ from tolerance import TF32_EPS
 from torch.autograd import Function
 
 from fusedattn._dtypes import accumulation_dtype
+from fusedattn._options import AdditiveAttentionOptions as Options
 
 CHUNK = 1 << 24  # BACKWARD_CHUNK of cuda_bwd.cuh
 
@@ -49,7 +50,7 @@ class EmulatedAttention(Function):
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
         scores, weights = poisoned((*lead, Tk), lse.dtype), poisoned((*lead, Tk), dtype)
         arrays = arguments(query, key, value, weight, mask, key_lengths)
-        options = (is_causal, scale, softcap or 0.0, 0, 0.2)
+        options = Options(is_causal, scale, softcap or 0.0, 0, 0.2)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
         module.additive_attention_fwd(name(dtype), *arrays, options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
@@ -57,7 +58,7 @@ class EmulatedAttention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk, _ = inputs
-        ctx.options = (is_causal, scale, softcap or 0.0, 0, 0.2)
+        ctx.options = Options(is_causal, scale, softcap or 0.0, 0, 0.2)
         context, _, lse, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
         ctx.mark_non_differentiable(scores)

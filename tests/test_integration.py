@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedattn import AdditiveAttention, BahdanauAttention, additive_attention, additive_attention_ref
+from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.ops.additive_attention import attend
 
 INPUTS = ("query", "key", "value", "weight")
@@ -302,13 +303,6 @@ def test_functional_call_of_a_module():
 # torch.compile and torch.export
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.machinery
 @pytest.mark.parametrize(("case", "H"), zip(CASES, itertools.cycle((None, 2)), strict=False))
 def test_compile_without_graph_breaks(case, H, fresh_dynamo):
@@ -504,7 +498,7 @@ def test_autocast_of_mixed_dtypes():
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
-    options = (mask, torch.tensor([4, 2]), None, None, True, 0.5, 3.0, 1, 0.2)
+    options = (mask, torch.tensor([4, 2]), None, None, None, *Options(True, 0.5, 3.0, 1, 0.2))
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     inputs = (query, key, value, weight, *options)
     torch.library.opcheck(forward.default, (*inputs, kept, kept))
@@ -518,7 +512,7 @@ def test_opcheck(kept, dtype, H):
 
 def test_opcheck_of_the_least():
     inputs = make_inputs(H=1, requires_grad=False)
-    inputs = (*inputs, None, None, None, None, False, 1.0, 0.0, 0, 0.2)
+    inputs = (*inputs, *[None] * 5, *Options(False, 1.0, 0.0, 0, 0.2))
     torch.library.opcheck(raw_op("additive_attention_fwd").default, (*inputs, False, False))
 
 

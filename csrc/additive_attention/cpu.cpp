@@ -4,6 +4,7 @@
 #include "common/box.h"
 #include "cpu_inputs.h"
 #include "cpu_score_gradients.h"
+#include "philox/cpu_stream.h"
 
 namespace fusedattn {
 namespace {
@@ -53,6 +54,35 @@ void contexts(const Inputs<S>& in, const Chunk& chunk, const T* probabilities, S
   }
 }
 
+// Dropout of weights, where a seed is given.
+template <typename S>
+class WeightDropout {
+ public:
+  using T = Arithmetic<S>;
+  WeightDropout(const OptionalTensor& seed, const Inputs<S>& in) : is_given_(seed), H_(in.p.H), Tk_(in.p.Tk) {
+    if (!seed) return;
+    const AttentionOptions& o = in.p.options;
+    const PhiloxPlace place{o.first_head, o.heads, o.first_query, o.first_key};
+    words_ = stream_of("additive_attention: dropout_seed", *seed, H_, place);
+    dropout_ = dropout_of("additive_attention", o.dropout_p);
+  }
+
+  bool is_given() const { return is_given_; }
+
+  // A row of the chunk: weights, or the gradients of dropped ones.
+  void apply(const Chunk& chunk, int64_t row, T* x) const {
+    if (!is_given_) return;
+    const int64_t n = chunk.first_head + row / chunk.queries, i = chunk.first_query + row % chunk.queries;
+    drop(philox_row(words_, n / H_, n % H_, i), Tk_, dropout_, x);
+  }
+
+ private:
+  bool is_given_;
+  int64_t H_, Tk_;
+  PhiloxStream words_{};
+  Dropout dropout_{};
+};
+
 // Where forward's results go, contiguous rows (B, H, Tq, ...); null: not asked for.
 template <typename S>
 struct Results {
@@ -63,14 +93,15 @@ struct Results {
 };
 
 template <typename S, typename T = Arithmetic<S>>
-void forward(const Inputs<S>& in, const Results<S>& to) {
+void forward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Results<S>& to) {
   const auto& p = in.p;
   const bool return_weights = to.weights != nullptr;
   const int64_t buffer_size = in.chunk_heads * in.chunk_rows * p.Tk;
-  const Buffer<T> buffer(return_weights && !IS_NARROW<S> ? 0 : buffer_size);
+  const bool in_place = return_weights && !IS_NARROW<S> && !dropout.is_given();  // the weights that are returned
+  const Buffer<T> buffer(in_place ? 0 : buffer_size);
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
     S* const returned = to.weights + first_row * p.Tk;
-    T* probabilities = return_weights ? unrounded(returned, buffer.get()) : buffer.get();
+    T* probabilities = in_place ? unrounded(returned, buffer.get()) : buffer.get();
     T* s = to.scores != nullptr ? to.scores + first_row * p.Tk : probabilities;
     in.prepare_queries(chunk);
     in.score(chunk, s);
@@ -78,7 +109,8 @@ void forward(const Inputs<S>& in, const Results<S>& to) {
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       T* rows = probabilities + first * p.Tk;
       fwd<S>().softmax(last - first, p.Tk, s + first * p.Tk, rows, chunk_lse + first);
-      if (return_weights) round_into(returned + first * p.Tk, rows, (last - first) * p.Tk);
+      if (return_weights && !in_place) fwd<S>().narrow((last - first) * p.Tk, rows, returned + first * p.Tk);
+      for (int64_t row = first; row < last; ++row) dropout.apply(chunk, row, probabilities + row * p.Tk);
     });
     contexts(in, chunk, probabilities, to.context + first_row * p.Dv);
   });
@@ -142,7 +174,8 @@ class ContextGradients {
 };
 
 template <typename S, typename T = Arithmetic<S>>
-void backward(const Inputs<S>& in, const Given<S>& given, const Gradients<S>& to) {
+void backward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Given<S>& given,
+              const Gradients<S>& to) {
   const auto& p = in.p;
   ScoreGradients<S> grads(in, to.of_scores);
   const HeadGradients<S> grad_value(to.value, p.Dv, to.is_value_streamed, in);
@@ -176,9 +209,11 @@ void backward(const Inputs<S>& in, const Given<S>& given, const Gradients<S>& to
     parallel<T>(rows, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
+        if (dc) dropout.apply(chunk, row, g_row);
         if (extra != nullptr) fwd<S>().widen(p.Tk, extra + row * p.Tk, g_row, true);
         grads.row_sums()[first_row + row] = bwd<S>().grad_scores(
             p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
+        if (dc && grad_value.asked()) dropout.apply(chunk, row, probabilities.get() + row * p.Tk);
       }
     });
     if (dc && grad_value.asked()) {
@@ -198,7 +233,8 @@ using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
                                const OptionalTensor& key_exp, const OptionalTensor& key_bound,
-                               const AttentionOptions& options, bool return_weights, bool keep_scores, bool) {
+                               const OptionalTensor& dropout_seed, const AttentionOptions& options,
+                               bool return_weights, bool keep_scores, bool) {
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -207,9 +243,10 @@ Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
     const Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq}, scalar_type<T>());
     const Tensor weights = in.empty_if(return_weights, {p.Tq, p.Tk});
     const Tensor scores = keep_scores ? in.empty({p.Tq, p.Tk}, scalar_type<T>()) : empty({0}, scalar_type<T>());
-    forward<S>(in, {mutable_data_of<S>(context), mutable_data_of<T>(lse),
-                    return_weights ? mutable_data_of<S>(weights) : nullptr,
-                    keep_scores ? mutable_data_of<T>(scores) : nullptr});
+    forward<S>(in, WeightDropout<S>(dropout_seed, in),
+               {mutable_data_of<S>(context), mutable_data_of<T>(lse),
+                return_weights ? mutable_data_of<S>(weights) : nullptr,
+                keep_scores ? mutable_data_of<T>(scores) : nullptr});
     return Tensors{context, lse, weights, scores};
   });
 }
@@ -218,8 +255,9 @@ Tensors additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
                                const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
                                const OptionalTensor& key_lengths, const OptionalTensor& key_exp,
-                               const OptionalTensor& key_bound, const AttentionOptions& options, const Tensor&,
-                               const Tensor& lse, const Tensor& scores, OutputMask asked) {
+                               const OptionalTensor& key_bound, const OptionalTensor& dropout_seed,
+                               const AttentionOptions& options, const Tensor&, const Tensor& lse,
+                               const Tensor& scores, OutputMask asked) {
   return with_storage(query.scalar_type(), [&](auto storage) -> Tensors {
     using S = decltype(storage);
     using T = Arithmetic<S>;
@@ -240,7 +278,7 @@ Tensors additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     const ScoreGradientTensors<S> made(in, asked[0], asked[1], asked[3]);
     const Tensor value_gradient = in.empty_if(asked[2], {p.Tk, p.Dv});
     backward<S>(
-        in,
+        in, WeightDropout<S>(dropout_seed, in),
         {dc ? view<S>(*dc) : View<const S>{}, dl ? data_of<T>(*dl) : nullptr, dp ? data_of<S>(*dp) : nullptr,
          data_of<T>(rows_lse), scores.numel() > 0 ? data_of<T>(rows_scores) : nullptr},
         {made.rows(), gradient_data<S>(value_gradient),

@@ -26,7 +26,8 @@ struct AttentionInputs {
   AttentionOptions options;
 
   AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
-                  const OptionalTensor& mask, const OptionalTensor& key_lengths_, const AttentionOptions& options)
+                  const OptionalTensor& mask, const OptionalTensor& key_lengths_,
+                  const OptionalTensor& dropout_seed, const AttentionOptions& options)
       : device(query_),
         flat(query_.dim() == 3),
         query(rows(query_, "query")),
@@ -38,6 +39,7 @@ struct AttentionInputs {
         options(options) {
     STD_TORCH_CHECK(options.activation == ScoreActivation::TANH,
                     "additive_attention: activation: the CUDA kernels have tanh alone");
+    STD_TORCH_CHECK(!dropout_seed, "additive_attention: dropout_seed: the CUDA kernels have no dropout");
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);

@@ -2,8 +2,11 @@
 // one: a new option is declared here, in both places, and used where it is computed with.
 #pragma once
 
-#define FUSEDATTN_ATTENTION_OPTIONS \
-  "bool is_causal, float scale, float softcap, int activation, float negative_slope"
+#include <cstdint>
+
+#define FUSEDATTN_ATTENTION_OPTIONS                                                    \
+  "bool is_causal, float scale, float softcap, int activation, float negative_slope, " \
+  "float dropout_p, int first_head, int heads, int first_query, int first_key"
 
 namespace fusedattn {
 
@@ -15,7 +18,9 @@ struct AttentionOptions {
   double scale;
   double softcap;  // 0: none
   ScoreActivation activation;
-  double negative_slope;  // of LEAKY_RELU
+  double negative_slope;                              // of LEAKY_RELU
+  double dropout_p;                                   // with a seed alone, as what follows
+  int64_t first_head, heads, first_query, first_key;  // PhiloxPlace of common/philox.h
 };
 
 }  // namespace fusedattn

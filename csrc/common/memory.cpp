@@ -284,6 +284,7 @@ int32_t dtype_code(ScalarType type) {
 size_t size_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
+    case ScalarType::Long:
       return 8;
     case ScalarType::Float:
     case ScalarType::Int:

@@ -14,7 +14,7 @@ Tensor philox_words(const Tensor& seed, const Tensor& like, const PhiloxPlace& p
   STD_TORCH_CHECK(like.dim() == 3 || like.dim() == 4, "philox_words: like: expected shape (B, Tq, Tk) or ",
                   "(B, H, Tq, Tk), got ", like.dim(), " dimensions");
   const int64_t H = like.dim() == 3 ? 1 : like.size(1), Tq = like.size(-2), Tk = like.size(-1);
-  const PhiloxStream stream = stream_of("philox_words", seed, H, place);
+  const PhiloxStream stream = stream_of("philox_words: seed", seed, H, place);
   std::vector<int64_t> sizes;
   for (int64_t n = 0; n < like.dim(); ++n) sizes.push_back(like.size(n));
   const Tensor words = empty(sizes, ScalarType::Int);

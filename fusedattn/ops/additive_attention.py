@@ -20,6 +20,11 @@ exp(q) and exp(k); relu and leaky_relu take no exponentials. Backward, with a_ij
 
 and for any other phi dq_id = w_d sum_j g_ij phi'(q_id + k_jd), dw_d = sum_ij g_ij phi(q_id + k_jd).
 
+Dropout makes p~_ij = p_ij / (1 - P) of the weights that it keeps and 0 of the others, by random words of which
+none is stored (``fusedattn/_philox.py``)::
+
+    c_i = sum_j p~_ij x_j      a_ij = (p~_ij / p_ij) dc_i . x_j + dp_ij      dx_j = sum_i p~_ij dc_i
+
 Other normalisers than the softmax are composed over the scores (``fusedattn/_normalizers.py``).
 
 Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width. Kernels:
@@ -34,9 +39,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _normalizers, _scores, _steps
+from fusedattn import _autograd, _normalizers, _philox, _scores, _steps
 from fusedattn._dispatch import (
-    UnsupportedError,
     autocast,
     autocast_enabled,
     choose,
@@ -70,7 +74,7 @@ def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None
     return visible.expand(shape)
 
 
-def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options: Options):
+def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed, options: Options):
     """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
     shape = (*query.shape[:-1], key.shape[-2])
     visible = _visible_keys(shape, query.device, mask, key_lengths, options.is_causal)
@@ -81,7 +85,10 @@ def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound,
     # A weight wider than the other inputs makes wider scores; results are in the dtype of those.
     weights = torch.softmax(scores, -1).to(query.dtype).masked_fill(~visible, 0.0)
     lse = torch.logsumexp(scores.to(accumulation_dtype(scores.dtype)), -1)
-    return weights @ value, lse.masked_fill(~visible.any(-1), float("-inf")), weights
+    dropped = weights
+    if seed is not None:
+        dropped = _philox.dropout(weights, options.dropout_p, seed, _philox.place_of(options))
+    return dropped @ value, lse.masked_fill(~visible.any(-1), float("-inf")), weights
 
 
 @attention_function
@@ -101,6 +108,7 @@ def additive_attention_ref(
     negative_slope: float = 0.2,
     normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
     backend: str = "reference",
@@ -124,6 +132,7 @@ def additive_attention_ref(
         negative_slope=negative_slope,
         normalizer=normalizer,
         dropout_p=dropout_p,
+        generator=generator,
         return_weights=return_weights,
         return_lse=return_lse,
         backend=backend,
@@ -134,7 +143,7 @@ def additive_attention_ref(
 
 
 def _fwd_fake(query, key, value, *rest):
-    return_weights, keep_scores, *_ = rest[5 + len(Options._fields) :]
+    return_weights, keep_scores, *_ = ATTENTION.fwd_parts((query, key, value, *rest))[-1]
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     acc = accumulation_dtype(query.dtype)
     return (
@@ -157,7 +166,7 @@ def _flops(query, key, value, weight) -> int:
 
 class _Fold(_scores.Fold):
     def folded(self):
-        *_, mask, lengths, _, _ = self.tensors
+        *_, mask, lengths, _, _, seed = self.tensors
         rows, mask = self.rows(3), self.output(mask, self.dims[4])
         if lengths is not None and self.dims[5] is not None:  # what differs over N becomes part of the mask
             Tq, (B, heads, Tk, _) = rows[0].shape[2], rows[1].shape
@@ -165,13 +174,17 @@ class _Fold(_scores.Fold):
             visible = torch.arange(Tk, device=lengths.device) < lengths
             visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
             mask, lengths = visible if mask is None else visible & mask, None
-        return (*rows, self.weight(3), mask, lengths, None, None)
+        if seed is not None:  # one for each sample's heads
+            dim = self.dims[8]
+            seed = seed.expand(self.N, -1) if dim is None else seed.movedim(dim, 0)
+            seed = seed.flatten().contiguous()
+        return (*rows, self.weight(3), mask, lengths, None, None, seed)
 
 
 ATTENTION = _autograd.Op(
     "additive_attention",
     inputs=("query", "key", "value", "weight"),
-    others=("mask", "key_lengths", "key_exp", "key_bound"),
+    others=("mask", "key_lengths", "key_exp", "key_bound", "dropout_seed"),
     options=Options,
     outputs=("context", "lse", "weights", "scores"),
     kept=("context", "lse", "scores"),
@@ -227,6 +240,28 @@ def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
             fail(op, "key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
 
 
+def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
+    """A fresh one, None without dropout."""
+    _philox.check_probability("additive_attention", dropout_p)
+    if generator is not None and (
+        not isinstance(generator, torch.Generator) or generator.device.type != device.type
+    ):
+        got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
+        _fail("generator", f"a torch.Generator on {device} like query, or None", got)
+    return None if dropout_p == 0 else _philox.draw_seed(device, generator)
+
+
+def _unable(activation: str, seed: Tensor | None) -> dict[str, str]:
+    """Backends without kernels for these options, and why."""
+    unable = _scores.unable(activation)
+    if seed is None:
+        return unable
+    return {
+        "cuda": "there are no kernels for dropout_p > 0 in CUDA C++",
+        "triton": "there are no kernels for dropout_p > 0 in Triton",
+    } | unable
+
+
 def _is_traced() -> bool:
     compiling = torch.compiler.is_compiling()
     return compiling or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
@@ -268,6 +303,7 @@ def additive_attention(
     negative_slope: float = 0.2,
     normalizer: str | Callable[[Tensor], Tensor] = "softmax",
     dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -301,8 +337,15 @@ def additive_attention(
             entmax, any that works along the last dimension. A row without a visible key is 0 for it. Any but
             softmax is composed in PyTorch over :func:`fusedattn.additive_scores`, with memory for
             (B, [H,] Tq, Tk). Default: ``"softmax"``.
-        dropout_p: only 0.0 for now.
-        return_weights: also return the weights, differentiable.
+        dropout_p: probability in [0, 1) with which each weight counts as 0 in the context, the others times
+            1 / (1 - dropout_p), as :func:`torch.nn.functional.dropout` (Srivastava et al. 2014). Which of them is
+            decided by random bits of a seed, batch, head, query and key: the same on every backend, with any
+            number of threads. Nothing of it is stored, and lse does not know of it. Default: 0.0.
+        generator: draws that seed, on the device of the inputs. Default: None, PyTorch's default generator, so
+            that ``torch.manual_seed`` decides, a checkpointed call (``preserve_rng_state``) repeats its bits,
+            ``torch.vmap`` draws as its ``randomness`` says, and compiled code other bits than eager one. A
+            generator cannot be passed to compiled code, and checkpointing does not restore it.
+        return_weights: also return the weights, differentiable: those before dropout.
         return_lse: also return the log-sum-exp of the scores, differentiable; with softmax alone.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch).
 
@@ -328,10 +371,6 @@ def additive_attention(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    if dropout_p != 0:
-        raise UnsupportedError(
-            f"additive_attention: only dropout_p=0.0 is supported for now, got dropout_p={dropout_p!r}"
-        )
     return attend(
         query,
         key,
@@ -345,6 +384,8 @@ def additive_attention(
         activation=activation,
         negative_slope=negative_slope,
         normalizer=normalizer,
+        dropout_p=dropout_p,
+        generator=generator,
         return_weights=return_weights,
         return_lse=return_lse,
         backend=backend,
@@ -366,6 +407,8 @@ def attend(
     activation: str = "tanh",
     negative_slope: float = 0.2,
     normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -391,6 +434,8 @@ def attend(
                 activation=activation,
                 negative_slope=negative_slope,
                 normalizer=normalizer,
+                dropout_p=dropout_p,
+                generator=generator,
                 return_weights=return_weights,
                 return_lse=return_lse,
                 backend=backend,
@@ -402,6 +447,7 @@ def attend(
     query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
     _scores.check_numbers("additive_attention", scale, softcap, activation, negative_slope)
     dtype = query.dtype
+    seed = _dropout_seed(dropout_p, generator, device)
     if mask is not None:
         full = (*query.shape[:-1], key.shape[-2])
         check_mask(mask, full, device)
@@ -423,8 +469,9 @@ def attend(
             negative_slope=negative_slope,
             backend=backend,
         )
+        drop = None if seed is None else partial(_philox.dropout, p=dropout_p, seed=seed)
         of_all = _normalizers.attend(
-            "additive_attention", query, key, value, weight, visible, normalizer, score, unseen_are_zero
+            "additive_attention", query, key, value, weight, visible, normalizer, score, unseen_are_zero, drop
         )
         return of_all if return_weights else of_all[0]
     backend = choose(
@@ -433,12 +480,12 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _scores.unable(activation),
+        _unable(activation, seed),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)
-    tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound)
-    options = Options(is_causal, *_scores.numbers(scale, softcap, activation, negative_slope))
+    tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed)
+    options = Options(is_causal, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p)
     flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
     if token is None:
         context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)

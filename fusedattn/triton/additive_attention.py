@@ -58,7 +58,7 @@ from fusedattn.triton.additive_attention_problem import Problem, check
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
-    "Tensor? key_bound"
+    "Tensor? key_bound, Tensor? dropout_seed"
 )
 
 
@@ -76,10 +76,12 @@ def _weights(scores, lse, dtype):
     return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
 
-def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp, key_bound, *numbers):
+def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed, *numbers):
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
     options = Options(*numbers[: len(Options._fields)])
     return_weights, keep_scores, allow_tf32 = Flags(*numbers[len(Options._fields) :])
+    if seed is not None:
+        raise RuntimeError("additive_attention: dropout_seed: the Triton kernels have no dropout")
     check(query, key, value, weight, mask, key_lengths)
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
@@ -109,7 +111,8 @@ register(
 
 
 def additive_attention_bwd(
-    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound, *rest
+    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed,
+    *rest,
 ):  # fmt: skip
     """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
     *options, context, lse, scores, output_mask = rest
@@ -219,7 +222,7 @@ def _typical_call(shape, dtype, masked, activation):
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
-    inputs += [mask, lengths, None, None]
+    inputs += [mask, lengths, None, None, None]
     options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
