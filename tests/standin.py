@@ -168,6 +168,16 @@ def _zeros(size, *, dtype=None, layout=None, device=None, pin_memory=None):
     return torch.zeros(size, dtype=dtype, device=NAME)
 
 
+def _convolution(*args):
+    return _as_on_the_cpu(aten.convolution.default, *args)
+
+
+def _convolution_backward(grad, x, weight, stride, padding, dilation, transposed, *rest):
+    bias_sizes = [weight.shape[1] * rest[1] if transposed else weight.shape[0]]
+    args = grad, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest
+    return _as_on_the_cpu(aten.convolution_backward.default, *args)
+
+
 def _in_autocast_dtype(op):
     def cast(x):
         return x.to(torch.get_autocast_dtype(NAME)) if is_here(x) and x.is_floating_point() else x
@@ -201,6 +211,8 @@ for _name, _kernel in {
     "_efficientzerotensor": _zeros,
     "resize_": _resize,
     "_copy_from": _copy_from,
+    "convolution_overrideable": _convolution,
+    "convolution_backward_overrideable": _convolution_backward,
 }.items():
     _OWN.impl(_name, _kernel)
 for _overload in aten.set_.overloads():

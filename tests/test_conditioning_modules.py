@@ -273,15 +273,7 @@ CASES = {
         batch_norm,
     ),
 }
-convolves = not_on_the_standin("has no convolutions")
-CONVOLVE = ("concat", "res_block", "res_block_without_coordinates", "gated", "gated_masked")
-
-
-def named(cases, convolve):
-    return [pytest.param(name, marks=[convolves] if name in convolve else []) for name in cases]
-
-
-EVERY = pytest.mark.parametrize("name", named(CASES, CONVOLVE))
+EVERY = pytest.mark.parametrize("name", CASES)
 
 
 def inputs_of(name, dtype=torch.float64):
@@ -466,7 +458,6 @@ def test_starts_as_a_linear_layer_does():
     assert torch.equal(gate.weight, torch.nn.Linear(4, 3).weight)
 
 
-@convolves
 def test_a_mask_hides_what_comes_later():
     x = torch.randn(1, 3, 5, 5)
     changed = x.flatten(2).clone()
@@ -481,7 +472,6 @@ def test_a_mask_hides_what_comes_later():
         torch.testing.assert_close(module(x).flatten(2), y)
 
 
-@convolves
 def test_weights_of_the_layers_that_modules_stand_for():
     conv = nn.Conv2d(3, 4, 3, padding=1)
     module = GatedConditionalConv2d(3, 2, 3)
@@ -614,7 +604,7 @@ def test_float32_parameters_beside_half_precision_are_not_rounded():
         torch.testing.assert_close(module(x, condition), expected, rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("case", named(ERRORS, ("unconditional", "gated", "block")))
+@pytest.mark.parametrize("case", ERRORS)
 def test_errors(case):
     make, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):

@@ -46,7 +46,7 @@ def _features(previous, conv_weight, location_weight):
     (B, Tq, C, Tk), (G, _, _, K) = previous.shape, conv_weight.shape
     grouped = previous.view(G, B // G * Tq, C, Tk).transpose(0, 1).flatten(1, 2)
     found = F.conv1d(grouped, conv_weight.flatten(0, 1), padding=(K - 1) // 2, groups=G)
-    found = found.unflatten(1, (G, -1)).permute(1, 0, 3, 2)  # (G, B / G Tq, Tk, N)
+    found = found.view(B // G * Tq, G, -1, Tk).permute(1, 0, 3, 2)  # (G, B / G Tq, Tk, N)
     if location_weight is not None:
         found = found @ location_weight.unsqueeze(1).mT
     return found.reshape(B, Tq, Tk, -1)
