@@ -50,6 +50,11 @@ class NormFilmOptions(NamedTuple):
     activation: int  # as in FilmOptions
 
 
-def schema(bundle: type[Any]) -> str:
-    """A NamedTuple's fields as arguments in an operator's schema, ``"bool is_causal, float scale"``."""
-    return ", ".join(f"{kind.__name__} {name}" for name, kind in bundle.__annotations__.items())
+def schema(bundle: type[Any], are_last: bool = False) -> str:
+    """A NamedTuple's fields as arguments in an operator's schema, ``"bool is_causal, float scale"``.
+
+    Only the last arguments of a schema may have defaults: theirs, if these are.
+    """
+    defaults = {name: f"={value}" for name, value in bundle._field_defaults.items() if are_last}
+    kinds = bundle.__annotations__.items()
+    return ", ".join(f"{kind.__name__} {name}{defaults.get(name, '')}" for name, kind in kinds)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fusedattn import _library
-from fusedattn._dispatch import fail
 
 _32_BITS = 0xFFFFFFFF
 
@@ -100,11 +99,6 @@ def keeps(seed: Tensor, like: Tensor, p: float, place: Place = EVERYTHING) -> Te
 def dropout(weights: Tensor, p: float, seed: Tensor, place: Place = EVERYTHING) -> Tensor:
     """What the kernels' dropout makes of weights (B, [H,] Tq, Tk): keep / (1 - p) times each, differentiable."""
     return torch.where(keeps(seed, weights, p, place), weights * (1 / (1 - p)), 0.0)
-
-
-def check_probability(op: str, p: float) -> None:
-    if isinstance(p, Tensor) or not 0 <= p < 1:
-        fail(op, "dropout_p", "a number in [0, 1)", "a Tensor" if isinstance(p, Tensor) else p)
 
 
 def _is_transformed() -> bool:

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from device import BACKEND, cpu_alone, not_on_the_standin, raw_op
+from device import BACKEND, INTERPRETED, cpu_alone, not_on_the_standin, raw_op
 from pairwise import in_dtypes
 from test_additive_attention import DTYPES, check, make_inputs, run, shape
 from torch.utils.checkpoint import checkpoint
@@ -33,13 +33,17 @@ SHAPES = [
     shape(1, 40, 33, 7, 9),  # scores are recomputed
     shape(1, 1100, 1000, 3, 2),  # queries in several chunks
 ]
+if INTERPRETED:
+    SHAPES = [shape(2, 2, 17, 4, 5, H=2), shape(1, 33, 40, 4, 3)]
 
 
+@pytest.mark.interpreted
 @in_dtypes(SHAPES, SHAPES[:2], DTYPES)
 def test_matches_the_reference(same_seed, sizes, dtype):
     check(make_inputs(sizes, dtype), dropout_p=P)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("masked", [False, True])
 def test_beside_other_options(same_seed, masked):
     sizes = SHAPES[1]
@@ -49,6 +53,7 @@ def test_beside_other_options(same_seed, masked):
     check(make_inputs(sizes), dropout_p=P, **options)
 
 
+@pytest.mark.interpreted
 def test_equals_an_explicit_mask(same_seed):
     sizes = shape(2, 3, 17, 4, 3, H=2)
     inputs = make_inputs(sizes, torch.float64)
@@ -62,6 +67,7 @@ def test_equals_an_explicit_mask(same_seed):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
 def test_weights_and_lse_are_those_before_dropout(normalizer):
     inputs = make_inputs(shape(2, 3, 17, 4, 3))
@@ -77,6 +83,7 @@ def kept_by_kernels(query, key, weight, dropout_p=P, **options):
     return additive_attention(query, key, value, weight, dropout_p=dropout_p, **options) != 0
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_are_those_of_the_seed(same_seed, dtype, normalizer):
@@ -99,6 +106,7 @@ def test_the_bits_are_the_same_with_any_number_of_threads(same_seed):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.interpreted
 def test_a_part_has_the_bits_of_the_whole(same_seed):
     """Raw operators count from the numbers of their first head, query and key."""
     inputs = make_inputs(shape(2, 6, 21, 4, 21, H=4))

@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
+from fusedattn._options import AdditiveAttentionOptions as Options  # noqa: E402
 from fusedattn.triton import additive_attention, film, film_problem, norm_film
 from fusedattn.triton._common import recorded
 
@@ -87,7 +88,7 @@ def test_random_lengths_compile_few_kernels_of_additive_attention():
     generator = torch.Generator().manual_seed(0)
     D, found = 33, set()
     weight, lengths = torch.empty(D, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    options = (None, lengths, None, None, False, 1.0, 0.0, 0, 0.2)
+    options = (None, lengths, None, None, None, *Options(False, 1.0, 0.0, 0, 0.2))
     for Tq, Tk in torch.randint(17, 2000, (50, 2), generator=generator).tolist():
         inputs = [torch.empty(3, T, D, device="meta") for T in (Tq, Tk, Tk)] + [weight]
 

@@ -242,7 +242,8 @@ def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
 
 def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     """A fresh one, None without dropout."""
-    _philox.check_probability("additive_attention", dropout_p)
+    if isinstance(dropout_p, Tensor) or not 0 <= dropout_p < 1:
+        _fail("dropout_p", "a number in [0, 1)", "a Tensor" if isinstance(dropout_p, Tensor) else dropout_p)
     if generator is not None and (
         not isinstance(generator, torch.Generator) or generator.device.type != device.type
     ):
@@ -256,10 +257,7 @@ def _unable(activation: str, seed: Tensor | None) -> dict[str, str]:
     unable = _scores.unable(activation)
     if seed is None:
         return unable
-    return {
-        "cuda": "there are no kernels for dropout_p > 0 in CUDA C++",
-        "triton": "there are no kernels for dropout_p > 0 in Triton",
-    } | unable
+    return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | unable
 
 
 def _is_traced() -> bool:

@@ -23,4 +23,5 @@ def random_word(seed, head, i, j):
     Each evaluates all four of its neighbours: some 40 instructions, where a score of 256 channels takes 800.
     """
     a, b, c, d = random_words(seed, head, i, j >> 2)
-    return tl.where(j & 2, tl.where(j & 1, d, c), tl.where(j & 1, b, a))
+    is_odd = (j & 1) != 0
+    return tl.where((j & 2) != 0, tl.where(is_odd, d, c), tl.where(is_odd, b, a))

@@ -26,6 +26,8 @@ One joint pass would take fewer, but needs atomics: its results would differ fro
 
 relu and leaky_relu pack the inputs themselves and take 3 slots a pair forward, without a MUFU.
 
+Dropout is in the kernels that multiply by values: context, gradient and value make the bits of their tiles.
+
 float64 takes the same loops. Kernels read the dtype of their arithmetic off their scratch; a reciprocal takes two
 steps of Newton from float32's, and an exponential is a function of tens of instructions.
 
@@ -80,9 +82,7 @@ def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
     options = Options(*numbers[: len(Options._fields)])
     return_weights, keep_scores, allow_tf32 = Flags(*numbers[len(Options._fields) :])
-    if seed is not None:
-        raise RuntimeError("additive_attention: dropout_seed: the Triton kernels have no dropout")
-    check(query, key, value, weight, mask, key_lengths)
+    check(query, key, value, weight, mask, key_lengths, seed)
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
@@ -92,7 +92,7 @@ def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp
         lse.fill_(float("-inf"))
     elif lse.numel():
         with on_device_of(query):
-            problem = Problem(query, key, value, weight, mask, key_lengths, options)
+            problem = Problem(query, key, value, weight, mask, key_lengths, options, seed)
             heads = (problem.B, problem.H, problem.Tq)
             c, row_lse = context.view(*heads, Dv), lse.view(heads)
             for first, end in problem.chunks(keep_scores or return_weights):
@@ -104,7 +104,7 @@ def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp
 
 
 register(
-    f"additive_attention_fwd_triton({_INPUTS}, {schema(Options)}, {schema(Flags)}) "
+    f"additive_attention_fwd_triton({_INPUTS}, {schema(Options)}, {schema(Flags, are_last=True)}) "
     "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)",
     additive_attention_fwd,
 )
@@ -124,6 +124,7 @@ def additive_attention_bwd(
         *inputs,
         mask,
         key_lengths,
+        seed,
         grad_context=(grad_context, (Tq, Dv), query.dtype),
         grad_lse=(grad_lse, (Tq,), wide),
         grad_weights=(grad_weights, (Tq, Tk), query.dtype),
@@ -134,7 +135,7 @@ def additive_attention_bwd(
     if not (lse.numel() and key.shape[-2]):
         return tuple(t.new_zeros(t.shape if a else 0) for t, a in zip(inputs, asked, strict=True))
     with on_device_of(query):
-        problem = Problem(*inputs, mask, key_lengths, Options(*options))
+        problem = Problem(*inputs, mask, key_lengths, Options(*options), seed)
         B, H = problem.B, problem.H
         queries, keys = packed_rows(problem)
         kept = scores.numel() > 0
@@ -161,7 +162,9 @@ def additive_attention_bwd(
                 shift = -grad_lse[:, :, part] if shift is None else shift - grad_lse
             shift = None if shift is None else shift.contiguous()
             dc = None if grad_context is None else grad_context[:, :, part]
-            g, g_transposed = score_gradient(problem, s, row_lse, context[:, :, part], dc, grad_weights, shift)
+            g, g_transposed = score_gradient(
+                problem, s, row_lse, context[:, :, part], dc, grad_weights, shift, first
+            )
             rows = queries.part(first, end)
             sums = {}
             if of_query or of_weight:
@@ -213,17 +216,21 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
         every_tile = activation == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
         suffix = "" if activation == "tanh" else f"-{activation}"
         found += [replace(k, name=k.name + suffix) for k in recorded(call, target, every_tile)]
+    for dtype, call in ((dtypes[0], wide[0]), *((dtype, wide[3]) for dtype in dtypes)):
+        dropping = functools.partial(_typical_call, call[0], dtype, call[1], "tanh", dropout_p=0.1)
+        found += [replace(k, name=f"{k.name}-dropout") for k in recorded(dropping, target)]
     return distinct(found)
 
 
-def _typical_call(shape, dtype, masked, activation):
+def _typical_call(shape, dtype, masked, activation, dropout_p=0.0):
     B, Tq, Tk, D = shape
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
-    inputs += [mask, lengths, None, None, None]
-    options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2)
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+    inputs += [mask, lengths, None, None, seed]
+    options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2, dropout_p)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
     additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b1111)

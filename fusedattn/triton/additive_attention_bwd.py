@@ -13,6 +13,7 @@ from fusedattn.triton.additive_attention_problem import (
     PAIR_RANGE,
     UNSPECIALISED,
     batch_and_head,
+    dropped,
     linear,
     linear_gradient,
     programs_wanted,
@@ -41,6 +42,7 @@ def _probability(s, lse):
 def additive_attention_bwd_kernel_gradient(
     scores, lse, value, context, grad_context, grad_weights, shift, g, g_transposed,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, H, Tq, Tk, scale, softcap,
+    seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAD: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +82,11 @@ def additive_attention_bwd_kernel_gradient(
         # Summed across threads once. A product summed at once would become an FMA in each thread, and what threads
         # add would not be the same number: copies of a sum would differ in the last bit.
         mean = tl.sum(terms, 1)
+        if seed is not None:
+            a = dropped(
+                a, b, h, i[:, None], j[None, :],
+                seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
+            )  # fmt: skip
     if grad_weights is not None:
         a += load_wide(grad_weights + at, inside)
     if shift is not None:
@@ -96,8 +103,11 @@ def additive_attention_bwd_kernel_gradient(
     tl.store(out_transposed, tl.trans(gradient), mask=in_k[:, None] & (i < q_padded)[None, :])
 
 
-def score_gradient(problem, scores, lse, context, grad_context, grad_weights, shift):
-    """g (B, H, n, Tk) and its transpose, rows padded to PAD; context and its gradient are (B, H, n, Dv)."""
+def score_gradient(problem, scores, lse, context, grad_context, grad_weights, shift, first):
+    """g (B, H, n, Tk) of the queries from first on, and its transpose, rows padded to PAD.
+
+    context and its gradient are (B, H, n, Dv).
+    """
     n, block_q, block_k = lse.shape[2], 32, 32
     q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, problem.Tk))
     g, g_transposed = problem.empty(problem.BH, n, k_padded), problem.empty(problem.BH, problem.Tk, q_padded)
@@ -108,7 +118,7 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
         scores, lse, problem.value, context, grad_context, grad_weights, shift, g, g_transposed,
         *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk,
-        options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
+        options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_V=_dot_terms(context.dtype), PAD=PAD, NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return g, g_transposed
@@ -117,6 +127,7 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_bwd_kernel_value(
     scores, lse, grad_context, key_lengths, grad_value, stride_cb, stride_ch, H, Tq, Tk, first_query,
+    seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -147,6 +158,11 @@ def additive_attention_bwd_kernel_value(
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
         p = tl.where(s == float("-inf"), 0.0, _probability(s, row_lse[None, :]))
+        if seed is not None:
+            p = dropped(
+                p, b, h, i[None, :], j[:, None],
+                seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
+            )  # fmt: skip
         dc_at = grad_context + i64[:, None] * Dv + v[None, :]
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         precision: tl.constexpr = "tf32x3" if NVIDIA else "ieee"
@@ -165,7 +181,7 @@ def value_gradient(problem, scores, lse, grad_context, first):
         (triton.cdiv(problem.Tk, block_k) * problem.BH, triton.cdiv(problem.Dv, block_v), 1),
         scores, lse, grad_context, problem.key_lengths, out, *grad_context.stride()[:2],
         problem.H, lse.shape[2], problem.Tk, first,
-        options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+        options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
         NVIDIA=NVIDIA, num_warps=4,
     )  # fmt: skip
     return out

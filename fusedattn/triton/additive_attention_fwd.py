@@ -11,6 +11,7 @@ from fusedattn.triton.additive_attention_problem import (
     UNSPECIALISED,
     at_most,
     batch_and_head,
+    dropped,
     linear,
     programs_wanted,
     reciprocal_beyond_range,
@@ -281,6 +282,7 @@ def additive_attention_fwd_kernel_context(
     scores, value, key_lengths, context, lse,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
     H, Tq, Tk, first_query, split_keys, seen, stride_sb, stride_sh, keys_end,
+    seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TF32: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -333,6 +335,11 @@ def additive_attention_fwd_kernel_context(
         p = _exp_of_difference(s, safe_top[:, None])
         shrink = _exp_of_difference(top, safe_top)
         total = total * shrink + tl.sum(p, 1)
+        if seed is not None:
+            p = dropped(
+                p, b, h, i[:, None], j[None, :],
+                seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
+            )  # fmt: skip
         precision: tl.constexpr = "ieee" if not NVIDIA else "tf32" if TF32 else "tf32x3"
         acc = tl.dot(p.to(x.dtype), x, acc * shrink[:, None], input_precision=precision, out_dtype=ARITHMETIC)
         top = new_top
@@ -402,7 +409,7 @@ def _attend_by(tile, problem, scores, context, lse, first, allow_tf32):
         scores, problem.value, problem.key_lengths, parts, lse_parts,
         *problem.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
         problem.H, n, problem.Tk, first, split_keys,
-        options=problem.options, Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
+        options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
         TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:

@@ -6,11 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedattn import _philox
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import SCORE_ACTIVATIONS
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton import _tiles
 from fusedattn.triton._common import argument, fast_reciprocal, launch, load_wide, number, recording_for, require
+from fusedattn.triton._philox import random_word
 
 _require = functools.partial(require, "additive_attention")
 
@@ -30,6 +32,7 @@ UNSPECIALISED = [
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
     "split_keys", "splits", "keys_end", "stride_sb", "stride_sh", *Options._fields,
+    "heads_of_seed", "drop_below", "drop_factor", "drop_query", "drop_key",
 ]  # fmt: skip
 
 
@@ -82,6 +85,22 @@ def linear_gradient(z, g, negative_slope, ACTIVATION: tl.constexpr):
 def batch_and_head(bh, H):
     """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, and spills."""
     return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def dropped(
+    x, b, h, i, j, seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
+):  # fmt: skip
+    """What dropout makes of numbers x of queries i and keys j, which count from drop_query and drop_key.
+
+    Volatile, the seed is loaded where it is used: before a loop, the keys of all ten rounds would be made there,
+    too, in scalar registers that AMD lacks.
+    """
+    sample = h.to(tl.int32) // heads_of_seed
+    head = first_head + b * heads + h - sample * heads_of_seed
+    word = random_word(tl.load(seed + sample, volatile=True), head, drop_query + i, drop_key + j)
+    is_kept = (word ^ 0x80000000).to(tl.int32, bitcast=True) >= drop_below
+    return tl.where(is_kept, x * number(drop_factor, x.dtype), 0.0)
 
 
 @triton.jit
@@ -241,7 +260,25 @@ def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
     }
 
 
-def check(query, key, value, weight, mask, key_lengths, **others) -> None:
+def _dropout_options(seed, options: Options, H: int, dtype: torch.dtype) -> dict:
+    """What ``dropped`` takes, by name; all None without a seed."""
+    if seed is None:
+        names = "heads_of_seed", "first_head", "heads", "drop_query", "drop_key", "drop_below", "drop_factor"
+        return dict.fromkeys(("seed", *names))
+    of_seed, place = H // seed.shape[0], _philox.place_of(options)
+    return {
+        "seed": seed,
+        "heads_of_seed": of_seed,
+        "first_head": place.first_head,
+        "heads": place.heads or of_seed,
+        "drop_query": place.first_query,
+        "drop_key": place.first_key,
+        "drop_below": _philox.threshold(options.dropout_p) - 2**31,  # as words less 2^31: always 32 bits
+        "drop_factor": argument(1 / (1 - options.dropout_p), dtype),
+    }
+
+
+def check(query, key, value, weight, mask, key_lengths, seed=None, **others) -> None:
     """Raises for what kernels would read beyond; others are named (tensor or None, their last sizes, dtype)."""
     rank = query.dim()
     if rank not in (3, 4) or key.dim() != rank or value.dim() != rank:
@@ -265,6 +302,14 @@ def check(query, key, value, weight, mask, key_lengths, **others) -> None:
         _require("mask", mask, (*lead, Tq, Tk), torch.bool, device)
     if key_lengths is not None:
         _require("key_lengths", key_lengths, (B,), torch.int64, device)
+    if seed is not None and (
+        seed.dim() != 1 or not seed.numel() or H % seed.numel() or seed.dtype != torch.int64
+        or seed.device != device or not seed.is_contiguous()
+    ):  # fmt: skip
+        raise RuntimeError(
+            f"additive_attention: dropout_seed: expected an int64 Tensor (S,), contiguous, S dividing the {H} "
+            f"heads, on {device}, got shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}"
+        )
     for name, (t, sizes, its_dtype) in others.items():
         if t is not None:
             _require(name, t, (*lead, *sizes), its_dtype, device)
@@ -273,7 +318,7 @@ def check(query, key, value, weight, mask, key_lengths, **others) -> None:
 class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
-    def __init__(self, query, key, value, weight, mask, key_lengths, options: Options):
+    def __init__(self, query, key, value, weight, mask, key_lengths, options: Options, seed=None):
         if query.dim() == 3:
             mask = None if mask is None else mask.unsqueeze(1)
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
@@ -283,6 +328,7 @@ class Problem:
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
         self.options = _kernel_options(options, query.dtype)
+        self.options |= _dropout_options(seed, options, self.H, query.dtype)
         self.empty = functools.partial(torch.empty, dtype=accumulation_dtype(query.dtype), device=query.device)
         self.BH = self.B * self.H
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
@@ -313,6 +359,12 @@ class Problem:
             # Triton 3.6 takes values that a narrow integer masks for narrow factors: such products refuse those.
             seen = seen.to(torch.int64)
         return seen.expand(self.B, self.H, self.Tk)
+
+    def options_from(self, first):
+        """Those of kernels whose queries count from this one."""
+        if self.options["seed"] is None:
+            return self.options
+        return self.options | {"drop_query": self.options["drop_query"] + first}
 
     def pack_queries(self, query, block, by_row=False):
         return pack(query, self.channels, block, self.options["RATE"], by_row)
