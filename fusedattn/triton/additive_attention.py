@@ -216,8 +216,8 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
         every_tile = activation == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
         suffix = "" if activation == "tanh" else f"-{activation}"
         found += [replace(k, name=k.name + suffix) for k in recorded(call, target, every_tile)]
-    for dtype, call in ((dtypes[0], wide[0]), *((dtype, wide[3]) for dtype in dtypes)):
-        dropping = functools.partial(_typical_call, call[0], dtype, call[1], "tanh", dropout_p=0.1)
+    for dtype, (shape, masked) in ((dtypes[0], wide[0]), *((dtype, wide[3]) for dtype in dtypes)):
+        dropping = functools.partial(_typical_call, shape, dtype, masked, "tanh", dropout_p=0.1)
         found += [replace(k, name=f"{k.name}-dropout") for k in recorded(dropping, target)]
     return distinct(found)
 

@@ -176,13 +176,14 @@ def value_gradient(problem, scores, lse, grad_context, first):
     out = problem.empty(problem.B, problem.H, problem.Tk, problem.Dv)
     block_q, block_k = _dot_terms(grad_context.dtype), 32
     block_v = min(64, max(16, triton.next_power_of_2(problem.Dv)))
+    stages = 2 if problem.options["seed"] is None else 1  # a second one spills beside the random words
     launch(
         additive_attention_bwd_kernel_value,
         (triton.cdiv(problem.Tk, block_k) * problem.BH, triton.cdiv(problem.Dv, block_v), 1),
         scores, lse, grad_context, problem.key_lengths, out, *grad_context.stride()[:2],
         problem.H, lse.shape[2], problem.Tk, first,
         options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-        NVIDIA=NVIDIA, num_warps=4,
+        NVIDIA=NVIDIA, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out
 
