@@ -17,6 +17,7 @@ from .models import Attention, Film, FilmModule, Loop, ModelCase, MultiheadModul
 from .norms import GatedFilm, NormFilm
 from .pool import Pool
 from .progress import Tracker
+from .sequences import Sequences
 from .suite import CAPTIONING, SPEECH, Schedule, time_all
 
 SECONDS = 840  # of a run's 15 minutes
@@ -41,6 +42,8 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("fb", Attention, "translation, all steps", 128, 10, 128, 1024),
         *_in("fb", Attention, "long sequences", 4, 512, 512, 256),
         *_in("f", Attention, "long sequences", 4, 512, 512, 256, activation="relu"),
+        *_in("f", Sequences, "lengths from 1 to 512", 8, 512, 256),
+        *_in("f", Sequences, "lengths from 1 to 512", 8, 512, 256, padded=True),
         *_in("f", Attention, "one key", 64, 64, 1, 256),
         *_in("f", Attention, "tiny", 1, 8, 8, 64),
         *_in("f", Attention, "narrow", 4, 256, 256, 8),

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "additive_attention/options.h"
+#include "additive_attention_varlen/options.h"
 #include "additive_scores/options.h"
 #include "common/philox.h"
 #include "film/options.h"
@@ -35,7 +36,21 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       ", Tensor context, Tensor lse, Tensor scores, int output_mask) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
 
-  // As above, without value and what hides keys. scores (B,H,Tq,Tk) are in the dtype of query.
+  // As above with B = 1: the rows of all segments, one after the other, from cu_seqlens[s] to cu_seqlens[s + 1],
+  // int32 (segments + 1,). scores (B,H,Tq,max_seqlen_k) hold those of each segment, (queries, keys) in one piece,
+  // at its first query.
+  m.def(
+      "additive_attention_varlen_fwd(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, " FUSEDATTN_VARLEN_OPTIONS
+      ", bool keep_scores, bool allow_tf32=False) "
+      "-> (Tensor context, Tensor lse, Tensor scores)");
+  m.def(
+      "additive_attention_varlen_bwd(Tensor? grad_context, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor weight, Tensor cu_seqlens_q, Tensor cu_seqlens_k, " FUSEDATTN_VARLEN_OPTIONS
+      ", Tensor context, Tensor lse, Tensor scores, int output_mask) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
+
+  // As additive_attention's, without value and what hides keys. scores (B,H,Tq,Tk) are in the dtype of query.
   m.def("additive_scores_fwd(Tensor query, Tensor key, Tensor weight, " FUSEDATTN_SCORES_OPTIONS ") -> Tensor");
   m.def(
       "additive_scores_bwd(Tensor grad_scores, Tensor query, Tensor key, Tensor weight, " FUSEDATTN_SCORES_OPTIONS

@@ -28,6 +28,7 @@ from fusedattn.modules.pointer_attention import PointerAttention
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.modules.spatial_attention import SpatialAttention
 from fusedattn.ops.additive_attention import additive_attention, additive_attention_ref
+from fusedattn.ops.additive_attention_varlen import additive_attention_varlen, additive_attention_varlen_ref
 from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.attention_pool import attention_pool, attention_pool_ref
 from fusedattn.ops.film import film, film_ref
@@ -69,6 +70,8 @@ __all__ = [
     "UnsupportedError",
     "additive_attention",
     "additive_attention_ref",
+    "additive_attention_varlen",
+    "additive_attention_varlen_ref",
     "additive_scores",
     "additive_scores_ref",
     "attention_pool",

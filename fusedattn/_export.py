@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch._ops import OpOverload
 
 from fusedattn.ops.additive_attention import ATTENTION
+from fusedattn.ops.additive_attention_varlen import ATTENTION_VARLEN
 from fusedattn.ops.additive_scores import SCORES
 from fusedattn.ops.attention_pool import ATTENTION_POOL
 from fusedattn.ops.film import FILM
@@ -19,6 +20,6 @@ def decompositions() -> dict[OpOverload, Callable]:
     speed of plain PyTorch. ``torch.onnx.export(model, inputs, dynamo=True)`` needs no call of it.
     """
     found: dict[OpOverload, Callable] = {}
-    for op in (ATTENTION, ATTENTION_POOL, SCORES, FILM, GATED_FILM, NORM_FILM):
+    for op in (ATTENTION, ATTENTION_VARLEN, ATTENTION_POOL, SCORES, FILM, GATED_FILM, NORM_FILM):
         found |= op.decompositions()
     return found

@@ -19,6 +19,20 @@ class AdditiveAttentionOptions(NamedTuple):
     first_key: int = 0
 
 
+class AdditiveAttentionVarlenOptions(NamedTuple):
+    max_seqlen_q: int
+    max_seqlen_k: int
+    is_causal: bool  # from here on as in AdditiveAttentionOptions
+    scale: float
+    softcap: float
+    activation: int
+    negative_slope: float
+
+    @property
+    def of_attention(self) -> AdditiveAttentionOptions:
+        return AdditiveAttentionOptions(*self[2:])
+
+
 class AdditiveScoresOptions(NamedTuple):
     scale: float
     softcap: float  # 0: none

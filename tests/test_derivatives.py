@@ -7,6 +7,8 @@ from torch.autograd import forward_ad
 from fusedattn import (
     additive_attention,
     additive_attention_ref,
+    additive_attention_varlen,
+    additive_attention_varlen_ref,
     additive_scores,
     additive_scores_ref,
     attention_pool,
@@ -40,6 +42,22 @@ def attend(function):
             query, key, value, weight, key_lengths=lengths, softcap=3.0, return_weights=True
         )
         return torch.cat([context.flatten(), weights.flatten()])
+
+    return call
+
+
+def varlen_inputs():
+    shapes = {"query": (5, 2, 4), "key": (6, 2, 4), "value": (6, 2, 3), "weight": (2, 4)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def attend_segments(function):
+    queries, keys = (torch.tensor(offsets, dtype=torch.int32) for offsets in ([0, 2, 2, 5], [0, 3, 4, 6]))
+
+    def call(query, key, value, weight):
+        options = {"max_seqlen_q": 3, "max_seqlen_k": 3, "softcap": 3.0, "return_lse": True}
+        context, lse = function(query, key, value, weight, queries, keys, **options)
+        return torch.cat([context.flatten(), lse.flatten()])
 
     return call
 
@@ -116,6 +134,12 @@ def modulate_the_norm(function):
 # op: (call with the kernels, call with the reference, inputs by name)
 OPS = {
     "additive_attention": (attend, additive_attention, additive_attention_ref, attention_inputs),
+    "additive_attention_varlen": (
+        attend_segments,
+        additive_attention_varlen,
+        additive_attention_varlen_ref,
+        varlen_inputs,
+    ),
     "additive_scores": (score, additive_scores, additive_scores_ref, scores_inputs),
     "attention_pool": (pool, attention_pool, attention_pool_ref, pool_inputs),
     "film": (modulate, film, film_ref, film_inputs),

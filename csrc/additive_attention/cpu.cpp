@@ -4,6 +4,7 @@
 #include "common/box.h"
 #include "cpu_inputs.h"
 #include "cpu_score_gradients.h"
+#include "cpu_varlen.h"
 #include "philox/cpu_stream.h"
 
 namespace fusedattn {
@@ -271,9 +272,9 @@ Tensors additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     if (scores.numel() > 0) check_shape(scores, "scores", in.shape({p.Tq, p.Tk}));
     STD_TORCH_CHECK(lse.scalar_type() == acc && scores.scalar_type() == acc,
                     "additive_attention: lse and scores must be in the dtype of the arithmetic");
-    const OptionalTensor dc = grad_context ? prepared(*grad_context, type) : grad_context;
-    const OptionalTensor dl = grad_lse ? contiguous(*grad_lse, acc) : grad_lse;
-    const OptionalTensor dp = grad_weights ? contiguous(*grad_weights, type) : grad_weights;
+    const OptionalTensor dc = if_given(grad_context, prepared, type);
+    const OptionalTensor dl = if_given(grad_lse, contiguous, acc);
+    const OptionalTensor dp = if_given(grad_weights, contiguous, type);
     const Tensor rows_lse = contiguous(lse, acc), rows_scores = contiguous(scores, acc);
     const ScoreGradientTensors<S> made(in, asked[0], asked[1], asked[3]);
     const Tensor value_gradient = in.empty_if(asked[2], {p.Tk, p.Dv});
@@ -287,9 +288,95 @@ Tensors additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> additive_attention_varlen_fwd(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const VarlenOptions& options, bool keep_scores, bool) {
+  return with_storage(query.scalar_type(), [&](auto storage) {
+    using S = decltype(storage);
+    using T = Arithmetic<S>;
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention());
+    const int64_t H = all.p.H, Tq = all.p.Tq, Dv = all.p.Dv, most = options.max_seqlen_k;
+    const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);
+    const Tensor context = empty_packed(all, Tq, Dv), lse = all.empty({Tq}, scalar_type<T>());
+    const Tensor scores = keep_scores ? all.empty({Tq, most}, scalar_type<T>()) : empty({0}, scalar_type<T>());
+    S* const to_context = mutable_data_of<S>(context);
+    T *const to_lse = mutable_data_of<T>(lse), *const to_scores = gradient_data<T>(scores);
+    for_each_segment(segments, all.p.D, [&](const Segment& s) {
+      const Inputs<S> in(all, s.first_query, s.queries, s.first_key, s.keys);
+      const auto c = rows_in(to_context, H, s.first_query, s.queries, Dv);
+      const auto l = numbers_in(to_lse, H, Tq, s, 1, s.queries);
+      const auto e = numbers_in(to_scores, H, Tq, s, most, s.queries * s.keys);
+      forward<S>(in, WeightDropout<S>({}, in), {c.get(), l.get(), nullptr, e.get()});
+      c.scatter(), l.scatter(), e.scatter();
+    });
+    return std::tuple{context, lse, scores};
+  });
+}
+
+Tensors additive_attention_varlen_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+                                      const Tensor& query, const Tensor& key, const Tensor& value,
+                                      const Tensor& weight, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                      const VarlenOptions& options, const Tensor&, const Tensor& lse,
+                                      const Tensor& scores, OutputMask asked) {
+  return with_storage(query.scalar_type(), [&](auto storage) -> Tensors {
+    using S = decltype(storage);
+    using T = Arithmetic<S>;
+    const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention());
+    const int64_t H = all.p.H, Tq = all.p.Tq, Tk = all.p.Tk, D = all.p.D, Dv = all.p.Dv,
+                  most = options.max_seqlen_k;
+    const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);
+    if (grad_context) check_shape(*grad_context, "grad_context", all.shape({Tq, Dv}));
+    if (grad_lse) check_shape(*grad_lse, "grad_lse", all.shape({Tq}));
+    check_shape(lse, "lse", all.shape({Tq}));
+    if (scores.numel() > 0) check_shape(scores, "scores", all.shape({Tq, most}));
+    STD_TORCH_CHECK(lse.scalar_type() == acc && scores.scalar_type() == acc,
+                    "additive_attention_varlen: lse and scores must be in the dtype of the arithmetic");
+    const OptionalTensor dc = if_given(grad_context, prepared, type);
+    const OptionalTensor dl = if_given(grad_lse, contiguous, acc);
+    const Tensor rows_lse = contiguous(lse, acc), rows_scores = contiguous(scores, acc);
+    const View<const S> contexts = dc ? view<S>(*dc) : View<const S>{};
+    const T* const lses = data_of<T>(rows_lse);
+    const T* const grad_lses = dl ? data_of<T>(*dl) : nullptr;
+    const T* const kept = scores.numel() > 0 ? data_of<T>(rows_scores) : nullptr;
+
+    const auto made = [&](bool is_asked, int64_t rows, int64_t width) {
+      return is_asked ? empty_packed(all, rows, width) : empty({0}, type);
+    };
+    const Tensor to_query = made(asked[0], Tq, D), to_key = made(asked[1], Tk, D),
+                 to_value = made(asked[2], Tk, Dv);
+    const Tensor to_weight = !asked[3] ? empty({0}, acc) : all.flat ? empty({D}, acc) : empty({H, D}, acc);
+    S *const dq = gradient_data<S>(to_query), *const dk = gradient_data<S>(to_key);
+    S* const dx = gradient_data<S>(to_value);
+    const Buffer<T> weights(asked[3] ? static_cast<int64_t>(segments.size()) * H * D : 0);
+    for_each_segment(segments, D, [&](const Segment& s) {
+      const Inputs<S> in(all, s.first_query, s.queries, s.first_key, s.keys);
+      const auto l = numbers_in(lses, H, Tq, s, 1, s.queries), g = numbers_in(grad_lses, H, Tq, s, 1, s.queries);
+      const auto e = numbers_in(kept, H, Tq, s, most, s.queries * s.keys);
+      const auto q = rows_in(dq, H, s.first_query, s.queries, D), k = rows_in(dk, H, s.first_key, s.keys, D);
+      const auto x = rows_in(dx, H, s.first_key, s.keys, Dv);
+      l.gather(), g.gather(), e.gather();
+      auto grad_contexts = contexts;
+      if (dc) grad_contexts.data += s.first_query * contexts.stride_t;
+      T* const w = asked[3] ? weights.get() + s.number * H * D : nullptr;
+      backward<S>(in, WeightDropout<S>({}, in), {grad_contexts, g.get(), nullptr, l.get(), e.get()},
+                  {{q.get(), k.get(), w, false}, x.get(), false});
+      q.scatter(), k.scatter(), x.scatter();
+    });
+    for (int64_t n = 0; asked[3] && n < H * D; ++n) {
+      double sum = 0;
+      for (size_t s = 0; s < segments.size(); ++s) sum += weights.get()[s * H * D + n];
+      mutable_data_of<T>(to_weight)[n] = static_cast<T>(sum);
+    }
+    return {to_query, to_key, to_value, contiguous(to_weight, weight.scalar_type())};
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedattn, CPU, m) {
+  m.impl("additive_attention_varlen_fwd", boxed<additive_attention_varlen_fwd>);
+  m.impl("additive_attention_varlen_bwd", boxed<additive_attention_varlen_bwd>);
   m.impl("additive_attention_fwd", boxed<additive_attention_fwd>);
   m.impl("additive_attention_bwd", boxed<additive_attention_bwd>);
 }

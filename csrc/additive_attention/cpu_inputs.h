@@ -107,6 +107,13 @@ inline Tensor prepared(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type && contiguous_rows ? t : contiguous(t, type);
 }
 
+// make(t, type), of what is given.
+inline OptionalTensor if_given(const OptionalTensor& t, Tensor (*make)(const Tensor&, ScalarType),
+                               ScalarType type) {
+  if (!t) return std::nullopt;
+  return make(*t, type);
+}
+
 template <typename S>
 const S* data_of(const Tensor& t) {
   return static_cast<const S*>(t.const_data_ptr());

@@ -39,7 +39,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _normalizers, _philox, _scores, _steps
+from fusedattn import _autograd, _nested, _normalizers, _philox, _scores, _steps
 from fusedattn._dispatch import (
     autocast,
     autocast_enabled,
@@ -234,7 +234,7 @@ def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
         fail(op, "key_lengths", f"shape {shape_text(B)} on {device}", got)
     # Values are looked at only where that neither synchronises a device nor breaks a trace; the kernels clamp
     # to [0, Tk] everywhere.
-    if device.type == "cpu" and B and type(key_lengths) is Tensor and not _is_traced():
+    if device.type == "cpu" and B and type(key_lengths) is Tensor and not is_traced():
         low, high = (int(x) for x in torch.aminmax(key_lengths))
         if low < 0 or high > Tk:
             fail(op, "key_lengths", f"values in [0, {Tk}] (Tk)", f"values in [{low}, {high}]")
@@ -260,13 +260,15 @@ def _unable(activation: str, seed: Tensor | None) -> dict[str, str]:
     return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | unable
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     compiling = torch.compiler.is_compiling()
     return compiling or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
+def keeps_scores(query: Tensor, key: Tensor, *others: Tensor, row: int | None = None) -> bool:
     """Whether the (Tq, Tk) scores are kept for backward: if they are no larger than query and key.
+
+    ``row`` stands in for Tk where a query has another number of scores.
 
     Recomputing them costs a third of the backward pass; memory stays linear in Tq + Tk either way. A compiled
     program recomputes where its sizes change from call to call: it would be compiled anew to compare them.
@@ -277,11 +279,12 @@ def _keeps_scores(query: Tensor, key: Tensor, *others: Tensor) -> bool:
     if not transformed and not any([t.requires_grad for t in (query, key, *others)]):
         return False
     (Tq, D), Tk = query.shape[-2:], key.shape[-2]
+    row = Tk if row is None else row
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(Tq * Tk <= (Tq + Tk) * D)
-    return Tq * Tk <= (Tq + Tk) * D
+        return statically_known_true(Tq * row <= (Tq + Tk) * D)
+    return Tq * row <= (Tq + Tk) * D
 
 
 @attention_function
@@ -314,7 +317,10 @@ def additive_attention(
     Args:
         query: (B, Tq, D) or (B, H, Tq, D), already projected; float32, float64, float16 or bfloat16. Inner
             arithmetic is at least float32. Any strides; expanded (stride 0) inputs are not copied. Batch and heads
-            of query, key and value may be 1 where the others have more.
+            of query, key and value may be 1 where the others have more. Or query, key and value are nested tensors
+            of layout ``torch.jagged``, Tq and Tk their ragged dimension: context and lse are so too, by
+            :func:`additive_attention_varlen`, without padding; then neither with ``mask`` or ``key_lengths`` nor
+            with weights.
         key: (B, Tk, D) or (B, H, Tk, D), already projected.
         value: (B, Tk, Dv) or (B, H, Tk, Dv).
         weight: (D,) or (H, D); of the dtype of the others, or float32 beside half-precision ones. The score takes
@@ -369,6 +375,25 @@ def additive_attention(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
+    if _nested.any_of(query, key, value):
+        _nested.require_default(mask=mask, key_lengths=key_lengths, return_weights=return_weights)
+        if normalizer != "softmax":
+            _fail("normalizer", "'softmax' with nested tensors", repr(normalizer))
+        if dropout_p != 0:
+            _fail("dropout_p", "0.0 with nested tensors", dropout_p)
+        return _nested.attend(
+            query,
+            key,
+            value,
+            weight,
+            is_causal=is_causal,
+            scale=scale,
+            softcap=softcap,
+            activation=activation,
+            negative_slope=negative_slope,
+            return_lse=return_lse,
+            backend=backend,
+        )
     return attend(
         query,
         key,
@@ -484,7 +509,7 @@ def attend(
         mask = mask.expand(full)
     tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed)
     options = Options(is_causal, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p)
-    flags = (return_weights, _keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
+    flags = (return_weights, keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
     if token is None:
         context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)
     else:

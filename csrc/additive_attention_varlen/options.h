@@ -1,0 +1,26 @@
+// The options of packed sequences. Their kernels are additive_attention's (additive_attention/cpu_varlen.h). A
+// compiled program need not know how long the longest segments are.
+#pragma once
+
+#include "additive_attention/options.h"
+
+#define FUSEDATTN_VARLEN_OPTIONS                                                                           \
+  "SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, float scale, float softcap, int activation, " \
+  "float negative_slope"
+
+namespace fusedattn {
+
+struct VarlenOptions {
+  int64_t max_seqlen_q, max_seqlen_k;
+  bool is_causal;
+  double scale;
+  double softcap;
+  ScoreActivation activation;
+  double negative_slope;
+
+  AttentionOptions of_attention() const {
+    return {is_causal, scale, softcap, activation, negative_slope, 0, 0, 0, 0, 0};
+  }
+};
+
+}  // namespace fusedattn
