@@ -216,6 +216,11 @@ def check_numbers(op: str, scale: float, softcap: float | None, activation: str,
         fail(op, "softcap", "a positive number or None", softcap)
 
 
+def check_dropout(op: str, argument: str, p: float) -> None:
+    if isinstance(p, Tensor) or not 0 <= p < 1:
+        fail(op, argument, "a number in [0, 1)", "a Tensor" if isinstance(p, Tensor) else p)
+
+
 def _broadcasts(t: Tensor, lead: tuple) -> bool:
     return all(m == 1 or m == n for m, n in zip(t.shape[:-2], lead, strict=True))
 

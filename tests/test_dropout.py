@@ -9,7 +9,14 @@ from pairwise import in_dtypes
 from test_additive_attention import DTYPES, check, make_inputs, run, shape
 from torch.utils.checkpoint import checkpoint
 
-from fusedattn import UnsupportedError, _philox, additive_attention, additive_attention_ref
+from fusedattn import (
+    AdditiveAttention,
+    BahdanauAttention,
+    UnsupportedError,
+    _philox,
+    additive_attention,
+    additive_attention_ref,
+)
 from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn._steps import Shared
 from fusedattn.ops.additive_attention import attend
@@ -286,3 +293,27 @@ def test_backends_without_kernels_say_so():
     inputs = make_inputs(shape(2, 3, 5, 4))
     with pytest.raises(UnsupportedError, match="there are no kernels for dropout_p > 0 in CUDA C"):
         additive_attention(*inputs, dropout_p=P, backend="cuda")
+
+
+def test_modules_drop_in_training_alone():
+    module = AdditiveAttention(5, 6, 8, num_heads=2, dropout=0.5)
+    query, key = torch.randn(2, 3, 5), torch.randn(2, 4, 6)
+    first, second = module(query, key), module(query, key)
+    assert not torch.allclose(first, second) and "dropout=0.5" in repr(module)
+    module.eval()
+    assert torch.equal(module(query, key), module(query, key))
+
+
+def test_gradients_of_a_loop_with_dropout():
+    """Over projected keys, each step with bits of its own."""
+    torch.manual_seed(0)
+    module = BahdanauAttention(5, 6, 8, dropout=0.5).double()
+    queries, memory = torch.randn(3, 2, 5).double(), torch.randn(2, 7, 6).double()
+
+    def gradients(memory_of_step):
+        torch.manual_seed(1)
+        contexts = [module(query, memory_of_step(), return_weights=False) for query in queries]
+        return torch.autograd.grad(torch.stack(contexts).square().sum(), list(module.parameters()))
+
+    keys = module.project_keys(memory)
+    torch.testing.assert_close(gradients(lambda: keys), gradients(lambda: memory))

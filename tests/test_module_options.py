@@ -15,6 +15,7 @@ BAD_OPTIONS = {
         "activation: expected one of .*got 'gelu'",
     ),
     "normalizer": (lambda: BahdanauAttention(5, 6, 8, normalizer="max"), "normalizer: expected one of .*'max'"),
+    "dropout": (lambda: BahdanauAttention(5, 6, 8, dropout=1.0), r"dropout: expected a number in \[0, 1\), got 1"),
     "backend": (lambda: AdditiveAttention(5, 6, 8, backend="tpu"), "backend: expected one of .*got 'tpu'"),
     "film_backend": (lambda: FiLM(4, 3, backend="tpu"), "FiLM: backend: expected one of .*got 'tpu'"),
     "film_activation": (lambda: FiLM(4, 3, activation="swish"), "FiLM: activation: expected one of .*'swish'"),

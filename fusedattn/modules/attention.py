@@ -70,6 +70,8 @@ class AdditiveAttention(nn.Module):
         activation, negative_slope: see :func:`fusedattn.additive_attention`. Default: ``"tanh"``, 0.2.
         normalizer: see :func:`fusedattn.additive_attention`; a module becomes part of this one.
             Default: ``"softmax"``.
+        dropout: ``dropout_p`` of :func:`fusedattn.additive_attention` in training mode; weights are returned as
+            they are before. Default: 0.0.
         backend: see :func:`fusedattn.additive_attention`. Default: ``"auto"``.
         device, dtype: of the parameters.
     """
@@ -93,6 +95,7 @@ class AdditiveAttention(nn.Module):
         activation: str = "tanh",
         negative_slope: float = 0.2,
         normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+        dropout: float = 0.0,
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -107,13 +110,14 @@ class AdditiveAttention(nn.Module):
                 )
         _scores.check_numbers("AdditiveAttention", scale, softcap, activation, negative_slope)
         _normalizers.function("AdditiveAttention", normalizer)
+        _scores.check_dropout("AdditiveAttention", "dropout", dropout)
         check_backend("AdditiveAttention", backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         value_dim = key_dim if value_dim is None else value_dim
         self.query_dim, self.key_dim, self.value_dim = query_dim, key_dim, value_dim
         self.num_heads, self.softcap, self.backend = num_heads, softcap, backend
         self.activation, self.negative_slope = activation, negative_slope
-        self.scale, self.normalizer = scale, normalizer
+        self.scale, self.normalizer, self.dropout = scale, normalizer, dropout
         self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias, **factory)
         self.key_proj = nn.Linear(key_dim, attention_dim, bias=False, **factory)
         self.value_proj = None if context_dim is None else nn.Linear(value_dim, context_dim, bias=bias, **factory)
@@ -151,6 +155,8 @@ class AdditiveAttention(nn.Module):
             parts.append(f"negative_slope={self.negative_slope}")
         if self.normalizer != "softmax" and not isinstance(self.normalizer, nn.Module):  # which shows itself
             parts.append(f"normalizer={self.normalizer!r}")
+        if self.dropout != 0:
+            parts.append(f"dropout={self.dropout}")
         return ", ".join(parts)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -304,6 +310,7 @@ class AdditiveAttention(nn.Module):
             activation=self.activation,
             negative_slope=self.negative_slope,
             normalizer=normalizer,
+            dropout_p=self.dropout if self.training else 0.0,
             return_weights=return_weights,
             backend=self.backend,
             key_exp=key_exp,
@@ -329,8 +336,8 @@ class BahdanauAttention(AdditiveAttention):
         query_dim: width of the decoder state.
         memory_dim: width of the memory.
         attention_dim: width of the score network.
-        bias, normalize, scale, softcap, activation, negative_slope, normalizer, backend, device, dtype: see
-            :class:`AdditiveAttention`.
+        bias, normalize, scale, softcap, activation, negative_slope, normalizer, dropout, backend, device, dtype:
+            see :class:`AdditiveAttention`.
     """
 
     def __init__(
@@ -346,6 +353,7 @@ class BahdanauAttention(AdditiveAttention):
         activation: str = "tanh",
         negative_slope: float = 0.2,
         normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+        dropout: float = 0.0,
         backend: str = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -361,6 +369,7 @@ class BahdanauAttention(AdditiveAttention):
             activation=activation,
             negative_slope=negative_slope,
             normalizer=normalizer,
+            dropout=dropout,
             backend=backend,
             device=device,
             dtype=dtype,

@@ -242,8 +242,7 @@ def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
 
 def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     """A fresh one, None without dropout."""
-    if isinstance(dropout_p, Tensor) or not 0 <= dropout_p < 1:
-        _fail("dropout_p", "a number in [0, 1)", "a Tensor" if isinstance(dropout_p, Tensor) else dropout_p)
+    _scores.check_dropout("additive_attention", "dropout_p", dropout_p)
     if generator is not None and (
         not isinstance(generator, torch.Generator) or generator.device.type != device.type
     ):
