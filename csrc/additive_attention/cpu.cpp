@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_varlen_fwd(
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention());
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention(), true);
     const int64_t H = all.p.H, Tq = all.p.Tq, Dv = all.p.Dv, most = options.max_seqlen_k;
     const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);
     const Tensor context = empty_packed(all, Tq, Dv), lse = all.empty({Tq}, scalar_type<T>());
@@ -322,7 +322,7 @@ Tensors additive_attention_varlen_bwd(const OptionalTensor& grad_context, const 
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
-    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention());
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention(), true);
     const int64_t H = all.p.H, Tq = all.p.Tq, Tk = all.p.Tk, D = all.p.D, Dv = all.p.Dv,
                   most = options.max_seqlen_k;
     const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);

@@ -153,12 +153,13 @@ struct Inputs {
   Buffer<bool> seen;
   Buffer<int64_t> seen_end;
   AttentionProblem<S> p;
-  int64_t chunk_rows, chunk_heads;
+  int64_t chunk_rows = 0, chunk_heads = 0;
   bool flat;  // no dimension of heads
 
+  // in_parts: it is not worked on itself, but by the constructor that follows.
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
          const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
-         const OptionalTensor& key_bound, const AttentionOptions& options)
+         const OptionalTensor& key_bound, const AttentionOptions& options, bool in_parts = false)
       : query(prepared(query_, scalar_type<S>())),
         key(prepared(key_, scalar_type<S>())),
         value(prepared(value_, scalar_type<S>())),
@@ -208,7 +209,7 @@ struct Inputs {
     const int64_t lanes = fwd<S>().lanes;
     p.D_padded = ceil_div(p.D, lanes) * lanes;
     set_weight(prepared(weight_, scalar_type<T>()));
-    set_chunks();
+    if (!in_parts) set_chunks();
   }
 
   // Of one batch element, `queries` queries from first_query on with `keys` keys from first_key on, as a problem
