@@ -106,6 +106,7 @@ class Op:
         fwd_fake, bwd_fake: results of the raw operators by shape and dtype, from the same arguments; of backward
             all of them, without output_mask.
         fold: see :class:`Fold`.
+        shared: inputs that the steps of a loop share, by name: those of which ``_steps.py`` makes the gradients.
         flops: (\\*shapes of the inputs) -> operations in forward's products of matrices; backward has twice those.
     """
 
@@ -121,6 +122,7 @@ class Op:
     added: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     flops: Callable[..., int] | None = None
     operators: dict[str, "Operators"] = field(init=False, default_factory=dict)
 

@@ -1,14 +1,14 @@
 """The steps of a decoder: what they share gets its gradients once, after the backward pass of all of them.
 
-A decoder attends once per step, over the same keys and values and with the same weight. The gradients of these
-three are sums over the steps; by itself each step would write one as large as all keys, for autograd to add up.
-Here a step's backward yields the gradient of its query alone and leaves a record, and one joint backward, whose
-queries are those of all steps, makes the sums::
+A decoder attends once per step, over the same keys and values and with the same parameters. The gradients of
+these are sums over the steps; by itself each step would write one as large as all keys, for autograd to add up.
+Here a step's backward yields the gradients of what is its own alone, such as its query, and leaves a record, and
+one joint backward, whose queries are those of all steps, makes the sums::
 
     key, value, weight -- joint node -- token -- step, step, ...
 
 The joint node makes a token without elements that is an input of every step: so the engine runs it when it is
-done with all steps that the result depends on. A step has key, value and weight as real inputs, too: with
+done with all steps that the result depends on. A step has key, value and the like as real inputs, too: with
 ``create_graph`` it returns their gradients as any call does, and leaves no record, so that derivatives of any
 order stay right.
 
@@ -17,6 +17,7 @@ fail half way. They are made only where that run reaches the joint node, and dro
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,46 +49,62 @@ def version(t: Tensor | None) -> int | None:
 
 
 class Shared:
-    """What the steps of loops share: key (B, [H,] Tk, D), value (B, [H,] Tk, Dv), and a weight at a time."""
+    """What the steps of loops share: key (B, [H,] Tk, D), value (B, [H,] Tk, Dv), and parameters at a time."""
 
     def __init__(self, key: Tensor, value: Tensor):
         self.key, self.value = key, value
         self._sources: tuple = ()
         self._state: list | None = None
-        self._weight: Tensor | None = None
+        self._parameters: tuple[Tensor | None, ...] = ()
         self._token: Tensor | None = None
 
     def with_weight(self, sources: tuple, make: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """(``make()``, the token that stands for key, value and it, or None where none of them has a gradient).
+        """As below, of one parameter."""
+        (weight,), token = self.with_parameters(sources, lambda: (make(),))
+        return weight, token  # type: ignore[return-value]
 
-        Both are made once, for as long as the tensors that the weight is made of are the same, unedited, and the
-        same ones ask for a gradient.
+    def with_parameters(
+        self, sources: tuple, make: Callable[[], tuple[Tensor | None, ...]]
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """(``make()``, the token that stands for key, value and these, or None where none has a gradient).
+
+        Both are made once, for as long as the tensors that the parameters are made of are the same, unedited, and
+        the same ones ask for a gradient.
         """
         state = [(version(t), t is not None and t.requires_grad) for t in (*sources, self.key, self.value)]
         if state != self._state or any(a is not b for a, b in zip(sources, self._sources, strict=True)):
-            self._sources, self._state, self._weight = sources, state, make()
-            token = _Joint.apply(self.key, self.value, self._weight)
+            self._sources, self._state, self._parameters = sources, state, make()
+            token = _Joint.apply(self.key, self.value, *self._parameters)
             self._token = token if token.requires_grad else None
-        return self._weight, self._token  # type: ignore[return-value]
+        return self._parameters, self._token
 
 
 def attend(op: Op, backend: str, tensors: tuple, options: NamedTuple, flags: tuple, token: Tensor):
-    """A step: ``op(backend, tensors, options, flags)``, whose token stands for its key, value and weight."""
-    _, key, value, weight, *_ = tensors
-    of_key, of_value, of_weight = token.grad_fn.shared  # type: ignore[union-attr]
+    """A step: ``op(backend, tensors, options, flags)``, whose token stands for what ``op.shared`` names."""
+    key, value, *parameters = (tensors[n] for n in _places(op))
+    of_key, of_value, *of_parameters = token.grad_fn.shared  # type: ignore[union-attr]
     fits = key is of_key and value is of_value  # most often; else perhaps their first batch elements
     fits = fits or (key.shape[1:] == of_key.shape[1:] and value.shape[1:] == of_value.shape[1:])
-    fits = fits and key.dtype is of_key.dtype and value.dtype is of_value.dtype and weight.shape == of_weight.shape
+    fits = fits and key.dtype is of_key.dtype and value.dtype is of_value.dtype
+    for t, of in zip(parameters, of_parameters, strict=True):
+        fits = fits and (t is of or (t is not None and of is not None and t.shape == of.shape))
     # A causal step's queries count from its first key. Dropout's random bits are of one seed for a call.
-    alone = options.is_causal or options.dropout_p != 0  # type: ignore[attr-defined]
+    alone = getattr(options, "is_causal", False) or getattr(options, "dropout_p", 0.0) != 0
     if not fits or backend == "reference" or alone:
         return op(backend, tensors, options, flags)
     return _step(op.operators[backend]).apply(*tensors, *options, *flags, token)
 
 
 @functools.cache
+def _places(op: Op) -> tuple[int, ...]:
+    """Of what steps share, among the inputs."""
+    return tuple(op.inputs.index(name) for name in op.shared)
+
+
+@functools.cache
 def _step(operators: Operators) -> type[Function]:
     """The Function of a step: forward's, with the token as one more argument."""
+    shared = _places(operators.op)
 
     def forward(ctx, *arguments):
         return run_saving(ctx, operators.fwd, operators.save_forward, arguments[:-1])
@@ -101,7 +118,9 @@ def _step(operators: Operators) -> type[Function]:
         saved, joint = ctx.saved_tensors, ctx.next_functions[-1][0]
         if torch._C._will_engine_execute_node(joint):
             _add(joint.records, _Record(operators, ctx.options, grads, saved))
-        return operators.gradients(ctx, grads, saved, (ctx.needs_input_grad[0], False, False, False))
+        needed = ctx.needs_input_grad
+        own = tuple([needed[n] and n not in shared for n in range(len(operators.op.inputs))])
+        return operators.gradients(ctx, grads, saved, own)
 
     return quick_function(f"{operators.fwd._opname}_step", forward, backward)
 
@@ -111,9 +130,13 @@ class _Record(NamedTuple):
 
     operators: Operators
     options: tuple
-    grads: list[Any]  # of context, lse and weights
-    saved: tuple[Any, ...]  # query, key, value, weight, mask, key_lengths, key_exp, key_bound,
-    # dropout_seed, then context, lse, scores
+    grads: list[Any]  # of the outputs that are visible
+    saved: tuple[Any, ...]  # inputs and others, then what is kept
+
+    def parts(self) -> dict[str, Any]:
+        """``saved`` by name; outputs that are kept have names of their own."""
+        op = self.operators.op
+        return dict(zip((*op.inputs, *op.others, *op.kept), self.saved, strict=True))
 
 
 def _add(records: dict[int, list[_Record]], record: _Record) -> None:
@@ -129,13 +152,13 @@ def _add(records: dict[int, list[_Record]], record: _Record) -> None:
 
 
 class _Joint(Function):
-    """Key, value and weight to a token; backward makes their gradients of the records that steps left."""
+    """Key, value and parameters to a token; backward makes their gradients of the records that steps left."""
 
     @staticmethod
-    def forward(ctx, key, value, weight):
+    def forward(ctx, key, value, *parameters):
         # Not saved: losses of different steps may be differentiated one after the other. The steps save them, and
         # find out who edits them in place.
-        ctx.shared = key, value, weight
+        ctx.shared = key, value, *parameters
         ctx.records = {}
         ctx.set_materialize_grads(False)
         return key.new_empty(0)
@@ -144,61 +167,80 @@ class _Joint(Function):
     def backward(ctx, _):
         groups: dict[tuple, list[_Record]] = {}
         for record in ctx.records.pop(torch._C._current_graph_task_id(), ()):
-            query, scores = record.saved[0], record.saved[-1]
+            saved = record.parts()
             # Rows that a step was not given are hidden by their scores; without these, steps differ in batch.
-            batch = None if scores.numel() else query.shape[0]
-            masked = record.saved[4] is not None
+            batch = None if saved["scores"].numel() else saved["query"].shape[0]
+            masked = saved["mask"] is not None
             groups.setdefault((record.operators, record.options, batch, masked), []).append(record)
-        found: list[Tensor | None] = [None, None, None]
+        found: list[Tensor | None] = [None] * len(ctx.shared)
         for group in groups.values():
             parts = _joint_gradients(group, ctx.shared, ctx.needs_input_grad)
             found = [b if a is None else a + b for a, b in zip(found, parts, strict=True)]
         return tuple(found)
 
 
-def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: tuple[bool, ...]) -> list:
-    """Gradients of key, value and weight of steps with the same options: of one call with the queries of all."""
-    batches = [step.saved[0].shape[0] for step in steps]
-    batch = max(batches)
-    first = steps[batches.index(batch)]
-    key, value = (t[:batch] for t in shared[:2])
-    rows, row = -2, -1  # where queries are in (B, [H,] Tq, width) and in (B, [H,] Tq)
+# Rows of steps by name, and what stands for those that a step was not given: infinite are scores and lse of a
+# query that sees no key. What is not here is that of all steps.
+_ABSENT = {"query": 0.0, "previous": 0.0, "mask": False, "context": 0.0, "lse": -math.inf, "scores": -math.inf}
 
-    def joined(parts, dim, absent=0.0):
+
+def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: tuple[bool, ...]) -> list:
+    """Gradients of what is shared, of steps with the same options: of one call with the queries of all."""
+    operators, op = steps[0].operators, steps[0].operators.op
+    parts = [step.parts() for step in steps]
+    batches = [saved["query"].shape[0] for saved in parts]
+    batch = max(batches)
+    first = parts[batches.index(batch)]
+    key, value = (t[:batch] for t in shared[:2])
+    row = key.dim() - 2  # where queries are counted in each of their tensors
+
+    def joined(rows, absent=0.0):
         """One after the other, with ``absent`` in the batch elements that a step was not given."""
         whole = []
-        for part in parts:
+        for part in rows:
             if part.shape[0] < batch:
                 missing = (batch - part.shape[0], *part.shape[1:])
                 part = torch.cat([part, part.new_full(missing, absent)])
             whole.append(part)
-        return torch.cat(whole, dim)
+        return torch.cat(whole, row)
 
-    def saved(n):
-        return [step.saved[n] for step in steps]
+    def saved(name):
+        if name in ("key", "value"):
+            return key if name == "key" else value
+        t = first[name]
+        return (
+            t
+            if t is None or t.numel() == 0 or name not in _ABSENT
+            else joined([p[name] for p in parts], _ABSENT[name])
+        )
 
-    def grad_outputs(n, dim, shape):
+    def grad_outputs(n, name):
         """None where no step has any, zeros where others have."""
-        present = [step.grads[n] for step in steps if step.grads[n] is not None]
+        grads = [step.grads[n] for step in steps]
+        present = [grad for grad in grads if grad is not None]
         if not present:
             return None
-        grads = (present[0].new_zeros(shape(step)) if step.grads[n] is None else step.grads[n] for step in steps)
-        return joined(grads, dim)
+        width = {"context": value.shape[-1:], "lse": ()}.get(name, key.shape[-2:-1])
+        lead = [p["query"].shape[:-1] for p in parts]
+        return joined(
+            [
+                present[0].new_zeros(*at, *width) if grad is None else grad
+                for at, grad in zip(lead, grads, strict=True)
+            ]
+        )
 
-    infinite = float("-inf")  # scores and lse of a query that sees no key
-    mask = None if first.saved[4] is None else joined(saved(4), rows, False)
-    scores = joined(saved(-1), rows, infinite) if first.saved[-1].numel() else first.saved[-1]
+    visible = op.outputs[: len(op.outputs) - len(op.hidden)]
+    places = _places(op)
     with below_autograd():
-        _, *found = first.operators.bwd(
-            grad_outputs(0, rows, lambda step: step.saved[-3].shape),
-            grad_outputs(1, row, lambda step: step.saved[-2].shape),
-            grad_outputs(2, rows, lambda step: (*step.saved[-2].shape, key.shape[-2])),
-            joined(saved(0), rows), key, value, first.saved[3], mask, *first.saved[5:9], *first.options,
-            joined(saved(-3), rows), joined(saved(-2), row, infinite), scores,
-            sum([2 << n for n, needed in enumerate(asked) if needed]),
-        )  # fmt: skip
-    grads = [grad if needed else None for grad, needed in zip(found, asked, strict=True)]
+        found = operators.bwd(
+            *(grad_outputs(n, name) for n, name in enumerate(visible)),
+            *map(saved, (*op.inputs, *op.others)),
+            *steps[0].options,
+            *map(saved, op.kept),
+            sum([1 << place for place, needed in zip(places, asked, strict=True) if needed]),
+        )
+    grads: list[Any] = [found[place] if needed else None for place, needed in zip(places, asked, strict=True)]
     for n in range(2):  # of batch elements that no step was given
         if grads[n] is not None and batch < shared[n].shape[0]:
-            grads[n] = torch.cat([found[n], torch.zeros_like(shared[n][batch:])])
+            grads[n] = torch.cat([grads[n], torch.zeros_like(shared[n][batch:])])
     return grads

@@ -77,6 +77,7 @@ class AdditiveAttention(nn.Module):
     """
 
     weight_g: Tensor  # None without normalize
+    _takes_exponentials = True  # of keys, made ahead
 
     def __init__(
         self,
@@ -132,9 +133,9 @@ class AdditiveAttention(nn.Module):
     __prepare_scriptable__ = not_scriptable
 
     def reset_parameters(self) -> None:
-        """Linear layers as ``nn.Linear``; weight uniform within 1 / sqrt(D); g = 1 / sqrt(D)."""
+        """Layers as PyTorch's own; weight uniform within 1 / sqrt(D); g = 1 / sqrt(D)."""
         for module in self.children():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
                 module.reset_parameters()
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
@@ -192,7 +193,7 @@ class AdditiveAttention(nn.Module):
         ``mask`` and ``key_lengths`` stay with the keys. Gradients of all steps flow to key and value.
         """
         keys = ProjectedKeys(*self._project(key, value), mask, key_lengths)
-        return keys.with_exponentials() if self.activation == "tanh" else keys
+        return keys.with_exponentials() if self._takes_exponentials and self.activation == "tanh" else keys
 
     @overload
     def forward(

@@ -189,6 +189,7 @@ ATTENTION = _autograd.Op(
     outputs=("context", "lse", "weights", "scores"),
     kept=("context", "lse", "scores"),
     hidden=("scores",),
+    shared=("key", "value", "weight"),
     reference=_reference,
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,

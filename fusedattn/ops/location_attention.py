@@ -14,9 +14,10 @@ score, as for additive attention (``fusedattn/ops/additive_attention.py``)::
     h_jd = g_j w_d phi'(q_d + k_jd + u_jd)      dq = sum_j h_j      dk_j = h_j      dU = sum_j h_j f_j
     df_j = U^T h_j                              dW_ck = sum_j df_j a_c,j+k-(K-1)/2     da by the transposed filters
 
-The features are made block by block of keys, in forward and again in backward: none is stored.
+The features are made block by block of keys, in forward and again in backward: none is stored. The operators take
+several queries, each with previous weights of its own: those of all steps of a loop, in its joint backward.
 
-Symbols: B batch, Tq queries with previous weights each (one, but for raw operators), Tk key length, D score width,
+Symbols: B batch, Tq queries, Tk key length, D score width,
 Dv value width, C channels of previous weights, N filters, K their width, G groups of batch elements with a set of
 parameters each. Kernels: ``csrc/location_attention/`` (C++). Tests: ``tests/test_location_attention.py``.
 """
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedattn import _autograd, _normalizers, _scores
+from fusedattn import _autograd, _normalizers, _scores, _steps
 from fusedattn._dispatch import autocast, autocast_enabled, choose, fail, overridable
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveScoresOptions as Options
@@ -134,6 +135,7 @@ LOCATION_ATTENTION = _autograd.Op(
     outputs=("context", "weights", "scores", "lse"),
     kept=("scores", "lse"),
     hidden=("lse",),
+    shared=("key", "value", "weight", "conv_weight", "location_weight"),
     reference=_reference,
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
@@ -210,13 +212,56 @@ def location_attention(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    parameters = {
+    return attend(
+        query,
+        key,
+        value,
+        weight,
+        previous,
+        conv_weight,
+        location_weight,
+        mask=mask,
+        key_lengths=key_lengths,
+        scale=scale,
+        softcap=softcap,
+        activation=activation,
+        negative_slope=negative_slope,
+        normalizer=normalizer,
+        backend=backend,
+    )
+
+
+@overridable
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    previous: Tensor,
+    conv_weight: Tensor,
+    location_weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+    backend: str = "auto",
+    parameters: tuple[Tensor | None, ...] | None = None,
+    token: Tensor | None = None,
+    unseen_are_zero: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`location_attention` for modules: with what :func:`prepared` makes of the parameters, once for the
+    steps of a loop (``token``, see ``_steps.py``), and, for a normaliser, with zeros in what no query sees."""
+    tensors = {
         "weight": weight,
         "previous": previous,
         "conv_weight": conv_weight,
         "location_weight": location_weight,
     }
-    _scores.require_tensors(OP, query=query, key=key, value=value, **parameters)
+    _scores.require_tensors(OP, query=query, key=key, value=value, **tensors)
     device = query.device
     if autocast_enabled(device):
         query, key, value = autocast(query), autocast(key), autocast(value)
@@ -232,16 +277,34 @@ def location_attention(
         sizes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
         backend = choose(OP, backend, device, query.dtype, lambda: sizes, _UNABLE)
         wide = accumulation_dtype(query.dtype)
-        weight, previous = weight.to(wide)[None], previous.to(wide).unsqueeze(1)
-        filters, projection = _filters(conv_weight.to(wide), location_weight.to(wide))
+        previous = previous.to(wide).unsqueeze(1)
+        if parameters is None:
+            parameters = prepared(weight, conv_weight, location_weight, wide)
         options = Options(*_scores.numbers(scale, softcap, activation, negative_slope))
         composed = normalizer != "softmax"
-        tensors = (query, key, None if composed else value, weight, previous, filters, projection, mask)
-        context, weights, scores, *_ = LOCATION_ATTENTION(backend, tensors, options)
+        score_weight, filters, projection = parameters
+        inputs = (query, key, None if composed else value, score_weight, previous, filters, projection, mask)
+        if token is None or composed:
+            context, weights, scores, *_ = LOCATION_ATTENTION(backend, inputs, options)
+        else:
+            context, weights, scores, *_ = _steps.attend(LOCATION_ATTENTION, backend, inputs, options, (), token)
         if composed:
             normalize = _normalizers.function(OP, normalizer)
-            context, weights = _normalizers.apply(OP, scores, value, mask, normalize, query.dtype)
+            context, weights = _normalizers.apply(OP, scores, value, mask, normalize, query.dtype, unseen_are_zero)
         return context.squeeze(1), weights.squeeze(1)
+
+
+def prepared(
+    weight: Tensor, conv_weight: Tensor, location_weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The parameters as the operators take them, in the dtype of the arithmetic: weight (1, D), and filters
+    (1, N, C, K) with their projection (1, D, N), or with as many channels as the score and None, whichever costs
+    less."""
+    weight, conv_weight, location_weight = (t.to(dtype) for t in (weight, conv_weight, location_weight))
+    (N, C, K), D = conv_weight.shape, location_weight.shape[0]
+    if D * C * K > N * C * K + D * N:
+        return weight[None], conv_weight[None], location_weight[None]
+    return weight[None], (location_weight @ conv_weight.flatten(1)).view(1, D, C, K), None
 
 
 def _visible(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor | None:
@@ -255,14 +318,6 @@ def _visible(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Te
     check_lengths(key_lengths, B, Tk, key.device, OP)
     within = (torch.arange(Tk, device=key.device) < key_lengths[:, None]).unsqueeze(1)
     return within if mask is None else mask & within
-
-
-def _filters(conv_weight: Tensor, location_weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(1, N, C, K) and (1, D, N), or filters with as many channels as the score and None, whichever costs less."""
-    (N, C, K), D = conv_weight.shape, location_weight.shape[0]
-    if D * C * K > N * C * K + D * N:
-        return conv_weight[None], location_weight[None]
-    return (location_weight @ conv_weight.flatten(1)).view(1, D, C, K), None
 
 
 def _check(query, key, previous, conv_weight, location_weight) -> None:
