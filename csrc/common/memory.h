@@ -23,11 +23,11 @@ void take_back(Block block) noexcept;
 // size.
 size_t bytes_of(int64_t count, size_t size);
 
-// lend() for as long as the object lives.
+// lend() for as long as the object lives; null where there is nothing to hold.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size = 0) : block_(lend(bytes_of(size, sizeof(T)))) {}
+  explicit Buffer(int64_t size = 0) : block_(size == 0 ? Block{} : lend(bytes_of(size, sizeof(T)))) {}
   Buffer(Buffer&& other) noexcept : block_(other.block_) { other.block_ = {}; }
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(block_, other.block_);
