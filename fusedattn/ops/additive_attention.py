@@ -252,12 +252,9 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
-def _unable(activation: str, seed: Tensor | None) -> dict[str, str]:
-    """Backends without kernels for these options, and why."""
-    unable = _scores.unable(activation)
-    if seed is None:
-        return unable
-    return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | unable
+def _unable_to_drop(activation: str) -> dict[str, str]:
+    """Backends without kernels for dropout, or an activation, and why."""
+    return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | _scores.unable(activation)
 
 
 def is_traced() -> bool:
@@ -470,7 +467,9 @@ def attend(
     query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
     _scores.check_numbers("additive_attention", scale, softcap, activation, negative_slope)
     dtype = query.dtype
-    seed = _dropout_seed(dropout_p, generator, device)
+    # Most calls have neither, and small ones notice a look at what they are.
+    may_drop = generator is not None or type(dropout_p) is not float or dropout_p != 0
+    seed = _dropout_seed(dropout_p, generator, device) if may_drop else None
     if mask is not None:
         full = (*query.shape[:-1], key.shape[-2])
         check_mask(mask, full, device)
@@ -503,7 +502,7 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _unable(activation, seed),
+        _scores.unable(activation) if seed is None else _unable_to_drop(activation),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)
