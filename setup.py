@@ -31,8 +31,8 @@ from setuptools import setup
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
-OPS = ["additive_attention", "additive_scores", "attention_pool", "film", "gated_film", "location_attention"]
-OPS += ["norm_film", "philox"]
+OPS = ["additive_attention", "additive_scores", "attention_pool", "film", "gated_film"]
+OPS += ["hard_additive_attention", "location_attention", "norm_film", "philox"]
 
 LEVELS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):

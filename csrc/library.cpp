@@ -56,6 +56,16 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "additive_scores_bwd(Tensor grad_scores, Tensor query, Tensor key, Tensor weight, " FUSEDATTN_SCORES_OPTIONS
       ", int output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_weight)");
 
+  // scores (B,H,Tq,Tk) or (B,Tq,Tk), float32 or float64, mask like them or None, seed (S,), S dividing H, or None
+  // for the most likely key: see common/philox.h. index -1, -inf for lse and best, the largest perturbed score,
+  // and else 0 where a query sees no key.
+  m.def("hard_additive_attention_fwd(Tensor scores, Tensor? mask, Tensor? seed, " FUSEDATTN_PHILOX_PLACE
+        ") -> (Tensor log_prob, Tensor entropy, Tensor lse, Tensor index, Tensor best)");
+  m.def(
+      "hard_additive_attention_bwd(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_lse, Tensor scores, "
+      "Tensor? mask, Tensor? seed, " FUSEDATTN_PHILOX_PLACE
+      ", Tensor entropy, Tensor lse, Tensor index, int output_mask) -> Tensor grad_scores");
+
   // query (B,Tq,D), key (B,Tk,D), value (B,Tk,Dv) or None, previous (B,Tq,C,Tk), mask (B,Tq,Tk) or None; for G
   // groups of batch elements weight (G,D), conv_weight (G,N,C,K), location_weight (G,D,N), or None where N is D.
   // All but query, key, value and mask are in the dtype of the arithmetic, and so are scores (B,Tq,Tk) and lse

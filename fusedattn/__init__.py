@@ -34,6 +34,11 @@ from fusedattn.ops.additive_scores import additive_scores, additive_scores_ref
 from fusedattn.ops.attention_pool import attention_pool, attention_pool_ref
 from fusedattn.ops.film import film, film_ref
 from fusedattn.ops.gated_film import gated_film, gated_film_ref
+from fusedattn.ops.hard_additive_attention import (
+    HardAttentionOutput,
+    hard_additive_attention,
+    hard_additive_attention_ref,
+)
 from fusedattn.ops.location_attention import location_attention, location_attention_ref
 from fusedattn.ops.merge_attention import merge_attention, merge_attention_ref
 from fusedattn.ops.norm_film import norm_film, norm_film_ref
@@ -62,6 +67,7 @@ __all__ = [
     "ForwardAttention",
     "GatedAttentionPool",
     "GatedConditionalConv2d",
+    "HardAttentionOutput",
     "LocationSensitiveAttention",
     "LocationState",
     "MultiHopAttention",
@@ -86,6 +92,8 @@ __all__ = [
     "film_ref",
     "gated_film",
     "gated_film_ref",
+    "hard_additive_attention",
+    "hard_additive_attention_ref",
     "location_attention",
     "location_attention_ref",
     "merge_attention",

@@ -201,7 +201,8 @@ class Op:
 
     def _masked_bwd_fake(self, *arguments):
         grads = _tuple(self.bwd_fake(*arguments[:-1]))
-        return tuple(grad if arguments[-1] >> n & 1 else grad.new_empty(0) for n, grad in enumerate(grads))
+        found = tuple(grad if arguments[-1] >> n & 1 else grad.new_empty(0) for n, grad in enumerate(grads))
+        return found if len(found) > 1 else found[0]
 
 
 def _tuple(outputs) -> tuple:

@@ -10,6 +10,7 @@ from fusedattn.ops.additive_scores import SCORES
 from fusedattn.ops.attention_pool import ATTENTION_POOL
 from fusedattn.ops.film import FILM
 from fusedattn.ops.gated_film import GATED_FILM
+from fusedattn.ops.hard_additive_attention import HARD_ATTENTION
 from fusedattn.ops.norm_film import NORM_FILM
 
 
@@ -20,6 +21,6 @@ def decompositions() -> dict[OpOverload, Callable]:
     speed of plain PyTorch. ``torch.onnx.export(model, inputs, dynamo=True)`` needs no call of it.
     """
     found: dict[OpOverload, Callable] = {}
-    for op in (ATTENTION, ATTENTION_VARLEN, ATTENTION_POOL, SCORES, FILM, GATED_FILM, NORM_FILM):
+    for op in (ATTENTION, ATTENTION_VARLEN, ATTENTION_POOL, SCORES, FILM, GATED_FILM, HARD_ATTENTION, NORM_FILM):
         found |= op.decompositions()
     return found

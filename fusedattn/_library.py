@@ -36,7 +36,15 @@ def _load_triton() -> str | None:
         return f"Triton is not installed: {error}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
         return f"Triton {'.'.join(map(str, LEAST_TRITON))} or later is needed, found {triton.__version__}"
-    for op in ("additive_attention", "additive_scores", "attention_pool", "film", "gated_film", "norm_film"):
+    for op in (
+        "additive_attention",
+        "additive_scores",
+        "attention_pool",
+        "film",
+        "gated_film",
+        "hard_additive_attention",
+        "norm_film",
+    ):
         importlib.import_module(f"fusedattn.triton.{op}")
     return None
 

@@ -54,6 +54,15 @@ class GatedFilmOptions(NamedTuple):
     channel_dim: int
 
 
+class HardAdditiveAttentionOptions(NamedTuple):
+    """A :class:`fusedattn._philox.Place`."""
+
+    first_head: int
+    heads: int
+    first_query: int
+    first_key: int
+
+
 class NormFilmOptions(NamedTuple):
     norm: int  # index into NORMS of ops/norm_film.py
     num_groups: int  # of group norm

@@ -101,6 +101,13 @@ def dropout(weights: Tensor, p: float, seed: Tensor, place: Place = EVERYTHING) 
     return torch.where(keeps(seed, weights, p, place), weights * (1 / (1 - p)), 0.0)
 
 
+def check_generator(op: str, generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == device.type):
+        return
+    got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
+    fail(op, "generator", f"a torch.Generator on {device} like query, or None", got)
+
+
 def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 

@@ -17,6 +17,8 @@ from fusedattn import (
     film_ref,
     gated_film,
     gated_film_ref,
+    hard_additive_attention,
+    hard_additive_attention_ref,
     location_attention,
     location_attention_ref,
     norm_film,
@@ -101,6 +103,16 @@ def pool(function):
     return call
 
 
+def choose(function):
+    lengths = torch.tensor([4, 2])
+
+    def call(query, key, value, weight):
+        found = function(query, key, value, weight, key_lengths=lengths, softcap=3.0, sample=False)
+        return torch.cat([t.flatten() for t in (found.context, found.log_prob, found.entropy)])
+
+    return call
+
+
 def location_inputs():
     shapes = {"query": (2, 3), "key": (2, 4, 3), "value": (2, 4, 2), "weight": (3,), "previous": (2, 2, 4)}
     shapes |= {"conv_weight": (2, 2, 3), "location_weight": (3, 2)}
@@ -144,6 +156,7 @@ OPS = {
     "attention_pool": (pool, attention_pool, attention_pool_ref, pool_inputs),
     "film": (modulate, film, film_ref, film_inputs),
     "gated_film": (gate, gated_film, gated_film_ref, gated_film_inputs),
+    "hard_additive_attention": (choose, hard_additive_attention, hard_additive_attention_ref, attention_inputs),
     "location_attention": (locate, location_attention, location_attention_ref, location_inputs),
     "norm_film": (modulate_the_norm, norm_film, norm_film_ref, norm_film_inputs),
 }

@@ -244,11 +244,7 @@ def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
 def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     """A fresh one, None without dropout."""
     _scores.check_dropout("additive_attention", "dropout_p", dropout_p)
-    if generator is not None and (
-        not isinstance(generator, torch.Generator) or generator.device.type != device.type
-    ):
-        got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
-        _fail("generator", f"a torch.Generator on {device} like query, or None", got)
+    _philox.check_generator("additive_attention", generator, device)
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
