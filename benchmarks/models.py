@@ -105,6 +105,42 @@ def attention_of_heads(query: Tensor, key: Tensor, value: Tensor, weight: Tensor
     return (features * weight[:, None, None]).sum(-1).softmax(-1) @ value
 
 
+@dataclass(frozen=True)
+class HardAttention(Attention):
+    """One key of each query, sampled. Of the results the entropy alone is the same for all, whatever they draw."""
+
+    @property
+    def name(self) -> str:
+        return f"hard {super().name}"
+
+    def grad_output(self) -> Tensor:
+        return self.normal(self.B, self.Tq, seed=4)
+
+    def eager(self) -> dict[str, Function]:
+        return {"eager": sampled_in_eager}
+
+    def fused(self) -> Function:
+        return sampled
+
+
+def sampled_in_eager(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    log_p = (torch.tanh(query[:, :, None] + key[:, None]) @ weight).log_softmax(-1)
+    p = log_p.exp()
+    index = torch.multinomial(p.detach().flatten(0, 1), 1).view(*p.shape[:2], 1)
+    context = value.gather(1, index.expand(-1, -1, value.shape[-1]))
+    return _entropy_of(context, log_p.gather(-1, index).squeeze(-1), -(p * log_p).sum(-1))
+
+
+def sampled(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    found = fusedattn.hard_additive_attention(query, key, value, weight)
+    return _entropy_of(found.context, found.log_prob, found.entropy)
+
+
+def _entropy_of(context: Tensor, log_prob: Tensor, entropy: Tensor) -> Tensor:
+    """In a sum with all results: torch.compile leaves out what nobody reads."""
+    return entropy + 0.0 * (log_prob + context.sum(-1))
+
+
 def fewer(x: tuple[int, ...], channel_dim: int) -> tuple[int, ...]:
     """A shape with all its channels, and with few samples of few places."""
     kept = {0: min(x[0], 2), channel_dim % len(x): x[channel_dim]}

@@ -14,6 +14,7 @@ from fusedattn.modules.conditioning import ConditionalBias, ConditionalGate, Con
 from fusedattn.modules.coverage_attention import CoverageAttention
 from fusedattn.modules.film import FiLM
 from fusedattn.modules.forward_attention import ForwardAttention
+from fusedattn.modules.hard_attention import HardAttention
 from fusedattn.modules.location_sensitive_attention import LocationSensitiveAttention, LocationState
 from fusedattn.modules.multi_hop_attention import MultiHopAttention
 from fusedattn.modules.normalization import (
@@ -67,6 +68,7 @@ __all__ = [
     "ForwardAttention",
     "GatedAttentionPool",
     "GatedConditionalConv2d",
+    "HardAttention",
     "HardAttentionOutput",
     "LocationSensitiveAttention",
     "LocationState",

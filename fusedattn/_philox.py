@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fusedattn import _library
+from fusedattn._dispatch import fail
 
 _32_BITS = 0xFFFFFFFF
 
