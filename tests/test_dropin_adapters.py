@@ -83,6 +83,19 @@ def speech_steps(module, states, first, second):
     return [*found, module(2 * states, lengths, second), module.mask]
 
 
+def tacotron_steps(module, states, memory):
+    """A loop of two, of which the second sees the weights of the first."""
+    processed, padding = module.memory_layer(memory), ~lengths_mask((6, 4), 6)
+    weights = total = memory.new_zeros(2, 6)
+    found = []
+    for state in states:
+        previous = torch.stack([weights, total], 1)
+        context, weights = module(state, memory, processed, previous, padding)
+        total = total + weights
+        found += [context, weights]
+    return found
+
+
 CASES = {
     "diffusers.AdaLayerNorm": {
         "chunk1": Case(
@@ -236,6 +249,14 @@ CASES = {
     "speechbrain.ContentBasedAttention": {
         "steps": Case(
             lambda c: c.ContentBasedAttention(3, 4, 5, 2, scaling=1.5), ((2, 6, 3), (2, 4), (2, 4)), speech_steps
+        ),
+    },
+    "tacotron2.Attention": {
+        "steps": Case(lambda c: c.Attention(3, 4, 5, 2, 3), ((2, 2, 3), (2, 6, 4)), tacotron_steps),
+        "unmasked": Case(
+            lambda c: c.Attention(3, 4, 5, 4, 3),
+            ((2, 3), (2, 6, 4), (2, 6, 5), (2, 2, 6)),
+            lambda m, *inputs: m(*inputs, None),
         ),
     },
     "torchmil.AttentionPool": {

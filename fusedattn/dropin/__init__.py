@@ -42,6 +42,7 @@ _FILES = (
     "pytorch_tutorial",
     "speechbrain",
     "stargan_v2",
+    "tacotron2",
     "torchmil",
 )
 
