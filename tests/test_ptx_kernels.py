@@ -26,7 +26,7 @@ import test_norm_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import additive_attention, attention_pool, film, gated_film, norm_film
+from fusedattn import _philox, additive_attention, attention_pool, film, gated_film, norm_film
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import (
     additive_attention_bwd,
@@ -286,3 +286,9 @@ def test_attention_without_barriers_is_found():
     edit = functools.partial(re.sub, r"bar\.sync\s+0;", "")
     with on_ptx(80, edit=edit), pytest.raises(ptx.Race, match="no barrier"):
         additive_attention(*inputs, backend="triton")
+
+
+def test_attention_with_dropout(monkeypatch):
+    monkeypatch.setattr(_philox, "draw_seed", lambda device, generator=None: torch.tensor([2**40 + 7]))
+    with on_ptx(90):
+        check_attention("few_queries", dropout_p=0.3)
