@@ -46,8 +46,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, return_
     v, v_rows = _rows("value", value, q)
     if q.shape[0] != k.shape[0]:
         _fail("key", f"{q.shape[0]} sequences, as query", k.shape[0])
-    if v.offsets() is not k.offsets() and not torch.equal(v.offsets(), k.offsets()):
-        _fail("value", "sequences of the lengths that key's have", "others")
+    # A compiled program cannot look at values: there it must be the same tensor.
+    if v.offsets() is not k.offsets() and (
+        torch.compiler.is_compiling() or not torch.equal(v.offsets(), k.offsets())
+    ):
+        _fail("value", "the offsets of key", "others")
+    longest = q._get_max_seqlen()
     context, lse = additive_attention_varlen(
         q_rows,
         k_rows,
@@ -55,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, return_
         weight,
         q.offsets().int(),
         k.offsets().int(),
-        max_seqlen_q=q._get_max_seqlen(),
+        max_seqlen_q=longest,
         max_seqlen_k=k._get_max_seqlen(),
         return_lse=True,
         **options,
@@ -63,7 +67,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, return_
     heads = q.dim() == 4
 
     def nested(rows: Tensor) -> Tensor:
-        made = torch.nested.nested_tensor_from_jagged(rows, q.offsets())
+        made = torch.nested.nested_tensor_from_jagged(rows, q.offsets(), max_seqlen=longest)
         return made.transpose(1, 2) if heads else made
 
     return (nested(context), nested(lse.transpose(0, 1) if heads else lse)) if return_lse else nested(context)

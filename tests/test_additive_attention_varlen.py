@@ -1,5 +1,7 @@
 """Packed sequences are a loop over their segments: to the bit on the CPU, within tests/tolerance.py elsewhere."""
 
+import functools
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -386,6 +388,22 @@ def test_nested_tensors(H):
 
 
 @not_on_the_standin("PyTorch has no nested tensors there")
+def test_nested_tensors_compile():
+    torch.compiler.reset()
+    lengths = [3, 1, 4], [5, 1, 2]
+    made = functools.partial(torch.nested.nested_tensor_from_jagged, max_seqlen=5)  # it cannot look at offsets
+    compiled = torch.compile(additive_attention, fullgraph=True, backend="aot_eager")
+
+    def function(query, key, value, weight):
+        query, key = (made(t, offsets(n).long()) for t, n in zip((query, key), lengths, strict=True))
+        return (compiled(query, key, made(value, key.offsets()), weight).values(),)
+
+    inputs, expected = make_inputs(*lengths), packed(additive_attention_varlen, lengths)
+    torch.testing.assert_close(run(function, inputs), run(lambda *i: expected(*i)[:1], inputs))
+    torch.compiler.reset()
+
+
+@not_on_the_standin("PyTorch has no nested tensors there")
 def test_nested_tensors_that_do_not_fit_are_named():
     lengths = [3, 1, 4], [5, 1, 2]
     *rows, weight = make_inputs(*lengths, Dv=5, requires_grad=False)
@@ -405,7 +423,7 @@ def test_nested_tensors_that_do_not_fit_are_named():
         ),
         (r"query: expected shape \(B, ragged, D\) or \(B, H, ragged, D\)", (heads, k, v), {}),
         ("key: expected 3 sequences, as query, got 2", (q, nested(rows[1], [5, 3]), nested(rows[2], [5, 3])), {}),
-        ("value: expected sequences of the lengths that key's have", (q, k, nested(rows[2], [2, 1, 5])), {}),
+        ("value: expected the offsets of key, got others", (q, k, nested(rows[2], [2, 1, 5])), {}),
         (
             "mask: expected its default with nested tensors, got a Tensor",
             (q, k, v),
