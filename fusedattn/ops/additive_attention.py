@@ -312,8 +312,8 @@ def additive_attention(
             arithmetic is at least float32. Any strides; expanded (stride 0) inputs are not copied. Batch and heads
             of query, key and value may be 1 where the others have more. Or query, key and value are nested tensors
             of layout ``torch.jagged``, Tq and Tk their ragged dimension: context and lse are so too, by
-            :func:`additive_attention_varlen`, without ``mask``, ``key_lengths``, dropout and weights. In a compiled
-            program they know their ``max_seqlen``, and value has the offsets of key.
+            :func:`additive_attention_varlen`, without ``mask``, ``key_lengths``, dropout and weights. Compiled,
+            they know their ``max_seqlen``, and value has the offsets of key.
         key: (B, Tk, D) or (B, H, Tk, D), already projected.
         value: (B, Tk, Dv) or (B, H, Tk, Dv).
         weight: (D,) or (H, D); of the dtype of the others, or float32 beside half-precision ones. The score takes
