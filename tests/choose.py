@@ -2,7 +2,8 @@
 
 On the stand-in that is which device tensors are made on; at CPU levels below the best (``FUSEDATTN_TESTS=values``,
 as `make test` sets it there) whether the kernels of the level compute the same. `make sanitize` runs all cases at
-every level, `make test-all` all in both.
+every level, `make test-all` all everywhere. Triton's interpreter runs all but the repetitions of ``machinery``:
+tests marked so ask PyTorch more than our kernels, and take seconds; their first case is enough here.
 """
 
 import os
@@ -14,20 +15,26 @@ TESTS = os.environ.get("FUSEDATTN_TESTS", "")
 def each_value(items: list, value_of: Callable = repr) -> list:
     """The items that show a test the first, or a parameter a value that no item before did.
 
-    ``value_of`` a parameter says what tells its values apart, or None where none of them asks anything new. The
-    first case is enough of tests marked ``machinery``, which ask PyTorch more than our kernels, and take seconds.
+    ``value_of`` a parameter says what tells its values apart, or None where none of them asks anything new.
     """
     seen, chosen = set(), []
-    for item in items:
-        alike = item.get_closest_marker("machinery") or not hasattr(item, "callspec")
-        values = {} if alike else {name: value_of(value) for name, value in item.callspec.params.items()}
-        new = {
-            (item.function, None),
-            *((item.function, value) for value in values.items() if value[1] is not None),
-        }
+    for item in machinery_once(items):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        values = {(name, value_of(value)) for name, value in parameters.items()}
+        new = {(item.function, None), *((item.function, value) for value in values if value[1] is not None)}
         if new - seen:
             chosen.append(item)
         seen |= new
+    return chosen
+
+
+def machinery_once(items: list) -> list:
+    """All items, but of each test marked ``machinery`` the first."""
+    seen, chosen = set(), []
+    for item in items:
+        if not item.get_closest_marker("machinery") or item.function not in seen:
+            chosen.append(item)
+        seen.add(item.function)
     return chosen
 
 

@@ -47,10 +47,14 @@ if BACKEND != "auto":
 
 @pytest.hookimpl(trylast=True)  # of those that markers and names leave
 def pytest_collection_modifyitems(config, items):
-    if DEVICE == "standin" and not EVERYTHING:
+    if EVERYTHING:
+        return
+    if DEVICE == "standin":
         choose.keep(config, items, choose.each_value(items, standin.names_or_makes))
     elif choose.TESTS == "values":
         choose.keep(config, items, choose.each_value(items))
+    elif INTERPRETED:
+        choose.keep(config, items, choose.machinery_once(items))
 
 
 def pytest_report_header():

@@ -189,7 +189,7 @@ def test_other_errors():
 @pytest.mark.machinery
 @pytest.mark.skipif(DEVICE != "cpu" and BACKEND != "triton", reason="it has no kernels in CUDA C++")
 @pytest.mark.parametrize("softcap, activation", [(0.0, (0, 0.2)), (2.0, (3, 0.1))])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, softcap, activation):
     inputs = make_inputs(2, 3, 4, 5, H=2, dtype=dtype)
     torch.library.opcheck(raw_op("additive_scores_fwd").default, (*inputs, 0.5, softcap, *activation))

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from choose import TESTS
 from device import DEVICE, not_on_the_standin, raw_op
 from pairwise import pairwise
 from torch._dynamo.backends.common import aot_autograd
@@ -34,6 +35,9 @@ CASES = {
     "mask": {"mask": [[True, False, True, True], [False, True, False, False], [True] * 4]},
     "empty_row": {"mask": [[True] * 4, [False] * 4, [False, True, True, False]]},
 }
+
+
+COMPILED = ("plain", "softcap_causal", "lengths", "mask")  # each takes seconds; other numbers change no graph
 
 
 def options_of(case):
@@ -304,7 +308,7 @@ def test_functional_call_of_a_module():
 
 
 @pytest.mark.machinery
-@pytest.mark.parametrize(("case", "H"), zip(CASES, itertools.cycle((None, 2)), strict=False))
+@pytest.mark.parametrize(("case", "H"), zip(CASES if TESTS == "all" else COMPILED, itertools.cycle((None, 2))))
 def test_compile_without_graph_breaks(case, H, fresh_dynamo):
     options = options_of(case)
 
@@ -494,7 +498,7 @@ def test_autocast_of_mixed_dtypes():
 
 
 @pytest.mark.machinery
-@pairwise(H=[1, 2], dtype=[torch.float32, torch.float64, torch.float16, torch.bfloat16], kept=[False, True])
+@pairwise(H=[1, 2], dtype=[torch.float32, torch.bfloat16], kept=[False, True])
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
