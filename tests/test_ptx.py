@@ -107,6 +107,8 @@ CASES = [
     ("min.f32 %d, %a, %b", [f32(math.nan, 2), f32(1, 3)], f32(1, 2)),
     ("max.NaN.f32 %d, %a, %b; mov.b32 %d, %d", [f32(3, 2), f32(1, 3)], f32(3, 3)),
     ("fma.rn.f32 %d, %a, %b, %c", [f32(1 + 2**-12), f32(1 + 2**-12), f32(-1)], f32(2**-11 + 2**-24)),
+    ("add.rz.f32 %d, %a, %b", [f32(1, -1), f32(2**-24 + 2**-26, 2**-60)], f32(1, -1 + 2**-24)),
+    ("sub.rz.ftz.f32 %d, %a, %b", [f32(1, 1), f32(2**-60, -(2**-60))], f32(1 - 2**-24, 1)),
     ("fma.rm.f32 %d, %a, %b, %c", [f32(3, -3), f32(1), f32(2**-30)], f32(3, -3)),
     ("fma.rm.f32 %d, %a, %b, %c", [f32(3, -3), f32(1), f32(-(2**-30))], f32(3 - 2**-22, -3 - 2**-22)),
     ("mul.rn.sat.f32 %d, %a, 0f40000000", [f32(0.25, 1, -1)], f32(0.5, 1, 0)),
@@ -504,7 +506,7 @@ def test_atomics_see_each_other():
     "body, message",
     [
         ("frobnicate.b32 %r2, %r1;", "unknown instruction frobnicate"),
-        ("add.rz.f32 %f1, %f1, %f1;", "modifiers .'rz'. are not implemented"),
+        ("add.rp.f32 %f1, %f1, %f1;", "modifiers .'rp'. are not implemented"),
         ("ld.global.nonsense.u32 %r2, [%rd100];", "not implemented"),
         ("add.u32 %r2, %r3, 1;", "%r3 is read before it is written"),
         ("mov.b32 %r2, %nonsense;", "cannot parse the operand"),

@@ -22,6 +22,7 @@ import test_attention_pool
 import test_film
 import test_film_parameters
 import test_gated_film
+import test_hard_additive_attention
 import test_norm_film
 import triton
 from ptx.launcher import on_ptx
@@ -39,6 +40,7 @@ from fusedattn.triton import (
 from fusedattn.triton import attention_pool as attention_pool_kernels
 from fusedattn.triton import film as film_kernels
 from fusedattn.triton import gated_film as gated_film_kernels
+from fusedattn.triton import hard_additive_attention as hard_additive_attention_kernels
 
 pytestmark = pytest.mark.compiled
 
@@ -143,6 +145,17 @@ def test_attention_pool_kernels(arch):
     with on_ptx(arch) as launches:
         test_attention_pool.check(inputs, torch.tensor([shape[1], 40]), on_triton(attention_pool))
     assert set(launches.executed) == names_of_kernels(attention_pool_kernels)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_hard_additive_attention_kernels(arch):
+    """Sampled and the most likely key, with a mask and without, over two blocks of keys."""
+    dtype, sample, masked = (torch.float32, True, True) if arch == 80 else (torch.float64, False, False)
+    inputs = test_hard_additive_attention.make_inputs(2, 3, 140, 4, 2, dtype=dtype)
+    visible = torch.rand(2, 3, 140) > 0.3 if masked else None
+    with on_ptx(arch) as launches:
+        test_hard_additive_attention.check(inputs, visible, mask=visible, sample=sample, backend="triton")
+    assert set(launches.executed) >= names_of_kernels(hard_additive_attention_kernels)
 
 
 def check_norm_film(norm, x, dtype=torch.float32, channel_dim=None, **shapes):

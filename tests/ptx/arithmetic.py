@@ -94,6 +94,18 @@ def _fma_downwards(a, b, c):
     return np.where(above, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
+def _sum_towards_zero(function):
+    """add.rz.f32 and sub.rz.f32; ``rest`` tells whether the sum in float64 is exact."""
+
+    def compute(a, b):
+        total, rest = _two_sum(a.astype(np.float64), function(np.float64(0), b.astype(np.float64)))
+        nearest = total.astype(np.float32)
+        beyond = (np.abs(nearest) > np.abs(total)) | ((nearest == total) & (rest * np.sign(total) < 0))
+        return np.where(beyond & np.isfinite(total), np.nextafter(nearest, np.float32(0)), nearest)
+
+    return compute
+
+
 def _noise(x: np.ndarray) -> np.ndarray:
     """In [-1, 1), from the bits of x."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -262,6 +274,10 @@ def _multiply_add(types, flags):
 
 def _arithmetic(function):
     def build(types, flags):
+        if "rz" in flags:
+            if types[0] != "f32" or function not in (np.add, np.subtract):
+                raise PtxError(f"{function.__name__}.rz.{types[0]} is not implemented")
+            return _float("f32", flags, _sum_towards_zero(function), 2)
         return _float(types[0], flags, function, 2) if is_float(types[0]) else _integers(types, function, 2)
 
     return build
@@ -540,8 +556,8 @@ _ROUNDING = "rn rz rm rp"
 _COMPARISONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan"
 
 RULES: dict[str, tuple[Callable, str]] = {
-    "add": (_arithmetic(np.add), "rn ftz sat"),
-    "sub": (_arithmetic(np.subtract), "rn ftz sat"),
+    "add": (_arithmetic(np.add), "rn rz ftz sat"),
+    "sub": (_arithmetic(np.subtract), "rn rz ftz sat"),
     "mul": (_multiply, "lo hi wide rn ftz sat"),
     "mad": (_multiply_add, "lo hi wide rn ftz sat"),
     "fma": (_multiply_add, "rn rm ftz sat relu"),
