@@ -186,6 +186,9 @@ CASES = {
         "steps": Case(lambda c: c.AttAdd(3, 4, 5), ((2, 6, 3), (2, 4), (2, 4)), steps),
         "han": Case(lambda c: c.AttAdd(3, 4, 5, han_mode=True), ((2, 6, 3), (2, 4), (2, 4)), steps),
     },
+    "espnet.AttLoc": {
+        "steps": Case(lambda c: c.AttLoc(3, 4, 5, 2, 1), ((2, 6, 3), (2, 4), (2, 4)), steps),
+    },
     "espnet.AttMultiHeadAdd": {
         "steps": Case(lambda c: c.AttMultiHeadAdd(3, 4, 2, 5, 6), ((2, 6, 3), (2, 4), (2, 4)), steps),
     },

@@ -42,6 +42,32 @@ class AttAdd(_Step):
         return (self.enc_h * w[..., None]).sum(1), w
 
 
+class AttLoc(_Step):
+    kept = AttAdd.kept
+
+    def __init__(self, eprojs, dunits, att_dim, aconv_chans, aconv_filts, han_mode=False):
+        super().__init__(dunits, han_mode)
+        self.mlp_enc = nn.Linear(eprojs, att_dim)
+        self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
+        self.mlp_att = nn.Linear(aconv_chans, att_dim, bias=False)
+        width = 2 * aconv_filts + 1
+        self.loc_conv = nn.Conv2d(1, aconv_chans, (1, width), padding=(0, aconv_filts), bias=False)
+        self.gvec = nn.Linear(att_dim, 1)
+
+    def forward(self, enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling=2.0, last_attended_idx=None, *window):
+        if self.pre_compute_enc_h is None or self.han_mode:
+            self.enc_h, self.h_length = enc_hs_pad, enc_hs_pad.shape[1]
+            self.pre_compute_enc_h = self.mlp_enc(enc_hs_pad)
+        query = self.mlp_dec(self.state(dec_z, enc_hs_pad))
+        padding = self.padding(enc_hs_pad, enc_hs_len)
+        if att_prev is None:
+            att_prev = (~padding).to(query.dtype) / torch.as_tensor(enc_hs_len)[:, None]
+        u = self.mlp_att(self.loc_conv(att_prev[:, None, None]).squeeze(2).mT)
+        e = self.gvec((u + self.pre_compute_enc_h + query[:, None]).tanh()).squeeze(2)
+        w = (scaling * e.masked_fill(padding, -torch.inf)).softmax(1)
+        return (self.enc_h * w[..., None]).sum(1), w
+
+
 class AttMultiHeadAdd(_Step):
     kept = "h_length", "enc_h", "pre_compute_k", "pre_compute_v", "mask"
 
