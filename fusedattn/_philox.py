@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fusedattn import _library
-from fusedattn._dispatch import fail
 
 _32_BITS = 0xFFFFFFFF
 
@@ -100,13 +99,6 @@ def keeps(seed: Tensor, like: Tensor, p: float, place: Place = EVERYTHING) -> Te
 def dropout(weights: Tensor, p: float, seed: Tensor, place: Place = EVERYTHING) -> Tensor:
     """What the kernels' dropout makes of weights (B, [H,] Tq, Tk): keep / (1 - p) times each, differentiable."""
     return torch.where(keeps(seed, weights, p, place), weights * (1 / (1 - p)), 0.0)
-
-
-def check_generator(op: str, generator: torch.Generator | None, device: torch.device) -> None:
-    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == device.type):
-        return
-    got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
-    fail(op, "generator", f"a torch.Generator on {device} like query, or None", got)
 
 
 def _is_transformed() -> bool:

@@ -216,6 +216,13 @@ def check_numbers(op: str, scale: float, softcap: float | None, activation: str,
         fail(op, "softcap", "a positive number or None", softcap)
 
 
+def check_generator(op: str, generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == device.type):
+        return
+    got = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
+    fail(op, "generator", f"a torch.Generator on {device} like query, or None", got)
+
+
 def check_dropout(op: str, argument: str, p: float) -> None:
     if isinstance(p, Tensor) or not 0 <= p < 1:
         fail(op, argument, "a number in [0, 1)", "a Tensor" if isinstance(p, Tensor) else p)

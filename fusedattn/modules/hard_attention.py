@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedattn._dispatch import beside
-from fusedattn._philox import check_generator, draw_seed
+from fusedattn._philox import draw_seed
+from fusedattn._scores import check_generator
 from fusedattn.modules.attention import _cast, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.modules.spatial_attention import SpatialAttention

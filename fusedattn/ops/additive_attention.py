@@ -244,7 +244,7 @@ def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
 def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     """A fresh one, None without dropout."""
     _scores.check_dropout("additive_attention", "dropout_p", dropout_p)
-    _philox.check_generator("additive_attention", generator, device)
+    _scores.check_generator("additive_attention", generator, device)
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 

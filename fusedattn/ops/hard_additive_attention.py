@@ -309,7 +309,7 @@ def hard_additive_attention(
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
     _scores.require_tensors(OP, query=query, key=key, value=value, weight=weight)
-    _philox.check_generator(OP, generator, query.device)
+    _scores.check_generator(OP, generator, query.device)
     seed = draw_seed(query.device, generator) if sample else None
     found = attend(
         query,
