@@ -7,7 +7,8 @@ SCORE_ACTIVATIONS = {"tanh": 0, "sigmoid": 1, "relu": 2, "leaky_relu": 3}
 
 
 class AdditiveAttentionOptions(NamedTuple):
-    is_causal: bool
+    window_left: int  # keys before a query's center that it sees; -1: all
+    window_right: int  # and after it
     scale: float
     softcap: float  # 0: none
     activation: int  # a number of SCORE_ACTIVATIONS
@@ -18,11 +19,16 @@ class AdditiveAttentionOptions(NamedTuple):
     first_query: int = 0
     first_key: int = 0
 
+    @property
+    def has_window(self) -> bool:
+        return self.window_left >= 0 or self.window_right >= 0
+
 
 class AdditiveAttentionVarlenOptions(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
-    is_causal: bool  # from here on as in AdditiveAttentionOptions
+    window_left: int  # from here on as in AdditiveAttentionOptions
+    window_right: int
     scale: float
     softcap: float
     activation: int
@@ -74,7 +80,7 @@ class NormFilmOptions(NamedTuple):
 
 
 def schema(bundle: type[Any], are_last: bool = False) -> str:
-    """A NamedTuple's fields as arguments in an operator's schema, ``"bool is_causal, float scale"``.
+    """A NamedTuple's fields as arguments in an operator's schema, ``"int window_left, float scale"``.
 
     Only the last arguments of a schema may have defaults: theirs, if these are.
     """

@@ -12,6 +12,8 @@ from fusedattn._dispatch import NO_REASONS, fail
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import SCORE_ACTIVATIONS
 
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 # By the numbers of SCORE_ACTIVATIONS, of q + k and the negative slope.
 _ACTIVATIONS = (
     lambda z, _: torch.tanh(z),
@@ -117,6 +119,11 @@ def require_tensors(op: str, **tensors) -> None:
     for argument, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {argument}: expected a Tensor, got {type(t).__name__}")
+
+
+def check_integers(op: str, argument: str, t) -> None:
+    if not isinstance(t, Tensor) or t.dtype not in INTEGER_DTYPES:
+        fail(op, argument, "a Tensor of integers", getattr(t, "dtype", type(t).__name__))
 
 
 def broadcast(

@@ -88,8 +88,11 @@ def attend(op: Op, backend: str, tensors: tuple, options: NamedTuple, flags: tup
     fits = fits and key.dtype is of_key.dtype and value.dtype is of_value.dtype
     for t, of in zip(parameters, of_parameters, strict=True):
         fits = fits and (t is of or (t is not None and of is not None and t.shape == of.shape))
-    # A causal step's queries count from its first key. Dropout's random bits are of one seed for a call.
-    alone = getattr(options, "is_causal", False) or getattr(options, "dropout_p", 0.0) != 0
+    # Without a center of its own, a query's window counts from the step's first query. Dropout's random bits are
+    # of one seed for a call.
+    has_window = getattr(options, "has_window", False)
+    counts = has_window and tensors[len(op.inputs) + op.others.index("window_center")] is None
+    alone = counts or getattr(options, "dropout_p", 0.0) != 0
     if not fits or backend == "reference" or alone:
         return op(backend, tensors, options, flags)
     return _step(op.operators[backend]).apply(*tensors, *options, *flags, token)
@@ -181,7 +184,15 @@ class _Joint(Function):
 
 # Rows of steps by name, and what stands for those that a step was not given: infinite are scores and lse of a
 # query that sees no key. What is not here is that of all steps.
-_ABSENT = {"query": 0.0, "previous": 0.0, "mask": False, "context": 0.0, "lse": -math.inf, "scores": -math.inf}
+_ABSENT = {
+    "query": 0.0,
+    "previous": 0.0,
+    "mask": False,
+    "window_center": 0,
+    "context": 0.0,
+    "lse": -math.inf,
+    "scores": -math.inf,
+}
 
 
 def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: tuple[bool, ...]) -> list:

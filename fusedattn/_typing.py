@@ -21,6 +21,8 @@ class AttentionOptions(TypedDict, total=False):
     mask: Tensor | None
     key_lengths: Tensor | None
     is_causal: bool
+    window_size: tuple[int, int] | None
+    window_center: Tensor | None
     scale: float
     softcap: float | None
     activation: str
@@ -127,7 +129,14 @@ class HidingOptions(TypedDict, total=False):
     key_lengths: Tensor | None
 
 
-class ModuleOptions(HidingOptions, total=False):
+class StepOptions(HidingOptions, total=False):
+    """Of :meth:`fusedattn.BahdanauAttention.forward`, but ``return_weights``."""
+
+    window_size: tuple[int, int] | None
+    window_center: Tensor | None
+
+
+class ModuleOptions(StepOptions, total=False):
     """Of :meth:`fusedattn.AdditiveAttention.forward`, but ``return_weights``."""
 
     is_causal: bool

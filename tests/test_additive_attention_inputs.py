@@ -134,6 +134,7 @@ def raw_arguments():
     query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
     arguments = {"query": query, "key": key, "value": value, "weight": weight}
     arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
+    arguments["window_center"] = torch.zeros(2, 2, 3, dtype=torch.int64)
     arguments |= {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
     return arguments | {"dropout_seed": None}
 
@@ -156,12 +157,13 @@ of_cpu_kernels = pytest.mark.skipif(
         "weight",
         "mask",
         "key_lengths",
+        "window_center",
         *(pytest.param(n, marks=of_cpu_kernels) for n in ("key_exp", "key_bound")),
     ],
 )
 def test_raw_ops_refuse_shapes_that_do_not_fit(wrong):
     arguments = raw_arguments()
-    options = Options(False, 1.0, 0.0, 0, 0.2)
+    options = Options(1, 1, 1.0, 0.0, 0, 0.2)
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     context, lse, weights, scores = forward(*arguments.values(), *options, True, True)
     arguments[wrong] = without_its_end(arguments[wrong])
@@ -180,7 +182,7 @@ reads_context = pytest.mark.skipif(DEVICE != "cuda" and BACKEND != "triton", rea
     ["grad_context", "grad_lse", "grad_weights", pytest.param("context", marks=reads_context), "lse", "scores"],
 )
 def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
-    arguments, options = raw_arguments(), Options(False, 1.0, 0.0, 0, 0.2)
+    arguments, options = raw_arguments(), Options(1, 1, 1.0, 0.0, 0, 0.2)
     context, lse, weights, scores = raw_op("additive_attention_fwd")(*arguments.values(), *options, True, True)
     grads = {"grad_context": context, "grad_lse": lse, "grad_weights": weights}
     kept = {"context": context, "lse": lse, "scores": scores}
@@ -264,8 +266,8 @@ def test_float32_weight_passes_opcheck():
     *rows, weight = make_inputs(shape(2, 3, 4, 5, 6), torch.bfloat16)
     inputs = [t.requires_grad_() for t in (*rows, weight.float())]
     forward = raw_op("additive_attention_fwd")
-    options = Options(False, 1.0, 0.0, 0, 0.2)
-    torch.library.opcheck(forward, (*inputs, *[None] * 5, *options, True, False))
+    options = Options(-1, -1, 1.0, 0.0, 0, 0.2)
+    torch.library.opcheck(forward, (*inputs, *[None] * 6, *options, True, False))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

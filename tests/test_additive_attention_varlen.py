@@ -101,14 +101,14 @@ def check(inputs, lengths, **options):
     lengths=list(LENGTHS),
     dtype=[torch.float32, torch.float64, torch.float16, torch.bfloat16],
     H=[None, 1, 3],
-    is_causal=[False, True],
+    window=[{}, {"is_causal": True}, {"window_size": (2, 1)}],
     activation=["tanh", "sigmoid", "relu", "leaky_relu"],
     softcap=[None, 2.0],
 )
-def test_a_loop_over_the_segments(lengths, dtype, H, is_causal, activation, softcap):
+def test_a_loop_over_the_segments(lengths, dtype, H, window, activation, softcap):
     lengths = LENGTHS[lengths]
     inputs = make_inputs(*lengths, D=21, Dv=17, H=H, dtype=dtype)
-    check(inputs, lengths, scale=0.7, is_causal=is_causal, activation=activation, softcap=softcap)
+    check(inputs, lengths, scale=0.7, **window, activation=activation, softcap=softcap)
 
 
 @pytest.mark.interpreted
@@ -287,7 +287,7 @@ def test_opcheck(kept, dtype, H):
     lengths = [2, 0, 3], [3, 3, 3]  # all that is kept is written
     inputs = make_inputs(*lengths, H=H, dtype=dtype, requires_grad=False)
     inputs = [(t if H is None else t.transpose(0, 1)).unsqueeze(0) for t in inputs[:3]] + inputs[3:]
-    inputs += [offsets(lengths[0]), offsets(lengths[1]), 3, 3, True, 0.5, 3.0, 0, 0.2]
+    inputs += [offsets(lengths[0]), offsets(lengths[1]), 3, 3, 1, 0, 0.5, 3.0, 0, 0.2]
     forward, backward = raw_op("additive_attention_varlen_fwd"), raw_op("additive_attention_varlen_bwd")
     torch.library.opcheck(forward.default, (*inputs, kept))
     context, lse, scores = forward(*inputs, kept)

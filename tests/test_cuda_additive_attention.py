@@ -50,7 +50,7 @@ class EmulatedAttention(Function):
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
         scores, weights = poisoned((*lead, Tk), lse.dtype), poisoned((*lead, Tk), dtype)
         arrays = arguments(query, key, value, weight, mask, key_lengths)
-        options = Options(is_causal, scale, softcap or 0.0, 0, 0.2)
+        options = Options(-1, 0 if is_causal else -1, scale, softcap or 0.0, 0, 0.2)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
         module.additive_attention_fwd(name(dtype), *arrays, options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
@@ -58,7 +58,7 @@ class EmulatedAttention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk, _ = inputs
-        ctx.options = Options(is_causal, scale, softcap or 0.0, 0, 0.2)
+        ctx.options = Options(-1, 0 if is_causal else -1, scale, softcap or 0.0, 0, 0.2)
         context, _, lse, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
         ctx.mark_non_differentiable(scores)

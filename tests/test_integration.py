@@ -30,6 +30,7 @@ CASES = {
     "plain": {},
     "softcap_causal": {"softcap": 2.0, "is_causal": True},
     "lengths": {"key_lengths": [4, 2]},
+    "window": {"window_size": (1, 0), "window_center": [[0, 3, 5], [2, -1, 1]]},
     "sigmoid": {"activation": "sigmoid", "softcap": 2.0},
     "leaky_relu": {"activation": "leaky_relu"},
     "mask": {"mask": [[True, False, True, True], [False, True, False, False], [True] * 4]},
@@ -37,12 +38,21 @@ CASES = {
 }
 
 
-COMPILED = ("plain", "softcap_causal", "lengths", "mask")  # each takes seconds; other numbers change no graph
+COMPILED = (
+    "plain",
+    "softcap_causal",
+    "lengths",
+    "mask",
+    "window",
+)  # each takes seconds; other numbers change no graph
 
 
-def options_of(case):
+def options_of(case, H=None):
     """The options of a case, its tensors made on the device under test."""
-    return {name: torch.tensor(x) if isinstance(x, list) else x for name, x in CASES[case].items()}
+    options = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in CASES[case].items()}
+    if H is not None and "window_center" in options:
+        options["window_center"] = options["window_center"].unsqueeze(1)
+    return options
 
 
 def finite(outputs):
@@ -55,7 +65,7 @@ def finite(outputs):
 @pytest.mark.parametrize("H", [None, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck(case, H):
-    options = options_of(case)
+    options = options_of(case, H)
 
     def function(*inputs):
         return finite(additive_attention(*inputs, **options, **EVERYTHING))
@@ -202,7 +212,7 @@ def test_vmap(dims, case, H):
     shared, batched = (make_inputs(H=H, N=N, requires_grad=False) for N in ((), (4,)))
     args, singles = moved(shared, batched, DIMS[dims])
 
-    options = options_of(case)
+    options = options_of(case, H)
 
     def function(*inputs):
         return additive_attention(*inputs, **options, **EVERYTHING)
@@ -254,6 +264,18 @@ def test_vmap_over_mask_and_lengths(dims, H):
         function(masks[0 if dims[0] is None else n], lengths[0 if dims[1] is None else n]) for n in range(5)
     ]
     torch.testing.assert_close(actual, tuple(torch.stack(outputs) for outputs in zip(*singles, strict=True)))
+
+
+@pytest.mark.parametrize("H", [None, 2])
+def test_vmap_over_centers(H):
+    inputs = make_inputs(H=H, requires_grad=False)
+    centers = torch.randint(-1, 5, (5, 2, 3) if H is None else (5, 2, 1, 3))
+
+    def function(center):
+        return additive_attention(*inputs, window_center=center, window_size=(0, 1), **EVERYTHING)
+
+    expected = [torch.stack(outputs) for outputs in zip(*map(function, centers), strict=True)]
+    torch.testing.assert_close(torch.vmap(function)(centers), tuple(expected))
 
 
 def test_vmap_of_grad_over_lengths():
@@ -310,7 +332,7 @@ def test_functional_call_of_a_module():
 @pytest.mark.machinery
 @pytest.mark.parametrize(("case", "H"), zip(CASES if TESTS == "all" else COMPILED, itertools.cycle((None, 2))))
 def test_compile_without_graph_breaks(case, H, fresh_dynamo):
-    options = options_of(case)
+    options = options_of(case, H)
 
     def function(*inputs):
         return finite(additive_attention(*inputs, **options, **EVERYTHING))
@@ -502,7 +524,8 @@ def test_autocast_of_mixed_dtypes():
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
-    options = (mask, torch.tensor([4, 2]), None, None, None, *Options(True, 0.5, 3.0, 1, 0.2))
+    center = torch.randint(0, 4, (2, H, 3))
+    options = (mask, torch.tensor([4, 2]), center, None, None, None, *Options(1, 0, 0.5, 3.0, 1, 0.2))
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     inputs = (query, key, value, weight, *options)
     torch.library.opcheck(forward.default, (*inputs, kept, kept))
@@ -516,7 +539,7 @@ def test_opcheck(kept, dtype, H):
 
 def test_opcheck_of_the_least():
     inputs = make_inputs(H=1, requires_grad=False)
-    inputs = (*inputs, *[None] * 5, *Options(False, 1.0, 0.0, 0, 0.2))
+    inputs = (*inputs, *[None] * 6, *Options(-1, -1, 1.0, 0.0, 0, 0.2))
     torch.library.opcheck(raw_op("additive_attention_fwd").default, (*inputs, False, False))
 
 

@@ -44,6 +44,8 @@ FORMS = {
         "is_causal": True,
         "mask": some(Tq, Tk).triu(1) | (some(Tk) & some(Tq, Tk)),
     },
+    "window": lambda B, H, Tq, Tk: {"window_size": (3, 2)},
+    "window_and_mask": lambda B, H, Tq, Tk: {"window_size": (3, 2), "mask": some(Tq, Tk) & some(Tk)},
     "causal_and_keys": lambda B, H, Tq, Tk: {"is_causal": True, "mask": some(Tk)},
     "lengths_and_mask": lambda B, H, Tq, Tk: {
         "key_lengths": torch.tensor([Tk - 5, 3, Tk][:B]),
@@ -57,7 +59,7 @@ FORMS = {
 }
 
 
-def hidden_keys(sizes, mask=None, key_lengths=None, is_causal=False):
+def hidden_keys(sizes, mask=None, key_lengths=None, is_causal=False, window_size=(-1, -1)):
     """bool (B, [H,] Tk): True where no query sees a key."""
     B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
     visible = torch.ones(*((B, Tq, Tk) if H is None else (B, H, Tq, Tk)), dtype=torch.bool)
@@ -65,6 +67,8 @@ def hidden_keys(sizes, mask=None, key_lengths=None, is_causal=False):
         visible &= mask
     if is_causal:
         visible &= torch.ones(Tq, Tk, dtype=torch.bool).tril()
+    if window_size != (-1, -1):
+        visible &= torch.ones(Tq, Tk, dtype=torch.bool).triu(-window_size[0]).tril(window_size[1])
     if key_lengths is not None:
         visible &= torch.arange(Tk) < key_lengths.view(-1, *(1,) * (visible.dim() - 1))
     return ~visible.any(-2)

@@ -100,6 +100,20 @@ def test_causal_attention_and_lengths():
     torch.testing.assert_close(actual, written_out(module, query, key, mask=mask.unsqueeze(1))[0])
 
 
+@pytest.mark.parametrize("variant", ["plain", "heads", "everything"])
+@pytest.mark.parametrize("shape", [None, (3,), (2, 3), (2, 1, 3)])
+def test_windows_of_attention(variant, shape):
+    module, query, key, value = make(variant)
+    centers = None if shape is None else torch.randint(-1, 6, shape)
+    c = torch.arange(3) if centers is None else centers
+    offset = torch.arange(5) - (c.unsqueeze(1) if c.dim() == 2 else c).unsqueeze(-1)
+    actual = module(query, key, value, window_size=(1, 2), window_center=centers)
+    mask = (offset >= -1) & (offset <= 2)
+    expected = written_out(module, query, key, value, mask=mask)[0]
+    seen = mask.expand(2, 1, 3, 5).any(-1)[:, 0]
+    torch.testing.assert_close(actual[seen], expected[seen])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_flow_through_many_steps(variant):
     module, query, key, value = make(variant)

@@ -69,6 +69,9 @@ def options_of(form, sizes):
     visible &= options.get("mask", visible)
     if "is_causal" in options:
         visible = visible.tril()
+    if "window_size" in options:
+        left, right = options["window_size"]
+        visible = visible.triu(-left).tril(right)
     lengths = options.get("key_lengths", torch.full((B,), Tk))
     return options, visible & (torch.arange(Tk) < lengths.view(-1, *(1,) * (visible.dim() - 1)))
 

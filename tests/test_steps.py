@@ -158,6 +158,31 @@ def test_steps_with_masks_of_their_own(heads, masked, monkeypatch):
         close(module(query, module.project_keys(memory, **options), **of), module(query, memory, mask=seen))
 
 
+@not_on_the_standin("it has no kernels of windows, as CUDA C++")
+@pytest.mark.parametrize("masked", ["all", "lengths"])
+def test_steps_with_windows_of_their_own(masked, monkeypatch):
+    """Around a place of each: one call for all. Without one, a window counts from the step's first query."""
+    torch.manual_seed(3)
+    module = BahdanauAttention(6, 9, 8)
+    queries, memory = torch.randn(4, 3, 6, requires_grad=True), torch.randn(3, 7, 9, requires_grad=True)
+    centers = torch.randint(-2, 9, (4, 3))
+
+    def run(centers):
+        keys = module.project_keys(memory, **MASKS[masked]())
+        steps = zip(queries, centers, strict=True)
+        found = [module(query, keys, window_size=(1, 2), window_center=center) for query, center in steps]
+        loss = sum(context.sin().sum() + weights.square().sum() for context, weights in found)
+        return torch.autograd.grad(loss, [queries, memory, *module.parameters()])
+
+    with Calls() as calls:
+        actual = run(centers)
+    assert sorted(calls.masks) == [0b0001] * 4 + [0b1110]
+    close(actual, step_by_step(monkeypatch, lambda: run(centers)))
+    with Calls() as calls:
+        run([None] * 4)
+    assert calls.masks == [0b1111] * 4
+
+
 @pytest.mark.machinery
 @pytest.mark.parametrize("kind", DECODERS)
 def test_second_derivatives(kind, monkeypatch):

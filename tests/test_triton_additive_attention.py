@@ -14,6 +14,7 @@ from test_additive_attention import check, check_infinite, make_inputs, shape
 from torch._inductor.utils import run_and_get_code
 
 from fusedattn import UnsupportedError, additive_attention, additive_attention_ref
+from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton import additive_attention_problem
 
 pytestmark = [
@@ -114,7 +115,7 @@ def test_inductor_calls_each_operator_once():
 
 def test_operators_are_well_formed():
     query, key, value, weight = (t.unsqueeze(1) for t in make_inputs(shape(2, 5, 7, 4, 6)))
-    options = (None, torch.tensor([7, 3]), None, None, True, 0.5, 2.0, 0, 0.2)
+    options = (None, torch.tensor([7, 3]), *[None] * 4, *Options(-1, 0, 0.5, 2.0, 0, 0.2))
     arguments = (query, key, value, weight.view(1, 4), *options)
     fwd, bwd = torch.ops.fusedattn.additive_attention_fwd_triton, torch.ops.fusedattn.additive_attention_bwd_triton
     tests = ("test_schema", "test_faketensor")

@@ -25,9 +25,10 @@ void contexts(const Inputs<S>& in, const Chunk& chunk, const T* probabilities, S
       const int64_t task = n / splits, head = task / blocks, r = task % blocks * QUERY_BLOCK;
       const int64_t b = (chunk.first_head + head) / p.H, h = (chunk.first_head + head) % p.H;
       const int64_t rows = std::min(QUERY_BLOCK, chunk.queries - r);
-      int64_t visible = p.visible_keys(b, h);
-      if (p.options.is_causal) visible = std::min(visible, chunk.first_query + r + rows);
-      const int64_t first_key = std::min(visible, n % splits * part_keys);
+      const int64_t first_query = chunk.first_query + r;
+      const KeyRange in_window = p.keys_of(b, h, first_query, first_query + rows);
+      const int64_t visible = std::min(p.visible_keys(b, h), in_window.end);
+      const int64_t first_key = std::min(visible, in_window.first + n % splits * part_keys);
       const int64_t keys = std::min(visible - first_key, part_keys);
       S* const rows_out = context + (head * chunk.queries + r) * p.Dv;
       T* out = splits > 1 ? parts.get() + n * part_size : unrounded(rows_out, scratch);
@@ -60,7 +61,7 @@ template <typename S>
 class WeightDropout {
  public:
   using T = Arithmetic<S>;
-  WeightDropout(const OptionalTensor& seed, const Inputs<S>& in) : is_given_(seed), H_(in.p.H), Tk_(in.p.Tk) {
+  WeightDropout(const OptionalTensor& seed, const Inputs<S>& in) : is_given_(seed), H_(in.p.H) {
     if (!seed) return;
     const AttentionOptions& o = in.p.options;
     const PhiloxPlace place{o.first_head, o.heads, o.first_query, o.first_key};
@@ -70,16 +71,18 @@ class WeightDropout {
 
   bool is_given() const { return is_given_; }
 
-  // A row of the chunk: weights, or the gradients of dropped ones.
-  void apply(const Chunk& chunk, int64_t row, T* x) const {
+  // Some keys of a row of the chunk: weights, or the gradients of dropped ones.
+  void apply(const Chunk& chunk, int64_t row, KeyRange keys, T* x) const {
     if (!is_given_) return;
     const int64_t n = chunk.first_head + row / chunk.queries, i = chunk.first_query + row % chunk.queries;
-    drop(philox_row(words_, n / H_, n % H_, i), Tk_, dropout_, x);
+    PhiloxRow words = philox_row(words_, n / H_, n % H_, i);
+    words.first_key += keys.first;
+    drop(words, keys.end - keys.first, dropout_, x + keys.first);
   }
 
  private:
   bool is_given_;
-  int64_t H_, Tk_;
+  int64_t H_;
   PhiloxStream words_{};
   Dropout dropout_{};
 };
@@ -108,10 +111,14 @@ void forward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Results
     in.score(chunk, s);
     T* chunk_lse = to.lse + first_row;
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
-      T* rows = probabilities + first * p.Tk;
-      fwd<S>().softmax(last - first, p.Tk, s + first * p.Tk, rows, chunk_lse + first);
-      if (return_weights && !in_place) fwd<S>().narrow((last - first) * p.Tk, rows, returned + first * p.Tk);
-      for (int64_t row = first; row < last; ++row) dropout.apply(chunk, row, probabilities + row * p.Tk);
+      for (int64_t row = first; row < last; ++row) {
+        const auto [keys, columns] = in.keys_of_row(chunk, row);
+        T* const weights = probabilities + row * p.Tk;
+        chunk_lse[row] =
+            fwd<S>().softmax(keys, return_weights ? KeyRange{0, p.Tk} : columns, s + row * p.Tk, weights);
+        if (return_weights && !in_place) fwd<S>().narrow(p.Tk, weights, returned + row * p.Tk);
+        dropout.apply(chunk, row, keys, weights);
+      }
     });
     contexts(in, chunk, probabilities, to.context + first_row * p.Dv);
   });
@@ -210,11 +217,14 @@ void backward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Given<
     parallel<T>(rows, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
-        if (dc) dropout.apply(chunk, row, g_row);
-        if (extra != nullptr) fwd<S>().widen(p.Tk, extra + row * p.Tk, g_row, true);
-        grads.row_sums()[first_row + row] = bwd<S>().grad_scores(
-            p, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row], probabilities.get() + row * p.Tk, g_row);
-        if (dc && grad_value.asked()) dropout.apply(chunk, row, probabilities.get() + row * p.Tk);
+        const auto [keys, columns] = in.keys_of_row(chunk, row);
+        if (dc) dropout.apply(chunk, row, keys, g_row);
+        if (extra != nullptr)
+          fwd<S>().widen(keys.end - keys.first, extra + row * p.Tk + keys.first, g_row + keys.first, true);
+        grads.row_sums()[first_row + row] =
+            bwd<S>().grad_scores(p, keys, columns, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row],
+                                 probabilities.get() + row * p.Tk, g_row);
+        if (dc && grad_value.asked()) dropout.apply(chunk, row, keys, probabilities.get() + row * p.Tk);
       }
     });
     if (dc && grad_value.asked()) {
@@ -233,13 +243,13 @@ using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // The last argument, allow_tf32, is ignored: no CPU has TF32.
 Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor& key_exp, const OptionalTensor& key_bound,
-                               const OptionalTensor& dropout_seed, const AttentionOptions& options,
-                               bool return_weights, bool keep_scores, bool) {
+                               const OptionalTensor& window_center, const OptionalTensor& key_exp,
+                               const OptionalTensor& key_bound, const OptionalTensor& dropout_seed,
+                               const AttentionOptions& options, bool return_weights, bool keep_scores, bool) {
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const Inputs<S> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
+    const Inputs<S> in(query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, options);
     const auto& p = in.p;
     const Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq}, scalar_type<T>());
     const Tensor weights = in.empty_if(return_weights, {p.Tq, p.Tk});
@@ -255,15 +265,15 @@ Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
 Tensors additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                                const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
-                               const OptionalTensor& key_lengths, const OptionalTensor& key_exp,
-                               const OptionalTensor& key_bound, const OptionalTensor& dropout_seed,
-                               const AttentionOptions& options, const Tensor&, const Tensor& lse,
-                               const Tensor& scores, OutputMask asked) {
+                               const OptionalTensor& key_lengths, const OptionalTensor& window_center,
+                               const OptionalTensor& key_exp, const OptionalTensor& key_bound,
+                               const OptionalTensor& dropout_seed, const AttentionOptions& options, const Tensor&,
+                               const Tensor& lse, const Tensor& scores, OutputMask asked) {
   return with_storage(query.scalar_type(), [&](auto storage) -> Tensors {
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
-    const Inputs<S> in(query, key, value, weight, mask, key_lengths, key_exp, key_bound, options);
+    const Inputs<S> in(query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, options);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
     if (grad_lse) check_shape(*grad_lse, "grad_lse", in.shape({p.Tq}));
@@ -294,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_varlen_fwd(
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention(), true);
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, {}, options.of_attention(), true);
     const int64_t H = all.p.H, Tq = all.p.Tq, Dv = all.p.Dv, most = options.max_seqlen_k;
     const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);
     const Tensor context = empty_packed(all, Tq, Dv), lse = all.empty({Tq}, scalar_type<T>());
@@ -322,7 +332,7 @@ Tensors additive_attention_varlen_bwd(const OptionalTensor& grad_context, const 
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
-    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, options.of_attention(), true);
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, {}, options.of_attention(), true);
     const int64_t H = all.p.H, Tq = all.p.Tq, Tk = all.p.Tk, D = all.p.D, Dv = all.p.Dv,
                   most = options.max_seqlen_k;
     const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);

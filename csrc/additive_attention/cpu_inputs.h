@@ -148,23 +148,26 @@ template <typename S>
 struct Inputs {
   using T = Arithmetic<S>;
   Tensor query, key, value;
-  OptionalTensor mask, key_lengths, key_exp;
+  OptionalTensor mask, key_lengths, window_center, key_exp;
   Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
   Buffer<bool> seen;
   Buffer<int64_t> seen_end;
+  Buffer<KeyRange> hulls;
   AttentionProblem<S> p;
   int64_t chunk_rows = 0, chunk_heads = 0;
   bool flat;  // no dimension of heads
 
   // in_parts: it is not worked on itself, but by the constructor that follows.
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
-         const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& key_exp_,
-         const OptionalTensor& key_bound, const AttentionOptions& options, bool in_parts = false)
+         const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& window_center_,
+         const OptionalTensor& key_exp_, const OptionalTensor& key_bound, const AttentionOptions& options,
+         bool in_parts = false)
       : query(prepared(query_, scalar_type<S>())),
         key(prepared(key_, scalar_type<S>())),
         value(prepared(value_, scalar_type<S>())),
         mask(mask_),
         key_lengths(key_lengths_),
+        window_center(window_center_),
         key_exp(key_exp_) {
     flat = query.dim() == 3;
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
@@ -189,15 +192,24 @@ struct Inputs {
       if (options.activation == ScoreActivation::TANH && p.key_bound <= KEY_EXP_BOUND)
         p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
     }
-    p.mask = nullptr, p.seen = nullptr;
+    p.mask = nullptr, p.seen = nullptr, p.center = nullptr;
+    if (window_center && has_window(options)) {
+      check_shape(*window_center, "window_center", shape({p.Tq}));
+      STD_TORCH_CHECK(window_center->scalar_type() == ScalarType::Long,
+                      "additive_attention: window_center must be of dtype int64");
+      p.center = window_center->template const_data_ptr<int64_t>();
+      p.center_stride[0] = window_center->stride(0), p.center_stride[1] = flat ? 0 : window_center->stride(1);
+      p.center_stride[2] = window_center->stride(-1);
+      find_hulls();
+    }
     if (mask) {
       check_shape(*mask, "mask", shape({p.Tq, p.Tk}));
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "additive_attention: mask must be of dtype bool");
       p.mask = mask->template const_data_ptr<bool>();
       for (int64_t n = 0; n < 4; ++n)
         p.mask_stride[n] = !flat ? mask->stride(n) : n == 0 ? mask->stride(0) : n == 1 ? 0 : mask->stride(n - 1);
-      find_seen_keys();
     }
+    if (mask || p.center != nullptr) find_seen_keys();
     p.key_lengths = nullptr;
     if (key_lengths) {
       check_shape(*key_lengths, "key_lengths", {p.B});
@@ -256,18 +268,21 @@ struct Inputs {
     p.weight_max = weight_max.get(), p.weight_sum = weight_sum.get();
   }
 
-  // What the kernels ask of a mask before they look at keys and values: a byte of it costs D or Dv operations less
-  // than a pair.
+  // What the kernels ask of a mask and centers before they look at keys and values: a byte of it costs D or Dv
+  // operations less than a pair.
   void find_seen_keys() {
-    const int64_t heads = p.mask_stride[1] == 0 ? 1 : p.H, batches = p.mask_stride[0] == 0 ? 1 : p.B;
+    const auto differ = [&](int64_t n) {
+      return (mask && p.mask_stride[n] != 0) || (p.center != nullptr && p.center_stride[n] != 0);
+    };
+    const int64_t heads = differ(1) ? p.H : 1, batches = differ(0) ? p.B : 1;
     const int64_t masks = p.B * p.H == 0 ? 0 : batches * heads;  // one that nobody has is nowhere in memory
-    p.seen_stride[0] = p.mask_stride[0] == 0 ? 0 : heads, p.seen_stride[1] = p.mask_stride[1] == 0 ? 0 : 1;
+    p.seen_stride[0] = differ(0) ? heads : 0, p.seen_stride[1] = differ(1) ? 1 : 0;
     seen = Buffer<bool>(masks * p.Tk), seen_end = Buffer<int64_t>(masks);
     p.seen = seen.get(), p.seen_end = seen_end.get();
     parallel_for(masks, grain_for(p.Tq * p.Tk / 16), [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n) {
         bool* of_keys = seen.get() + n * p.Tk;
-        see(p.mask + n / heads * p.mask_stride[0] + n % heads * p.mask_stride[1], of_keys);
+        see(n / heads, n % heads, of_keys);
         int64_t end = p.Tk;
         while (end > 0 && !of_keys[end - 1]) --end;
         seen_end.get()[n] = end;
@@ -275,19 +290,61 @@ struct Inputs {
     });
   }
 
-  // Of one mask.
-  void see(const bool* rows, bool* of_keys) const {
+  // By the queries of one head.
+  void see(int64_t b, int64_t h, bool* of_keys) const {
     std::fill_n(of_keys, p.Tk, false);
+    if (!mask) {
+      for (int64_t i = 0; i < p.Tq; ++i) {
+        const KeyRange keys = p.keys_of(b, h, i);
+        std::fill(of_keys + keys.first, of_keys + keys.end, true);
+      }
+      return;
+    }
+    const bool* rows = p.mask + b * p.mask_stride[0] + h * p.mask_stride[1];
     const int64_t step = p.mask_stride[3];
-    for (int64_t i = p.mask_stride[2] == 0 ? std::max<int64_t>(p.Tq - 1, 0) : 0; i < p.Tq; ++i) {
+    // Of a mask without rows of its own the last query sees most, unless windows end.
+    const bool is_one_row = p.mask_stride[2] == 0 && p.options.window_left < 0 && p.center == nullptr;
+    for (int64_t i = is_one_row ? std::max<int64_t>(p.Tq - 1, 0) : 0; i < p.Tq; ++i) {
       const bool* row = rows + i * p.mask_stride[2];
-      const int64_t keys = p.options.is_causal ? std::min(p.Tk, i + 1) : p.Tk;
+      const KeyRange keys = p.keys_of(b, h, i);
       if (step == 1)  // vectorised
-        for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j];
+        for (int64_t j = keys.first; j < keys.end; ++j) of_keys[j] |= row[j];
       else
-        for (int64_t j = 0; j < keys; ++j) of_keys[j] |= row[j * step];
+        for (int64_t j = keys.first; j < keys.end; ++j) of_keys[j] |= row[j * step];
       if (i % 16 == 15 && std::find(of_keys, of_keys + p.Tk, false) == of_keys + p.Tk) return;
     }
+  }
+
+  // See AttentionProblem.
+  void find_hulls() {
+    const int64_t blocks = ceil_div(p.Tq, QUERY_BLOCK);
+    const int64_t heads = p.center_stride[1] == 0 ? 1 : p.H, batches = p.center_stride[0] == 0 ? 1 : p.B;
+    const int64_t all = p.B * p.H == 0 ? 0 : batches * heads;
+    p.hull_stride[0] = p.center_stride[0] == 0 ? 0 : heads * blocks;
+    p.hull_stride[1] = p.center_stride[1] == 0 ? 0 : blocks;
+    hulls = Buffer<KeyRange>(all * blocks);
+    p.hulls = hulls.get();
+    for (int64_t n = 0; n < all * blocks; ++n) {
+      const int64_t head = n / blocks, first = n % blocks * QUERY_BLOCK;
+      KeyRange hull{p.Tk, 0};
+      for (int64_t i = first; i < std::min(p.Tq, first + QUERY_BLOCK); ++i) {
+        const KeyRange keys = p.keys_of(head / heads, head % heads, i);
+        if (keys.first >= keys.end) continue;
+        hull = {std::min(hull.first, keys.first), std::max(hull.end, keys.end)};
+      }
+      hulls.get()[n] = hull;
+    }
+  }
+
+  // Of a row of a chunk: the keys in its window, and the columns at which the rows of its scores hold numbers.
+  struct RowKeys {
+    KeyRange keys, columns;
+  };
+  RowKeys keys_of_row(const Chunk& chunk, int64_t row) const {
+    const KeyRange all{0, p.Tk};
+    if (!has_window(p.options)) return {all, all};
+    const int64_t n = chunk.first_head + row / chunk.queries, i = chunk.first_query + row % chunk.queries;
+    return {p.keys_of(n / p.H, n % p.H, i), p.columns_of(n / p.H, n % p.H, i)};
   }
 
   // (B, H, ...), or (B, ...) without heads.

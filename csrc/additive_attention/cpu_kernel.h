@@ -12,8 +12,14 @@
 #include "common/cpu_level.h"
 #include "common/storage.h"
 #include "options.h"
+#include "window.h"
 
 namespace fusedattn {
+
+constexpr int64_t KEY_BLOCK = 16;        // keys per score task
+constexpr int64_t QUERY_BLOCK = 16;      // query rows per softmax and context task
+constexpr int64_t ROWWISE_QUERIES = 16;  // up to so many queries the backward pass walks whole key rows,
+constexpr int64_t ROWWISE_KEYS = 8;      // at most so many at a time
 
 // A (B, H, rows, columns) view whose last dimension is contiguous; strides in elements.
 template <typename T>
@@ -41,11 +47,16 @@ struct AttentionProblem {
   const bool* mask;  // (B, H, Tq, Tk), or null
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,), or null
-  // Of each mask that differs: whether some query sees a key, and how many keys reach to the last such. What the
-  // others hold is not looked at: it may be NaN. Null without a mask.
+  // Of each mask, or centers, that differ: whether some query sees a key, and how many keys reach to the last
+  // such. What the others hold is not looked at: it may be NaN. Null without a mask and centers.
   const bool* seen;
   const int64_t* seen_end;
   int64_t seen_stride[2];  // from one mask to the next, by batch and head
+  const int64_t* center;   // (B, H, Tq): that of each query's window; null: i
+  int64_t center_stride[3];
+  // With centers: the keys that QUERY_BLOCK queries see lie within these, (B, H, blocks).
+  const KeyRange* hulls;
+  int64_t hull_stride[2];
   AttentionOptions options;
   T argument;              // of ScoreFactors (formula.h)
   const T* weight;         // (H, D_padded)
@@ -55,9 +66,40 @@ struct AttentionProblem {
   T* query_exp;            // (rows of the chunk, D_padded): exponentials, or query where there are none
   T* query_bound;          // (rows of the chunk,): max |argument query| where there are exponentials
 
+  // The keys in a query's window.
+  __attribute__((always_inline)) KeyRange keys_of(int64_t b, int64_t h, int64_t i) const {
+    if (!has_window(options)) return {0, Tk};
+    const int64_t* c =
+        center == nullptr ? nullptr : center + b * center_stride[0] + h * center_stride[1] + i * center_stride[2];
+    return keys_around(options, c == nullptr ? i : *c, Tk);
+  }
+
+  // Those of the windows of queries first .. last, and what lies between them. `first` begins a QUERY_BLOCK.
+  __attribute__((always_inline)) KeyRange keys_of(int64_t b, int64_t h, int64_t first, int64_t last) const {
+    if (center == nullptr) return {keys_of(b, h, first).first, keys_of(b, h, last - 1).end};
+    KeyRange all{Tk, 0};
+    const KeyRange* hull = hulls + b * hull_stride[0] + h * hull_stride[1];
+    for (int64_t n = first / QUERY_BLOCK; n * QUERY_BLOCK < last; ++n) {
+      if (hull[n].first < all.first) all.first = hull[n].first;
+      if (hull[n].end > all.end) all.end = hull[n].end;
+    }
+    return all.first < all.end ? all : KeyRange{0, 0};
+  }
+
+  // Where the rows of scores, weights and their gradients of query i hold numbers: at all keys that some query of
+  // its QUERY_BLOCK sees, and at those that tasks take together with them.
+  __attribute__((always_inline)) KeyRange columns_of(int64_t b, int64_t h, int64_t i) const {
+    if (!has_window(options)) return {0, Tk};
+    const int64_t first = i / QUERY_BLOCK * QUERY_BLOCK, last = first + QUERY_BLOCK;
+    const KeyRange keys = keys_of(b, h, first, last < Tq ? last : Tq);
+    const int64_t from = keys.first / KEY_BLOCK * KEY_BLOCK - KEY_BLOCK;
+    const int64_t to = (keys.end + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
+    return {from < 0 ? 0 : from, to < Tk ? to : Tk};
+  }
+
   // Keys at or after this one are invisible to every query of the head.
   __attribute__((always_inline)) int64_t visible_keys(int64_t b, int64_t h) const {
-    int64_t keys = options.is_causal && Tq < Tk ? Tq : Tk;
+    int64_t keys = center == nullptr && Tq > 0 ? keys_of(b, h, Tq - 1).end : Tk;
     if (key_lengths != nullptr && key_lengths[b] < keys) keys = key_lengths[b] < 0 ? 0 : key_lengths[b];
     if (seen == nullptr) return keys;
     const int64_t end = seen_end[b * seen_stride[0] + h * seen_stride[1]];
@@ -87,11 +129,6 @@ struct GradientRows {
   bool streamed;    // `rows` are whole aligned cache lines that go past the caches
 };
 
-constexpr int64_t KEY_BLOCK = 16;        // keys per score task
-constexpr int64_t QUERY_BLOCK = 16;      // query rows per softmax and context task
-constexpr int64_t ROWWISE_QUERIES = 16;  // up to so many queries the backward pass walks whole key rows,
-constexpr int64_t ROWWISE_KEYS = 8;      // at most so many at a time
-
 // cpu_kernel_fwd.cpp
 template <typename S>
 struct AttentionFwdKernels {
@@ -101,11 +138,13 @@ struct AttentionFwdKernels {
   // query_exp and query_bound of one row of the chunk.
   void (*prepare_query)(const AttentionProblem<S>&, const Chunk&, int64_t row);
 
-  // scores (chunk rows, Tk) of one head and one block of keys: scaled, capped, masked with -inf.
+  // scores (chunk rows, Tk) of one head and one block of keys: scaled, capped, masked with -inf. Rows whose window
+  // has none of these keys are left as they are.
   void (*score)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key, T* scores, T* scratch);
 
-  // Softmax of n rows of length Tk: p may be scores itself. A row of -inf gives zeros and lse = -inf.
-  void (*softmax)(int64_t n, int64_t Tk, const T* scores, T* p, T* lse);
+  // Softmax of the `keys` of a row, and zeros in the other `columns`: p may be scores itself. Nothing but -inf
+  // gives zeros and lse = -inf.
+  T (*softmax)(KeyRange keys, KeyRange columns, const T* scores, T* p);
 
   // n numbers into the type of the arithmetic, added to what is there or not; and back.
   void (*widen)(int64_t n, const S* in, T* out, bool added);
@@ -117,8 +156,10 @@ template <typename S>
 struct AttentionBwdKernels {
   using T = Arithmetic<S>;
 
-  // One row: p = exp(score - lse); g, which holds dL/dp, becomes dL/d(unscaled score). Returns sum_j g.
-  T (*grad_scores)(const AttentionProblem<S>&, const T* scores, T lse, T grad_lse, T* p, T* g);
+  // The `keys` of one row: p = exp(score - lse); g, which holds dL/dp, becomes dL/d(unscaled score). Both are zero
+  // in the other `columns`. Returns sum_j g.
+  T (*grad_scores)(const AttentionProblem<S>&, KeyRange keys, KeyRange columns, const T* scores, T lse, T grad_lse,
+                   T* p, T* g);
 
   // The joint backward of one head over keys first_key .. last_key. Rowwise form: all channels, and
   // grad_query, grad_weight are D_padded wide partial sums. Strip form: channels d .. d + lanes. Where rows of
@@ -141,8 +182,8 @@ struct AttentionProducts {
   void (*matmul)(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const S* b,
                  int64_t b_row, const bool* seen, T* out, int64_t out_row, Output output);
 
-  // products (chunk rows, Tk) = grad_context . value of one head and one block of keys. Rows of the head's
-  // grad_context in the chunk lie dc_row elements apart.
+  // products (chunk rows, Tk) = grad_context . value of one head and one block of keys, for the rows whose window
+  // has some of these. Rows of the head's grad_context in the chunk lie dc_row elements apart.
   void (*grad_weights)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key,
                        const T* grad_context, int64_t dc_row, T* products, T* scratch);
 

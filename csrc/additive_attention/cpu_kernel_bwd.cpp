@@ -12,20 +12,23 @@ namespace {
 
 // g_ij = p_ij (a_ij - sum_j p_ij a_ij + dL_i), through the cap (1 - (s / C)^2) and the scale.
 template <typename S, typename T = Arithmetic<S>>
-T grad_scores(const AttentionProblem<S>& p, const T* scores, T lse, T grad_lse, T* prob, T* g) {
+T grad_scores(const AttentionProblem<S>& p, KeyRange keys, KeyRange columns, const T* scores, T lse, T grad_lse,
+              T* prob, T* g) {
   constexpr int W = LANES<T>;
+  for (int64_t j = columns.first; j < keys.first; ++j) prob[j] = g[j] = 0;
+  for (int64_t j = keys.end; j < columns.end; ++j) prob[j] = g[j] = 0;
   if (lse - lse != 0) {  // no key is visible, or softmax is NaN
     T sum = 0;
-    for (int64_t j = 0; j < p.Tk; ++j) sum += prob[j] = g[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+    for (int64_t j = keys.first; j < keys.end; ++j)
+      sum += prob[j] = g[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
     return sum;
   }
-  const int64_t whole = p.Tk / W * W;
   Vec<T> lanes{};
-  for (int64_t j = 0; j < p.Tk; j += W) {
-    const int64_t left = p.Tk - j;
-    const Vec<T> x = (j < whole ? load(scores + j) : load_partial(scores + j, left)) - lse;
+  for (int64_t j = keys.first; j < keys.end; j += W) {
+    const int64_t left = keys.end - j;
+    const Vec<T> x = (left >= W ? load(scores + j) : load_partial(scores + j, left)) - lse;
     const Vec<T> e = exp_or_zero<T>(x);
-    if (j < whole) {
+    if (left >= W) {
       store(prob + j, e);
       lanes += e * load(g + j);
     } else {
@@ -37,9 +40,9 @@ T grad_scores(const AttentionProblem<S>& p, const T* scores, T lse, T grad_lse, 
   const T scale = static_cast<T>(p.options.scale), softcap = static_cast<T>(p.options.softcap);
   const T inverse_cap = softcap != 0 ? 1 / softcap : 0;
   double sum = 0;
-  for (int64_t first = 0; first < p.Tk; first += 1024) {
+  for (int64_t first = keys.first; first < keys.end; first += 1024) {
     T part = 0;
-    for (int64_t j = first; j < lower(p.Tk, first + 1024); ++j) {
+    for (int64_t j = first; j < lower(keys.end, first + 1024); ++j) {
       T slope = scale;
       if (softcap != 0) {
         const T capped = scores[j] * inverse_cap;
@@ -134,6 +137,31 @@ struct Rowwise {
   T *zeros, *dk;  // D_padded: keys that no query sees; ROWWISE_KEYS rows of D_padded: gradients yet to be rounded
 };
 
+// Keys that no query of the chunk sees: n elements of each from `from` on, whose gradients are zero.
+template <typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void write_unseen(const GradientRows<S>& grad_key, int64_t D, KeyRange keys, int64_t from,
+                                   int64_t n) {
+  if (grad_key.rows == nullptr || stays(grad_key)) return;
+  constexpr int W = LANES<T>;
+  for (int64_t j = keys.first; j < keys.end; ++j)
+    for (int64_t d = 0; d < n; d += W) write(grad_key, j * D + from + d, Vec<T>{}, lower(W, n - d));
+}
+
+// Those of `keys` that are in the windows of the chunk's queries, in whole steps of BACKWARD_KEYS; of the others
+// the gradients are written, n elements from `from` on.
+template <typename S>
+FUSEDATTN_INLINE KeyRange keys_in_windows(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at,
+                                          KeyRange keys, const GradientRows<S>& grad_key, int64_t from,
+                                          int64_t n) {
+  const KeyRange all = p.keys_of(at.b, at.h, chunk.first_query, chunk.first_query + chunk.queries);
+  const int64_t first = lower(keys.end, higher(keys.first, all.first));
+  const int64_t steps = (higher(0, all.end - first) + BACKWARD_KEYS - 1) / BACKWARD_KEYS;
+  const int64_t end = lower(keys.end, first + steps * BACKWARD_KEYS);
+  write_unseen(grad_key, p.D, {keys.first, first}, from, n);
+  write_unseen(grad_key, p.D, {end, keys.end}, from, n);
+  return {first, end};
+}
+
 // KEYS whole rows of keys from j: reads keys and writes their gradients once, in the order of memory, which is
 // what few queries are bound by. The form says what these rows hold; keys themselves become exponentials where
 // they are in range.
@@ -142,6 +170,8 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
                        Rows<K> keys, int64_t j, const GradientRows<S> grad_key) {
   static_assert(KEYS <= ROWWISE_KEYS);
   constexpr int W = LANES<T>;
+  const FewRuns runs = few_runs(p, chunk, at, {j, j + KEYS});
+  if (runs.count == 0) return write_unseen(grad_key, p.D, {j, j + KEYS}, 0, p.D);
   const T* w = p.weight + at.h * p.D_padded;
   const bool* seen = p.seen_keys(at.b, at.h);
   const K *key = keys.from(j).data, *row[KEYS];
@@ -157,8 +187,9 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
       bound = max_abs(k[c], bound);
     }
     const auto walk = [&](auto constant, const T* q) {
-      backward_column<constant.form, KEYS>(q, k, m.g + j, m.negative_slope, p.Tk, 0, chunk.queries, m.dq + column,
-                                           sum, dwd);
+      for (int n = 0; n < runs.count; ++n)
+        backward_column<constant.form, KEYS>(q, k, m.g + j, m.negative_slope, p.Tk, runs.run[n].first,
+                                             runs.run[n].last, m.dq + column, sum, dwd);
     };
     if (form == Form::SUM && any(bound > m.limit)) {
       for (int64_t i = 0; i < chunk.queries; ++i)
@@ -216,6 +247,8 @@ void backward_rows(const AttentionProblem<S>& p, const Chunk& chunk, int64_t hea
   m.negative_slope = static_cast<T>(p.options.negative_slope);
   m.slope = factors_of(p.options.activation).slope;
   const Rows<S> keys{p.key.row(at.b, at.h, 0), p.key.stride_t};
+  const KeyRange range = keys_in_windows(p, chunk, at, {first_key, last_key}, grad_key, 0, p.D);
+  first_key = range.first, last_key = range.end;
   with_activation(p.options.activation, [&](auto constant) {
     if constexpr (!takes_exponentials(constant.activation)) {
       backward_key_walk<linear_form(constant.activation)>(p, chunk, at, m, keys, first_key, last_key, grad_key);
@@ -232,33 +265,35 @@ void backward_rows(const AttentionProblem<S>& p, const Chunk& chunk, int64_t hea
       store(grad_query + i * p.D_padded + d, load(m.dq + d * Tq + i * W));
 }
 
-// One vector of channels of the queries and keys of a chunk; the gradients of the keys take their place.
+// One vector of channels of the queries of a chunk and of `keys` keys from first_key on; the gradients of the keys
+// take their place.
 template <typename T>
 struct Strip {
-  int64_t queries, keys, Tk;
-  int64_t diagonal;  // queries before this + the number of a key do not see it
+  int64_t first_key, keys, Tk;
   T negative_slope;
   const T *g, *q;
   T *dq, *k;
   Vec<T> factor, dw;  // of dk: slope of ScoreFactors times w
 };
 
-template <Form form, int KEYS, typename T>
-FUSEDATTN_INLINE void backward_strip_keys(Strip<T>& s, int64_t j) {
+// runs(first key, last key, body): see for_each_run.
+template <Form form, int KEYS, typename T, typename Runs>
+FUSEDATTN_INLINE void backward_strip_keys(Strip<T>& s, int64_t j, const Runs& runs) {
   constexpr int W = LANES<T>;
   Vec<T> kd[KEYS], sum[KEYS] = {}, dwd{};
   for (int c = 0; c < KEYS; ++c) kd[c] = load(s.k + (j + c) * W);
-  backward_column<form, KEYS>(s.q, kd, s.g + j, s.negative_slope, s.Tk, higher(0, j + s.diagonal), s.queries, s.dq,
-                              sum, dwd);
+  runs(s.first_key + j, s.first_key + j + KEYS, [&](int64_t first, int64_t last) {
+    backward_column<form, KEYS>(s.q, kd, s.g + j, s.negative_slope, s.Tk, first, last, s.dq, sum, dwd);
+  });
   s.dw += dwd;  // block by block: a long sum in one register would lose bits
   for (int c = 0; c < KEYS; ++c) store(s.k + (j + c) * W, s.factor * sum[c]);
 }
 
-template <Form form, typename T>
-__attribute__((noinline)) void backward_strip_loop(Strip<T>& s) {
+template <Form form, typename T, typename Runs>
+__attribute__((noinline)) void backward_strip_loop(Strip<T>& s, const Runs& runs) {
   int64_t j = 0;
-  for (; j + BACKWARD_KEYS <= s.keys; j += BACKWARD_KEYS) backward_strip_keys<form, BACKWARD_KEYS>(s, j);
-  for (; j < s.keys; ++j) backward_strip_keys<form, 1>(s, j);
+  for (; j + BACKWARD_KEYS <= s.keys; j += BACKWARD_KEYS) backward_strip_keys<form, BACKWARD_KEYS>(s, j, runs);
+  for (; j < s.keys; ++j) backward_strip_keys<form, 1>(s, j, runs);
 }
 
 template <typename S, typename T = Arithmetic<S>>
@@ -267,7 +302,10 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
                     T* scratch) {
   constexpr int W = LANES<T>;
   const Place at = place_of(p, chunk, head);
-  const int64_t n = lower(W, p.D - d), keys = last_key - first_key;
+  const int64_t n = lower(W, p.D - d);
+  const KeyRange range = keys_in_windows(p, chunk, at, {first_key, last_key}, grad_key, d, n);
+  first_key = range.first;
+  const int64_t keys = range.end - first_key;
   T* q = scratch;
   T* dq = q + chunk.queries * W;
   T* k = dq + chunk.queries * W;
@@ -295,10 +333,9 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
     for (int64_t j = 0; j < keys; ++j) store(k + j * W, exp_unclamped<2, true>(load(k + j * W)));
   }
 
-  Strip<T> strip{chunk.queries,
+  Strip<T> strip{first_key,
                  keys,
                  p.Tk,
-                 p.options.is_causal ? first_key - chunk.first_query : -p.Tk,
                  static_cast<T>(p.options.negative_slope),
                  g + head * chunk.queries * p.Tk + first_key,
                  q,
@@ -306,13 +343,16 @@ void backward_strip(const AttentionProblem<S>& p, const Chunk& chunk, int64_t he
                  k,
                  T(factors_of(p.options.activation).slope) * load(p.weight + at.h * p.D_padded + d),
                  load(grad_weight + d)};
+  const auto runs = [&](int64_t first, int64_t last, const auto& body) {
+    for_each_run(p, chunk, at, {first, last}, body);
+  };
   with_activation(p.options.activation, [&](auto constant) {
     if constexpr (!takes_exponentials(constant.activation))
-      backward_strip_loop<linear_form(constant.activation)>(strip);
+      backward_strip_loop<linear_form(constant.activation)>(strip, runs);
     else if (in_range)
-      backward_strip_loop<Form::PRODUCT>(strip);
+      backward_strip_loop<Form::PRODUCT>(strip, runs);
     else
-      backward_strip_loop<Form::SUM>(strip);
+      backward_strip_loop<Form::SUM>(strip, runs);
   });
   store(grad_weight + d, strip.dw);
   for (int64_t j = 0; j < keys && grad_key.rows != nullptr; ++j)

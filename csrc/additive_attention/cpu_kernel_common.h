@@ -42,6 +42,64 @@ FUSEDATTN_INLINE Place place_of(const AttentionProblem<S>& p, const Chunk& chunk
   return {n / p.H, n % p.H, n};
 }
 
+// Queries first .. last of a chunk, next to each other, that see some key of a block; none: both are the chunk's
+// number of queries.
+struct Run {
+  int64_t first, last;
+};
+
+// The first such run from query r on.
+template <typename S>
+FUSEDATTN_INLINE Run next_run(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at, KeyRange keys,
+                              int64_t r) {
+  const AttentionOptions& options = p.options;
+  const int64_t none = chunk.queries;
+  if (!has_window(options)) return {r, none};
+  if (p.center == nullptr) {
+    const int64_t first = options.window_right < 0 ? 0 : keys.first - options.window_right;
+    const int64_t last = options.window_left < 0 ? p.Tq : keys.end + options.window_left;
+    const int64_t from = higher(r, first - chunk.first_query), to = lower(none, last - chunk.first_query);
+    return from < to ? Run{from, to} : Run{none, none};
+  }
+  const auto meets = [&](KeyRange seen) { return higher(seen.first, keys.first) < lower(seen.end, keys.end); };
+  const auto sees = [&](int64_t row) { return meets(p.keys_of(at.b, at.h, chunk.first_query + row)); };
+  const KeyRange* hulls = p.hulls + at.b * p.hull_stride[0] + at.h * p.hull_stride[1];
+  for (; r < none; ++r) {
+    const int64_t i = chunk.first_query + r;
+    if (!meets(hulls[i / QUERY_BLOCK])) {
+      r += QUERY_BLOCK - 1 - i % QUERY_BLOCK;
+      continue;
+    }
+    if (!sees(r)) continue;
+    int64_t last = r + 1;
+    while (last < none && sees(last)) ++last;
+    return {r, last};
+  }
+  return {none, none};
+}
+
+// body(first, last) of every run.
+template <typename S, typename Body>
+FUSEDATTN_INLINE void for_each_run(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at,
+                                   KeyRange keys, const Body& body) {
+  for (Run run = next_run(p, chunk, at, keys, 0); run.first < chunk.queries;
+       run = next_run(p, chunk, at, keys, run.last))
+    body(run.first, run.last);
+}
+
+// All of them, in a chunk of few queries.
+struct FewRuns {
+  int count = 0;
+  Run run[(ROWWISE_QUERIES + 1) / 2];
+};
+template <typename S>
+FUSEDATTN_INLINE FewRuns few_runs(const AttentionProblem<S>& p, const Chunk& chunk, const Place& at,
+                                  KeyRange keys) {
+  FewRuns found;
+  for_each_run(p, chunk, at, keys, [&](int64_t first, int64_t last) { found.run[found.count++] = {first, last}; });
+  return found;
+}
+
 // Rows of a matrix whose elements lie next to each other.
 template <typename S>
 struct Rows {
@@ -133,6 +191,12 @@ FUSEDATTN_INLINE void write(T* out, Vec<T> x, int64_t n, Output output) {
 template <typename S>
 FUSEDATTN_INLINE bool is_whole(const GradientRows<S>& to) {
   return !to.added && !to.unfinished;
+}
+
+// Whether a chunk of queries that adds nothing to a row has nothing to write.
+template <typename S>
+FUSEDATTN_INLINE bool stays(const GradientRows<S>& to) {
+  return to.added && (!IS_NARROW<S> || to.unfinished);
 }
 
 // n lanes of x to element `at` of a gradient. Half precision is streamed two vectors at a time, in whole cache

@@ -158,8 +158,10 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<S>& p, const Place& a
     s = s == -INF<T> ? splat(VISIBLE_MINUS_INF<T>) : s;
     store(row + c, s);
   }
-  if (p.options.is_causal) keys = lower(keys, i - j + 1);
+  const KeyRange window = p.keys_of(at.b, at.h, i);
+  keys = lower(keys, window.end - j);
   for (int64_t c = 0; c < width; ++c) out[c] = c < keys ? row[c] : -INF<T>;
+  for (int64_t c = 0; c < lower(width, window.first - j); ++c) out[c] = -INF<T>;
   if (p.mask != nullptr) {
     const bool* mask =
         p.mask + at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3];
@@ -219,12 +221,14 @@ __attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, con
   return horizontal_max<T>(bound);
 }
 
-// One head's queries from `start` on against a block of keys. `keys` of them reach to the last visible one; of
-// these some query sees those in `seen`.
+// One head's queries against a block of keys. `keys` of its `width` reach to the last visible one; of these some
+// query sees those in `seen`.
 struct ScoreBlock {
   Place at;
-  int64_t head, first_key, keys, start;
+  int64_t head, first_key, width, keys;
   SeenKeys seen;
+
+  KeyRange range() const { return {first_key, first_key + width}; }
 
   // What follows works on `count` keys that lie next to each other.
   bool gathered() const { return seen.count < keys; }
@@ -278,8 +282,7 @@ FUSEDATTN_INLINE void score_by_exponentials(const AttentionProblem<S>& p, const 
     }
   }
 
-  for (int64_t r = block.start, rows; r < chunk.queries; r += rows) {
-    rows = tile_rows<ScoreTile<Mode::QUAD, T>>(chunk.queries - r);
+  const auto score_rows = [&](int64_t r, int64_t rows) {
     const Rows<T> query_exp{p.query_exp + (block.head * chunk.queries + r) * p.D_padded, p.D_padded};
     const T* query_bound = p.query_bound + block.head * chunk.queries + r;
     T bound = query_bound[0];
@@ -304,7 +307,11 @@ FUSEDATTN_INLINE void score_by_exponentials(const AttentionProblem<S>& p, const 
         pairwise(ScoreTile<Mode::TANH, T>{w, p.D_padded, T(by.sum)}, rows, queries, raw, seen.count, sums);
     }
     finish(r, rows, sums);
-  }
+  };
+  for_each_run(p, chunk, at, block.range(), [&](int64_t first, int64_t last) {
+    for (int64_t r = first, rows; r < last; r += rows)
+      score_rows(r, rows = tile_rows<ScoreTile<Mode::QUAD, T>>(last - r));
+  });
 }
 
 // The same where the activation is linear on either side of zero.
@@ -326,12 +333,14 @@ FUSEDATTN_INLINE void score_linearly(const AttentionProblem<S>& p, const Chunk& 
   }
   const Rows<T> keys = block.gathered() ? copied(key_rows, block.seen, p.D, scratch, scratch_row(p))
                                         : as_vectors(key_rows, block.keys, p.D, scratch, scratch_row(p));
-  for (int64_t r = block.start, rows; r < chunk.queries; r += rows) {
-    rows = tile_rows<Tile>(chunk.queries - r);
-    const Rows<T> queries{p.query_exp + (block.head * chunk.queries + r) * p.D_padded, p.D_padded};
-    pairwise(tile, rows, queries, keys, block.seen.count, sums);
-    finish(r, rows);
-  }
+  for_each_run(p, chunk, at, block.range(), [&](int64_t first, int64_t last) {
+    for (int64_t r = first, rows; r < last; r += rows) {
+      rows = tile_rows<Tile>(last - r);
+      const Rows<T> queries{p.query_exp + (block.head * chunk.queries + r) * p.D_padded, p.D_padded};
+      pairwise(tile, rows, queries, keys, block.seen.count, sums);
+      finish(r, rows);
+    }
+  });
 }
 
 template <typename S, typename T = Arithmetic<S>>
@@ -340,13 +349,14 @@ void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64
   const Place at = place_of(p, chunk, head);
   const int64_t width = lower(KEY_BLOCK, p.Tk - first_key);
   const int64_t keys = lower(width, p.visible_keys(at.b, at.h) - first_key);
-  ScoreBlock block{at, head, first_key, keys, 0, seen_in_block(p, at, first_key, keys)};
+  const ScoreBlock block{at, head, first_key, width, keys, seen_in_block(p, at, first_key, keys)};
   scores += head * chunk.queries * p.Tk + first_key;
-  if (block.seen.count == 0) block.start = chunk.queries;
-  if (p.options.is_causal) block.start = lower(chunk.queries, higher(block.start, first_key - chunk.first_query));
-  for (int64_t r = 0; r < block.start; ++r)
-    for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
-  if (block.start == chunk.queries) return;
+  if (next_run(p, chunk, at, block.range(), 0).first == chunk.queries) return;
+  if (block.seen.count == 0)
+    return for_each_run(p, chunk, at, block.range(), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t c = 0; c < width; ++c) scores[r * p.Tk + c] = -INF<T>;
+    });
 
   const auto finish = [&](int64_t r, int64_t rows, T* sums, T factor, T slope, T offset) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -365,51 +375,50 @@ void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64
 }
 
 template <typename T>
-void softmax(int64_t n, int64_t Tk, const T* scores, T* p, T* lse) {
+T softmax(KeyRange keys, KeyRange columns, const T* scores, T* p) {
   constexpr int W = LANES<T>;
   constexpr int64_t BLOCK = 64 * W;  // lane sums are folded into float64 so often
-  for (int64_t r = 0; r < n; ++r, scores += Tk, p += Tk) {
-    Vec<T> top = splat(-INF<T>);
-    IntVec<T> is_nan{};
-    int64_t j = 0;
-    for (; j + W <= Tk; j += W) {
-      top = max(load(scores + j), top);
-      is_nan |= load(scores + j) != load(scores + j);
-    }
-    T m = horizontal_max<T>(top);
-    bool nan = any(is_nan);
-    for (; j < Tk; ++j) {
-      m = scores[j] > m ? scores[j] : m;
-      nan |= scores[j] != scores[j];
-    }
-    // No key is visible, or softmax is NaN.
-    if (nan || m == INF<T> || m == -INF<T> || m == VISIBLE_MINUS_INF<T>) {
-      for (j = 0; j < Tk; ++j) p[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
-      lse[r] = nan ? NOT_A_NUMBER<T> : m == INF<T> ? INF<T> : -INF<T>;
-      continue;
-    }
-    double sum = 0;
-    for (int64_t first = 0; first < Tk; first += BLOCK) {
-      const int64_t last = lower(Tk, first + BLOCK);
-      Vec<T> lanes{};
-      for (j = first; j < last; j += W) {
-        const int64_t left = last - j;
-        const Vec<T> x = (left < W ? load_partial(scores + j, left) : load(scores + j)) - m;
-        Vec<T> e = exp_or_zero<T>(x);
-        if (left < W) {
-          store_partial(p + j, e, left);
-          e = load_partial(p + j, left);
-        } else {
-          store(p + j, e);
-        }
-        lanes += e;
-      }
-      sum += horizontal_sum<T>(lanes);
-    }
-    const T inverse = static_cast<T>(1 / sum);
-    for (j = 0; j < Tk; ++j) p[j] *= inverse;
-    lse[r] = m + static_cast<T>(log1p(sum - 1));
+  Vec<T> top = splat(-INF<T>);
+  IntVec<T> is_nan{};
+  int64_t j = keys.first;
+  for (; j + W <= keys.end; j += W) {
+    top = max(load(scores + j), top);
+    is_nan |= load(scores + j) != load(scores + j);
   }
+  T m = horizontal_max<T>(top);
+  bool nan = any(is_nan);
+  for (; j < keys.end; ++j) {
+    m = scores[j] > m ? scores[j] : m;
+    nan |= scores[j] != scores[j];
+  }
+  for (j = columns.first; j < keys.first; ++j) p[j] = 0;
+  for (j = keys.end; j < columns.end; ++j) p[j] = 0;
+  // No key is visible, or softmax is NaN.
+  if (nan || m == INF<T> || m == -INF<T> || m == VISIBLE_MINUS_INF<T>) {
+    for (j = keys.first; j < keys.end; ++j) p[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+    return nan ? NOT_A_NUMBER<T> : m == INF<T> ? INF<T> : -INF<T>;
+  }
+  double sum = 0;
+  for (int64_t first = keys.first; first < keys.end; first += BLOCK) {
+    const int64_t last = lower(keys.end, first + BLOCK);
+    Vec<T> lanes{};
+    for (j = first; j < last; j += W) {
+      const int64_t left = last - j;
+      const Vec<T> x = (left < W ? load_partial(scores + j, left) : load(scores + j)) - m;
+      Vec<T> e = exp_or_zero<T>(x);
+      if (left < W) {
+        store_partial(p + j, e, left);
+        e = load_partial(p + j, left);
+      } else {
+        store(p + j, e);
+      }
+      lanes += e;
+    }
+    sum += horizontal_sum<T>(lanes);
+  }
+  const T inverse = static_cast<T>(1 / sum);
+  for (j = keys.first; j < keys.end; ++j) p[j] *= inverse;
+  return m + static_cast<T>(log1p(sum - 1));
 }
 }  // namespace
 

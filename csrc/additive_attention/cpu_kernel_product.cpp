@@ -165,6 +165,8 @@ void grad_weights(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head
   const int64_t Dv_padded = (p.Dv + W - 1) / W * W;
   const Rows<S> values{p.value.row(at.b, at.h, first_key), p.value.stride_t};
   products += head * chunk.queries * p.Tk + first_key;
+  const KeyRange block{first_key, first_key + width};
+  if (next_run(p, chunk, at, block, 0).first == chunk.queries) return;
   if (chunk.queries >= TRANSPOSED_QUERIES) {
     Rows<T> x;
     if constexpr (IS_NARROW<S>)
@@ -175,20 +177,24 @@ void grad_weights(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head
       for (int64_t c = 0; c < width; ++c) scratch[d * KEY_BLOCK + c] = c < keys ? x.data[c * x.stride + d] : 0;
     for (int64_t c = 0; c < keys; ++c)
       for (int64_t d = 0; !sees(c) && d < p.Dv; ++d) scratch[d * KEY_BLOCK + c] = 0;
-    return matmul(chunk.queries, width, p.Dv, grad_context, dc_row, 1, scratch, KEY_BLOCK, nullptr, products, p.Tk,
-                  Output::WRITTEN);
+    return for_each_run(p, chunk, at, block, [&](int64_t first, int64_t last) {
+      matmul(last - first, width, p.Dv, grad_context + first * dc_row, dc_row, 1, scratch, KEY_BLOCK, nullptr,
+             products + first * p.Tk, p.Tk, Output::WRITTEN);
+    });
   }
   const bool padded = p.Dv != Dv_padded;
   T sums[DotTile<T>::QUERIES * KEY_BLOCK];
   const auto dot = [&](auto x) {
-    for (int64_t r = 0, rows; r < chunk.queries; r += rows) {
-      rows = tile_rows<DotTile<T>>(chunk.queries - r);
-      Rows<T> dc{grad_context + r * dc_row, dc_row};
-      if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
-      pairwise(DotTile<T>{Dv_padded}, rows, dc, x, keys, sums);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = sees(c) ? sums[i * KEY_BLOCK + c] : 0;
-    }
+    for_each_run(p, chunk, at, block, [&](int64_t first, int64_t last) {
+      for (int64_t r = first, rows; r < last; r += rows) {
+        rows = tile_rows<DotTile<T>>(last - r);
+        Rows<T> dc{grad_context + r * dc_row, dc_row};
+        if (padded) dc = copied(dc, rows, p.Dv, scratch + KEY_BLOCK * Dv_padded, Dv_padded);
+        pairwise(DotTile<T>{Dv_padded}, rows, dc, x, keys, sums);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t c = 0; c < width; ++c) products[(r + i) * p.Tk + c] = sees(c) ? sums[i * KEY_BLOCK + c] : 0;
+      }
+    });
   };
   if (padded)
     dot(copied(values, keys, p.Dv, scratch, Dv_padded));
@@ -207,19 +213,34 @@ template <typename S, typename T = Arithmetic<S>>
 void grad_values(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64_t first_key,
                  const T* probabilities, const T* grad_context, int64_t dc_row, const GradientRows<S>& grad_value,
                  T* scratch) {
+  const Place at = place_of(p, chunk, head);
   const int64_t keys = lower(KEY_BLOCK, p.Tk - first_key);
+  const KeyRange block{first_key, first_key + keys};
+  if (stays(grad_value) && next_run(p, chunk, at, block, 0).first == chunk.queries) return;
+  const T* a = probabilities + head * chunk.queries * p.Tk + first_key;
   const auto product = [&](T* out, Output output) {
-    matmul(keys, p.Dv, chunk.queries, probabilities + head * chunk.queries * p.Tk + first_key, 1, p.Tk,
-           grad_context, dc_row, nullptr, out, p.Dv, output);
+    Run run = next_run(p, chunk, at, block, 0);
+    do {  // a block that nobody sees is written, too
+      const Run next = next_run(p, chunk, at, block, run.last);
+      if (output == Output::STREAMED && next.first < chunk.queries) output = Output::WRITTEN;  // and added to
+      matmul(keys, p.Dv, run.last - run.first, a + run.first * p.Tk, 1, p.Tk, grad_context + run.first * dc_row,
+             dc_row, nullptr, out, p.Dv, output);
+      output = Output::ADDED;
+      run = next;
+    } while (run.first < chunk.queries);
   };
   if constexpr (IS_NARROW<S>) {
     constexpr int W = LANES<T>, ROWS = 4;
     if (chunk.queries <= ROWWISE_QUERIES && is_whole(grad_value) && keys % ROWS == 0 && p.Dv % (2 * W) == 0) {
-      const T* a = probabilities + head * chunk.queries * p.Tk + first_key;
+      const FewRuns runs = few_runs(p, chunk, at, block);
       for (int64_t c = 0; c < keys; c += ROWS)
         for (int64_t d = 0; d < p.Dv; d += 2 * W) {
           Vec<T> sums[ROWS][2] = {};
-          add_product(chunk.queries, a + c, 1, p.Tk, grad_context + d, dc_row, 0, sums);
+          for (int n = 0; n < runs.count; ++n) {
+            const auto [first, last] = runs.run[n];
+            add_product(last - first, a + c + first * p.Tk, 1, p.Tk, grad_context + d + first * dc_row, dc_row, 0,
+                        sums);
+          }
           store_pairs(grad_value.rows + (first_key + c) * p.Dv + d, p.Dv, sums, grad_value.streamed);
         }
     } else {

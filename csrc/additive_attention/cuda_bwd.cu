@@ -56,9 +56,9 @@ Gradients additive_attention_bwd(const OptionalTensor& grad_context, const Optio
                                  const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                  const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
                                  const OptionalTensor& key_lengths, const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensor& dropout_seed, const AttentionOptions& options,
-                                 const Tensor& context, const Tensor& lse, const Tensor& scores,
-                                 OutputMask asked) {
+                                 const OptionalTensor&, const OptionalTensor& dropout_seed,
+                                 const AttentionOptions& options, const Tensor& context, const Tensor& lse,
+                                 const Tensor& scores, OutputMask asked) {
   const AttentionInputs in(query, key, value, weight, mask, key_lengths, dropout_seed, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores, asked);

@@ -23,6 +23,7 @@
 // after the definition of FUSEDATTN_INLINE
 #include "formula.h"
 #include "options.h"
+#include "window.h"
 
 namespace fusedattn {
 
@@ -95,7 +96,7 @@ struct AttentionProblem {
       end = length < 0 ? 0 : length < Tk ? length : Tk;
     }
     const int64_t queries_end = i0 + BLOCK_Q < Tq ? i0 + BLOCK_Q : Tq;
-    return options.is_causal && queries_end < end ? queries_end : end;
+    return has_window(options) && queries_end < end ? queries_end : end;
   }
 };
 
@@ -384,9 +385,9 @@ FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at
   const int columns = static_cast<int>(lower(TILE_K, keys_end - first_column < 0 ? 0 : keys_end - first_column));
   const int rows = static_cast<int>(lower(TILE_Q, p.Tq - first_row < 0 ? 0 : p.Tq - first_row));
   const int64_t before = first_row - first_column;
-  const int diagonal = !p.options.is_causal || before >= TILE_K ? TILE_K
-                       : before < -TILE_Q                       ? -TILE_Q
-                                                                : static_cast<int>(before) + 1;
+  const int diagonal = !has_window(p.options) || before >= TILE_K ? TILE_K
+                       : before < -TILE_Q                         ? -TILE_Q
+                                                                  : static_cast<int>(before) + 1;
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
@@ -497,7 +498,7 @@ FUSEDATTN_DEVICE PairGradient<T> pair_gradient(const AttentionProblem<S>& p, T s
 template <typename S, typename T>
 FUSEDATTN_DEVICE T finished_score(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
                                   int64_t i, int64_t j, T sum) {
-  if (p.options.is_causal && j > i) return -INFINITE<T>;
+  if (has_window(p.options) && j > i) return -INFINITE<T>;
   if (p.mask != nullptr &&
       !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
     return -INFINITE<T>;

@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(SEEN_BLOCK)
   int found = 0;
   if (j < p.Tk)
 #pragma unroll 8
-    for (int64_t i = (p.options.is_causal ? j0 : 0) + warp; i < p.Tq; i += WARPS)
-      found |= mask[i * p.mask_stride[2]] & (j <= i || !p.options.is_causal);
+    for (int64_t i = (has_window(p.options) ? j0 : 0) + warp; i < p.Tq; i += WARPS)
+      found |= mask[i * p.mask_stride[2]] & (j <= i || !has_window(p.options));
   shared[threadIdx.x] = found;
   __syncthreads();
   if (warp != 0 || j >= p.Tk) return;

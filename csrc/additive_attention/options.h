@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#define FUSEDATTN_ATTENTION_OPTIONS                                                    \
-  "bool is_causal, float scale, float softcap, int activation, float negative_slope, " \
+#define FUSEDATTN_ATTENTION_OPTIONS                                                                       \
+  "int window_left, int window_right, float scale, float softcap, int activation, float negative_slope, " \
   "float dropout_p, int first_head, int heads, int first_query, int first_key"
 
 namespace fusedattn {
@@ -14,7 +14,7 @@ namespace fusedattn {
 enum class ScoreActivation { TANH, SIGMOID, RELU, LEAKY_RELU };
 
 struct AttentionOptions {
-  bool is_causal;
+  int64_t window_left, window_right;  // of a query's center; -1: unbounded
   double scale;
   double softcap;  // 0: none
   ScoreActivation activation;

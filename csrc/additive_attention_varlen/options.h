@@ -4,22 +4,22 @@
 
 #include "additive_attention/options.h"
 
-#define FUSEDATTN_VARLEN_OPTIONS                                                                           \
-  "SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, float scale, float softcap, int activation, " \
-  "float negative_slope"
+#define FUSEDATTN_VARLEN_OPTIONS                                                                              \
+  "SymInt max_seqlen_q, SymInt max_seqlen_k, int window_left, int window_right, float scale, float softcap, " \
+  "int activation, float negative_slope"
 
 namespace fusedattn {
 
 struct VarlenOptions {
   int64_t max_seqlen_q, max_seqlen_k;
-  bool is_causal;
+  int64_t window_left, window_right;
   double scale;
   double softcap;
   ScoreActivation activation;
   double negative_slope;
 
   AttentionOptions of_attention() const {
-    return {is_causal, scale, softcap, activation, negative_slope, 0, 0, 0, 0, 0};
+    return {window_left, window_right, scale, softcap, activation, negative_slope, 0, 0, 0, 0, 0};
   }
 };
 

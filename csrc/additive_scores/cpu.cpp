@@ -13,8 +13,8 @@ namespace {
 template <typename S>
 Inputs<S> inputs(const Tensor& query, const Tensor& key, const Tensor& weight, const ScoresOptions& options) {
   return Inputs<S>(
-      query, key, key, weight, {}, {}, {}, {},
-      AttentionOptions{false, options.scale, options.softcap, options.activation, options.negative_slope});
+      query, key, key, weight, {}, {}, {}, {}, {},
+      AttentionOptions{-1, -1, options.scale, options.softcap, options.activation, options.negative_slope});
 }
 
 // body(row among those of the chunk)

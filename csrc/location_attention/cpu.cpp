@@ -175,7 +175,7 @@ Forward forward(const Location<S>& m, bool attends) {
       S* const weights_out = mutable_data_of<S>(weights) + row * p.Tk;
       S* const context_out = mutable_data_of<S>(context) + row * p.Dv;
       T *const w = unrounded(weights_out, room), *const c = unrounded(context_out, room + p.Tk);
-      fwd<S>().softmax(1, p.Tk, data_of<T>(scores) + row * p.Tk, w, mutable_data_of<T>(lse) + row);
+      mutable_data_of<T>(lse)[row] = fwd<S>().softmax({0, p.Tk}, {0, p.Tk}, data_of<T>(scores) + row * p.Tk, w);
       products<S>().matmul(1, p.Dv, p.visible_keys(b, 0), w, p.Tk, 1, p.value.row(b, 0, 0), p.value.stride_t,
                            p.seen_keys(b, 0), c, p.Dv, Output::WRITTEN);
       round_into(weights_out, w, p.Tk);
@@ -376,7 +376,8 @@ Gradients backward(const Location<S>& m, const OptionalTensor& grad_context, con
       T* const g_row = g.get() + row * p.Tk;
       if (grad_weights) fwd<S>().widen(p.Tk, data_of<S>(*grad_weights) + row * p.Tk, g_row, true);
       if (through_softmax)
-        bwd<S>().grad_scores(p, s, data_of<T>(lse)[row], T(0), probabilities.get() + row * p.Tk, g_row);
+        bwd<S>().grad_scores(p, {0, p.Tk}, {0, p.Tk}, s, data_of<T>(lse)[row], T(0),
+                             probabilities.get() + row * p.Tk, g_row);
       for (int64_t j = 0; grad_scores && j < p.Tk; ++j) {
         const T capped = s[j] * inverse_cap;
         if (s[j] != -std::numeric_limits<T>::infinity())
@@ -401,8 +402,8 @@ template <typename S>
 Inputs<S> inputs(const Tensor& query, const Tensor& key, const OptionalTensor& value, const Tensor& weight,
                  const OptionalTensor& mask, const ScoresOptions& options) {
   return Inputs<S>(
-      query, key, value ? *value : key, torch::stable::select(weight, 0, 0), mask, {}, {}, {},
-      AttentionOptions{false, options.scale, options.softcap, options.activation, options.negative_slope});
+      query, key, value ? *value : key, torch::stable::select(weight, 0, 0), mask, {}, {}, {}, {},
+      AttentionOptions{-1, -1, options.scale, options.softcap, options.activation, options.negative_slope});
 }
 
 Forward location_attention_fwd(const Tensor& query, const Tensor& key, const OptionalTensor& value,

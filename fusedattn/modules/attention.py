@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedattn import _normalizers, _scores
 from fusedattn._dispatch import beside, check_backend, not_scriptable
 from fusedattn._steps import are_recorded
-from fusedattn.modules.projected_keys import ProjectedKeys, over_heads
+from fusedattn.modules.projected_keys import ProjectedKeys, center_over_heads, over_heads
 from fusedattn.ops.additive_attention import attend
 
 
@@ -38,14 +38,14 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # torch.fx.symbolic_trace cannot follow what depends on sizes: it records these calls.
-for _function in ("_check", "over_heads", "_for_one_query", "beside"):
+for _function in ("_check", "over_heads", "center_over_heads", "_for_one_query", "beside"):
     torch.fx.wrap(_function)
 
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusedattn._typing import ModuleOptions
+    from fusedattn._typing import ModuleOptions, StepOptions
 
 
 class AdditiveAttention(nn.Module):
@@ -234,6 +234,8 @@ class AdditiveAttention(nn.Module):
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
         is_causal: bool = False,
+        window_size: tuple[int, int] | None = None,
+        window_center: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends.
@@ -246,6 +248,8 @@ class AdditiveAttention(nn.Module):
             mask: bool, broadcastable to (B, H, Tq, Tk), or to (B, Tq, Tk) for every head; True = may attend.
             key_lengths: int (B,); keys at or after a length are invisible.
             is_causal: query i sees keys j <= i only.
+            window_size: (left, right), see :func:`fusedattn.additive_attention`.
+            window_center: integers, broadcastable to (B, H, Tq), or to (B, Tq) for every head.
             return_weights: also return the weights (B, H, Tq, Tk).
 
         Returns:
@@ -259,6 +263,8 @@ class AdditiveAttention(nn.Module):
             mask=mask,
             key_lengths=key_lengths,
             is_causal=is_causal,
+            window_size=window_size,
+            window_center=window_center,
             return_weights=return_weights,
         )
         return (context, weights) if return_weights else context
@@ -273,6 +279,8 @@ class AdditiveAttention(nn.Module):
         key_lengths: Tensor | None,
         return_weights: bool,
         is_causal: bool = False,
+        window_size: tuple[int, int] | None = None,
+        window_center: Tensor | None = None,
         normalizer: Any = None,
     ) -> tuple[Tensor, Any]:
         """(context (B, Tq, width), weights (B, H, Tq, Tk) if asked for); perhaps by another normaliser."""
@@ -291,7 +299,7 @@ class AdditiveAttention(nn.Module):
                 weight = self._score_weight()
             if mask is not None or key_lengths is not None:
                 keys = keys.hiding(over_heads(mask, has_heads), key_lengths)
-            elif normalizer != "softmax" and not is_causal:
+            elif normalizer != "softmax" and not is_causal and window_size is None:
                 keys, unseen_are_zero = keys.without_unseen(), True
         else:
             key, value = self._project(key, value)
@@ -306,6 +314,8 @@ class AdditiveAttention(nn.Module):
             mask=over_heads(keys.mask, has_heads),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
+            window_size=window_size,
+            window_center=center_over_heads(window_center, has_heads),
             scale=self.scale,
             softcap=self.softcap,
             activation=self.activation,
@@ -393,9 +403,8 @@ class BahdanauAttention(AdditiveAttention):
         query: Tensor,
         memory: Tensor | ProjectedKeys,
         *,
-        mask: Tensor | None = None,
-        key_lengths: Tensor | None = None,
         return_weights: Literal[True] = True,
+        **options: Unpack[StepOptions],
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
@@ -403,9 +412,8 @@ class BahdanauAttention(AdditiveAttention):
         query: Tensor,
         memory: Tensor | ProjectedKeys,
         *,
-        mask: Tensor | None = None,
-        key_lengths: Tensor | None = None,
         return_weights: Literal[False],
+        **options: Unpack[StepOptions],
     ) -> Tensor: ...
     @overload
     def forward(
@@ -413,9 +421,8 @@ class BahdanauAttention(AdditiveAttention):
         query: Tensor,
         memory: Tensor | ProjectedKeys,
         *,
-        mask: Tensor | None = None,
-        key_lengths: Tensor | None = None,
         return_weights: bool = True,
+        **options: Unpack[StepOptions],
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self,
@@ -424,6 +431,8 @@ class BahdanauAttention(AdditiveAttention):
         *,
         mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
+        window_size: tuple[int, int] | None = None,
+        window_center: Tensor | None = None,
         return_weights: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One step.
@@ -433,6 +442,8 @@ class BahdanauAttention(AdditiveAttention):
             memory: (B, T, memory_dim), or ``project_keys(memory, ...)``, made once for all steps.
             mask: bool (B, T), True = may attend.
             key_lengths: int (B,).
+            window_size, window_center: (left, right), and integers (B,): the step sees the places from center -
+                left to center + right, and no others are computed. Default: all of them.
             return_weights: a step without weights is quicker. Default: True.
 
         Returns:
@@ -444,6 +455,8 @@ class BahdanauAttention(AdditiveAttention):
             memory,
             mask=_for_one_query(mask),
             key_lengths=key_lengths,
+            window_size=window_size,
+            window_center=None if window_center is None else window_center.unsqueeze(-1),
             return_weights=return_weights,
         )
         if not return_weights:

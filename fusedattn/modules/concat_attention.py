@@ -102,20 +102,18 @@ class ConcatAttention(BahdanauAttention):
     def _window(
         self, query: Tensor, memory: Tensor | ProjectedKeys, position: int, key_lengths: Tensor | None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """(bool (B or 1, Tq, Tk): the places in the window, the normaliser of local-p)"""
+        """(integers (B or 1, Tq): the center of each window, the normaliser of local-p)"""
         if isinstance(memory, ProjectedKeys):
             key_lengths = memory.key_lengths if key_lengths is None else key_lengths
             memory = memory.key
         Tq, Tk = query.shape[1], memory.shape[-2]
-        places = torch.arange(Tk, device=query.device)
         if self.local == "monotonic":
-            centres = torch.arange(position, position + Tq, device=query.device).view(1, Tq, 1)
-            return (places - centres).abs() <= self.window, None
-        centres = self.predicted(query, Tk if key_lengths is None else key_lengths)
-        near = (places - centres.round()).abs() <= self.window
-        factor = torch.exp(-(places - centres).square() / (2 * self.sigma**2))
+            return torch.arange(position, position + Tq, device=query.device).unsqueeze(0), None
+        centers = self.predicted(query, Tk if key_lengths is None else key_lengths)
+        places = torch.arange(Tk, device=query.device)
+        factor = torch.exp(-(places - centers).square() / (2 * self.sigma**2))
         normalize = _normalizers.function("ConcatAttention", self.normalizer)
-        return near, lambda scores: normalize(scores) * factor
+        return centers.detach().round().long().squeeze(-1), lambda scores: normalize(scores) * factor
 
     @overload  # type: ignore[override]  # one step has other arguments
     def forward(
@@ -165,15 +163,17 @@ class ConcatAttention(BahdanauAttention):
         _check(query, "ConcatAttention: query", "B", *([] if is_step else ["Tq"]), self.query_dim)
         if is_step:
             query, mask = query.unsqueeze(1), _for_one_query(mask, "ConcatAttention")
-        normalizer = None
+        window_size, centers, normalizer = None, None, None
         if self.local is not None:
-            near, normalizer = self._window(query, memory, position, key_lengths)
-            mask = near if mask is None else mask & near
+            window_size = (self.window, self.window)
+            centers, normalizer = self._window(query, memory, position, key_lengths)
         context, weights = self._attend(
             query,
             memory,
             mask=mask,
             key_lengths=key_lengths,
+            window_size=window_size,
+            window_center=centers,
             return_weights=return_weights,
             normalizer=normalizer,
         )

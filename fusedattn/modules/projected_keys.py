@@ -34,6 +34,15 @@ def over_heads(mask: Tensor | None, has_heads: bool) -> Tensor | None:
     return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
+def center_over_heads(center: Tensor | None, has_heads: bool) -> Tensor | None:
+    """Centers (B, Tq) as those of every head, and those of a single head (B, 1, Tq) without it."""
+    if center is None:
+        return None
+    if not has_heads:
+        return center.squeeze(1) if center.dim() == 3 else center
+    return center.unsqueeze(1) if center.dim() == 2 else center
+
+
 def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if mask is None else mask if other is None else mask & other
 
@@ -49,7 +58,8 @@ class ProjectedKeys:
 
     Steps over the same keys, or over their first batch elements (``keys[:n]``), leave the gradients of key, value
     and weight to one joint backward pass after all of them: the memory for it is that of the steps' queries,
-    contexts and scores. Compiled and transformed steps, and causal ones, make their own.
+    contexts and scores. Compiled and transformed steps make
+    their own, and so do those with a window but no ``window_center``.
 
     On the CPU the exponentials of the keys are kept, so that a step costs none. They are used only with the
     tensors and versions that they were computed from: keys that were replaced or edited in place, or whose mask or

@@ -25,7 +25,9 @@ none is stored (``fusedattn/_philox.py``)::
 
     c_i = sum_j p~_ij x_j      a_ij = (p~_ij / p_ij) dc_i . x_j + dp_ij      dx_j = sum_i p~_ij dc_i
 
-Other normalisers than the softmax are composed over the scores (``fusedattn/_normalizers.py``).
+A window, c_i - left <= j <= c_i + right with c_i = i unless it is given, is part of what is visible; keys outside
+of it are not computed (``fusedattn/_windows.py``). Other normalisers than the softmax are composed over the scores
+(``fusedattn/_normalizers.py``).
 
 Symbols: B batch, H heads, Tq / Tk query / key length, D score width, Dv value width. Kernels:
 ``csrc/additive_attention/`` (C++, CUDA), ``fusedattn/triton/additive_attention.py``. Tests:
@@ -39,7 +41,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _nested, _normalizers, _philox, _scores, _steps
+from fusedattn import _autograd, _nested, _normalizers, _philox, _scores, _steps, _windows
 from fusedattn._dispatch import (
     autocast,
     autocast_enabled,
@@ -50,22 +52,26 @@ from fusedattn._dispatch import (
 )
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
-from fusedattn._scores import shape_text
+from fusedattn._scores import check_integers, shape_text
 from fusedattn._typing import attention_function
 from fusedattn.ops.additive_scores import additive_scores
-
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
 
 # Reference
 
 
-def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None, is_causal: bool) -> Tensor:
+def _visible_keys(
+    shape,
+    device,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    window: tuple[int, int] = _windows.ALL,
+    window_center: Tensor | None = None,
+) -> Tensor:
     """bool (B, [H,] Tq, Tk): True where a query may attend to a key."""
     B, Tq, Tk = shape[0], shape[-2], shape[-1]
     visible = torch.ones(Tq, Tk, dtype=torch.bool, device=device)
-    if is_causal:
-        visible = visible.tril()
+    if window != _windows.ALL:
+        visible = visible & _windows.within(window, window_center, Tq, Tk, device)
     if key_lengths is not None:
         within = torch.arange(Tk, device=device) < key_lengths[:, None]
         visible = visible & within.view(B, *(1,) * (len(shape) - 2), Tk)
@@ -74,11 +80,14 @@ def _visible_keys(shape, device, mask: Tensor | None, key_lengths: Tensor | None
     return visible.expand(shape)
 
 
-def _reference(query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed, options: Options):
+def _reference(
+    query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, seed, options: Options
+):  # fmt: skip
     """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
     shape = (*query.shape[:-1], key.shape[-2])
-    visible = _visible_keys(shape, query.device, mask, key_lengths, options.is_causal)
-    if mask is not None or key_lengths is not None or options.is_causal:
+    window = (options.window_left, options.window_right)
+    visible = _visible_keys(shape, query.device, mask, key_lengths, window, window_center)
+    if mask is not None or key_lengths is not None or options.has_window:
         key, value = _scores.without_unseen(visible, key, value)
     scores = _scores.reference(query, key, weight, options)
     scores = _scores.of_visible(visible, scores)
@@ -102,6 +111,8 @@ def additive_attention_ref(
     mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -126,6 +137,8 @@ def additive_attention_ref(
         mask=mask,
         key_lengths=key_lengths,
         is_causal=is_causal,
+        window_size=window_size,
+        window_center=window_center,
         scale=scale,
         softcap=softcap,
         activation=activation,
@@ -142,8 +155,8 @@ def additive_attention_ref(
 # Declaration
 
 
-def _fwd_fake(query, key, value, *rest):
-    return_weights, keep_scores, *_ = ATTENTION.fwd_parts((query, key, value, *rest))[-1]
+def _fwd_fake(*arguments):
+    (query, _, value, *_), _, (return_weights, keep_scores, *_) = ATTENTION.fwd_parts(arguments)
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     acc = accumulation_dtype(query.dtype)
     return (
@@ -166,8 +179,8 @@ def _flops(query, key, value, weight) -> int:
 
 class _Fold(_scores.Fold):
     def folded(self):
-        *_, mask, lengths, _, _, seed = self.tensors
-        rows, mask = self.rows(3), self.output(mask, self.dims[4])
+        *_, mask, lengths, center, _, _, seed = self.tensors
+        rows, mask, center = self.rows(3), self.output(mask, self.dims[4]), self.output(center, self.dims[6])
         if lengths is not None and self.dims[5] is not None:  # what differs over N becomes part of the mask
             Tq, (B, heads, Tk, _) = rows[0].shape[2], rows[1].shape
             lengths = lengths.movedim(self.dims[5], 1)[..., None, None, None]
@@ -175,16 +188,16 @@ class _Fold(_scores.Fold):
             visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
             mask, lengths = visible if mask is None else visible & mask, None
         if seed is not None:  # one for each sample's heads
-            dim = self.dims[8]
+            dim = self.dims[9]
             seed = seed.expand(self.N, -1) if dim is None else seed.movedim(dim, 0)
             seed = seed.flatten().contiguous()
-        return (*rows, self.weight(3), mask, lengths, None, None, seed)
+        return (*rows, self.weight(3), mask, lengths, center, None, None, seed)
 
 
 ATTENTION = _autograd.Op(
     "additive_attention",
     inputs=("query", "key", "value", "weight"),
-    others=("mask", "key_lengths", "key_exp", "key_bound", "dropout_seed"),
+    others=("mask", "key_lengths", "window_center", "key_exp", "key_bound", "dropout_seed"),
     options=Options,
     outputs=("context", "lse", "weights", "scores"),
     kept=("context", "lse", "scores"),
@@ -223,13 +236,11 @@ def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> T
         mask = mask.any(-2, keepdim=True) if mask.dim() > 1 else mask
     if key_lengths is not None:
         check_lengths(key_lengths, key.shape[0], Tk, key.device)
-    return _visible_keys((*lead, 1, Tk), key.device, mask, key_lengths, is_causal=False).squeeze(-2)
+    return _visible_keys((*lead, 1, Tk), key.device, mask, key_lengths).squeeze(-2)
 
 
 def check_lengths(key_lengths, B, Tk, device, op="additive_attention"):
-    if not isinstance(key_lengths, Tensor) or key_lengths.dtype not in INTEGER_DTYPES:
-        got = getattr(key_lengths, "dtype", type(key_lengths).__name__)
-        fail(op, "key_lengths", "a Tensor of integers", got)
+    check_integers(op, "key_lengths", key_lengths)
     if key_lengths.dim() != 1 or key_lengths.shape[0] != B or key_lengths.device != device:
         got = f"{tuple(key_lengths.shape)} on {key_lengths.device}"
         fail(op, "key_lengths", f"shape {shape_text(B)} on {device}", got)
@@ -248,9 +259,14 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
-def _unable_to_drop(activation: str) -> dict[str, str]:
-    """Backends without kernels for dropout, or an activation, and why."""
-    return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | _scores.unable(activation)
+def unable(activation: str, window: tuple, window_center: Tensor | None, seed: Tensor | None) -> dict[str, str]:
+    """Backends without kernels for these options, and why."""
+    unable = _scores.unable(activation)
+    if window != _windows.ALL and (window != (-1, 0) or window_center is not None):
+        unable = {"cuda": "there are no kernels for windows other than is_causal in CUDA C++"} | unable
+    if seed is None:
+        return unable
+    return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | unable
 
 
 def is_traced() -> bool:
@@ -291,6 +307,8 @@ def additive_attention(
     mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -321,7 +339,16 @@ def additive_attention(
         mask: bool, broadcastable to (B, [H,] Tq, Tk); True = may attend. Default: no mask.
         key_lengths: integers (B,); keys at or after a length are invisible. On the CPU a length outside
             [0, Tk] raises; on a GPU, and while traced or transformed, lengths are clamped.
-        is_causal: query i sees keys j <= i only. Combines with ``mask`` and ``key_lengths``. Default: False.
+        is_causal: query i sees keys j <= i only: the window (-1, 0), around ``window_center`` if that is given.
+            Default: False.
+        window_size: (left, right); query i sees the keys i - left <= j <= i + right, both included, -1 for no
+            bound. Aligned at the top left also where Tq and Tk differ, as ``is_causal`` is (flash-attention aligns
+            at the bottom right: here that is ``window_center=torch.arange(Tk - Tq, Tk)``). Keys outside of a
+            window are not computed: time falls with it. With ``is_causal``, right is 0. All of ``mask``,
+            ``key_lengths`` and windows combine. Default: None, no window.
+        window_center: integers, broadcastable to (B, [H,] Tq), of any value: the place of each query among the
+            keys, in place of i (local attention, Luong et al. 2015, arXiv:1508.04025). Only with ``window_size``
+            or ``is_causal``. Default: None, i.
         scale: factor of the score. Default: 1.0.
         softcap: C > 0 caps the scaled score to C * tanh(score / C) (the clipping of pointer networks, Bello et
             al. 2017, arXiv:1611.09940). Default: None.
@@ -369,7 +396,9 @@ def additive_attention(
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
     if _nested.any_of(query, key, value):
-        _nested.require_default(mask=mask, key_lengths=key_lengths, return_weights=return_weights)
+        _nested.require_default(
+            mask=mask, key_lengths=key_lengths, window_center=window_center, return_weights=return_weights
+        )
         if normalizer != "softmax":
             _fail("normalizer", "'softmax' with nested tensors", repr(normalizer))
         if dropout_p != 0:
@@ -380,6 +409,7 @@ def additive_attention(
             value,
             weight,
             is_causal=is_causal,
+            window_size=window_size,
             scale=scale,
             softcap=softcap,
             activation=activation,
@@ -395,6 +425,8 @@ def additive_attention(
         mask=mask,
         key_lengths=key_lengths,
         is_causal=is_causal,
+        window_size=window_size,
+        window_center=window_center,
         scale=scale,
         softcap=softcap,
         activation=activation,
@@ -418,6 +450,8 @@ def attend(
     mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -445,6 +479,8 @@ def attend(
                 mask=mask,
                 key_lengths=key_lengths,
                 is_causal=is_causal,
+                window_size=window_size,
+                window_center=window_center,
                 scale=scale,
                 softcap=softcap,
                 activation=activation,
@@ -472,13 +508,17 @@ def attend(
     if key_lengths is not None:
         check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
         key_lengths = key_lengths.to(torch.int64)
+    window = _windows.sides("additive_attention", window_size, window_center, is_causal)
+    if window_center is not None:
+        window_center = _windows.centers("additive_attention", window_center, query.shape[:-1], device)
+        window_center = None if window == _windows.ALL else window_center
     if callable(normalizer) or normalizer != "softmax":
         if return_lse:
             _fail("return_lse", "False with a normalizer other than 'softmax'", return_lse)
         visible = None
-        if mask is not None or key_lengths is not None or is_causal:
+        if mask is not None or key_lengths is not None or window != _windows.ALL:
             full = (*query.shape[:-1], key.shape[-2])
-            visible = _visible_keys(full, device, mask, key_lengths, is_causal)
+            visible = _visible_keys(full, device, mask, key_lengths, window, window_center)
         score = partial(
             additive_scores,
             scale=scale,
@@ -498,12 +538,13 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _scores.unable(activation) if seed is None else _unable_to_drop(activation),
+        unable(activation, window, window_center, seed),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)
-    tensors = (query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed)
-    options = Options(is_causal, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p)
+    tensors = (query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, seed)
+    left, right = window
+    options = Options(left, right, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p)
     flags = (return_weights, keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
     if token is None:
         context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fusedattn import _autograd, _scores
+from fusedattn import _autograd, _scores, _windows
 from fusedattn._dispatch import (
     UnsupportedError,
     autocast,
@@ -72,7 +72,7 @@ def _reference(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options: O
 
     def attend(q, k, v, key_lengths):
         return dense.ATTENTION.reference(
-            q, k, v, weight, None, key_lengths, None, None, None, options.of_attention
+            q, k, v, weight, None, key_lengths, None, None, None, None, options.of_attention
         )[:2]
 
     return _through_padding(attend, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
@@ -90,6 +90,7 @@ def additive_attention_varlen_ref(
     max_seqlen_q: int,
     max_seqlen_k: int,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -112,6 +113,7 @@ def additive_attention_varlen_ref(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         is_causal=is_causal,
+        window_size=window_size,
         scale=scale,
         softcap=softcap,
         activation=activation,
@@ -227,6 +229,7 @@ def additive_attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -255,6 +258,7 @@ def additive_attention_varlen(
         max_seqlen_q, max_seqlen_k: no segment is longer.
         is_causal: query i of a segment sees its keys j <= i only, counted from the first of each (flash-attention
             counts from the last). Default: False.
+        window_size: as in :func:`additive_attention`, counted as ``is_causal``. Default: None.
         scale, softcap, activation, negative_slope: as in :func:`additive_attention`.
         return_lse: also return the log-sum-exp of the scores, differentiable. Default: False.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (plain PyTorch).
@@ -285,9 +289,9 @@ def additive_attention_varlen(
         _check_offsets("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, key.shape[-2], device)
         if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
             _fail("cu_seqlens_k", f"{cu_seqlens_q.shape[0]} offsets as cu_seqlens_q", cu_seqlens_k.shape[0])
-        options = Options(
-            max_seqlen_q, max_seqlen_k, is_causal, *_scores.numbers(scale, softcap, activation, negative_slope)
-        )
+        left, right = _windows.sides(OP, window_size, None, is_causal)
+        numbers = _scores.numbers(scale, softcap, activation, negative_slope)
+        options = Options(max_seqlen_q, max_seqlen_k, left, right, *numbers)
         context, lse = _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, backend, activation)
     context, lse = context.squeeze(0), lse.squeeze(0)
     context = context.transpose(0, 1) if heads else context
@@ -302,7 +306,7 @@ def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, back
         query.device,
         query.dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _scores.unable(activation),
+        dense.unable(activation, (options.window_left, options.window_right), None, None),
     )
     if backend in ("cpu", "reference"):
         tensors = (query, key, value, weight, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
@@ -312,7 +316,7 @@ def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, back
         return context, lse
 
     def attend(q, k, v, key_lengths):
-        tensors = (q, k, v, weight, None, key_lengths, None, None, None)
+        tensors = (q, k, v, weight, None, key_lengths, None, None, None, None)
         flags = False, dense.keeps_scores(*tensors[:4]), q.dtype == torch.float32 and tf32_allowed()
         return dense.ATTENTION(backend, tensors, options.of_attention, flags)[:2]
 

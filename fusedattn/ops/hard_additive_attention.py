@@ -221,7 +221,7 @@ def attend(
     )
     visible = None
     if mask is not None or key_lengths is not None or is_causal:
-        visible = _visible_keys(shape, device, mask, key_lengths, is_causal=is_causal)
+        visible = _visible_keys(shape, device, mask, key_lengths, (-1, 0 if is_causal else -1))
         (key,) = _scores.without_unseen(visible, key)
     wide = accumulation_dtype(dtype)
     with torch.autocast(device.type, enabled=False):

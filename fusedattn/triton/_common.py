@@ -253,6 +253,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.bool: "*i1",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 

@@ -59,8 +59,8 @@ from fusedattn.triton.additive_attention_fwd import attend, write_scores
 from fusedattn.triton.additive_attention_problem import Problem, check
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? key_exp, "
-    "Tensor? key_bound, Tensor? dropout_seed"
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, "
+    "Tensor? window_center, Tensor? key_exp, Tensor? key_bound, Tensor? dropout_seed"
 )
 
 
@@ -78,11 +78,13 @@ def _weights(scores, lse, dtype):
     return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
 
-def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed, *numbers):
+def additive_attention_fwd(
+    query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, seed, *numbers
+):  # fmt: skip
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
     options = Options(*numbers[: len(Options._fields)])
     return_weights, keep_scores, allow_tf32 = Flags(*numbers[len(Options._fields) :])
-    check(query, key, value, weight, mask, key_lengths, seed)
+    check(query, key, value, weight, mask, key_lengths, window_center, seed)
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
@@ -92,7 +94,7 @@ def additive_attention_fwd(query, key, value, weight, mask, key_lengths, key_exp
         lse.fill_(float("-inf"))
     elif lse.numel():
         with on_device_of(query):
-            problem = Problem(query, key, value, weight, mask, key_lengths, options, seed)
+            problem = Problem(query, key, value, weight, mask, key_lengths, window_center, options, seed)
             heads = (problem.B, problem.H, problem.Tq)
             c, row_lse = context.view(*heads, Dv), lse.view(heads)
             for first, end in problem.chunks(keep_scores or return_weights):
@@ -111,7 +113,8 @@ register(
 
 
 def additive_attention_bwd(
-    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, key_exp, key_bound, seed,
+    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, window_center, key_exp,
+    key_bound, seed,
     *rest,
 ):  # fmt: skip
     """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
@@ -124,6 +127,7 @@ def additive_attention_bwd(
         *inputs,
         mask,
         key_lengths,
+        window_center,
         seed,
         grad_context=(grad_context, (Tq, Dv), query.dtype),
         grad_lse=(grad_lse, (Tq,), wide),
@@ -135,7 +139,8 @@ def additive_attention_bwd(
     if not (lse.numel() and key.shape[-2]):
         return tuple(t.new_zeros(t.shape if a else 0) for t, a in zip(inputs, asked, strict=True))
     with on_device_of(query):
-        problem = Problem(*inputs, mask, key_lengths, Options(*options), seed)
+        problem = Problem(*inputs, mask, key_lengths, window_center, Options(*options), seed)
+        problem.find_queries_in_sight()
         B, H = problem.B, problem.H
         queries, keys = packed_rows(problem)
         kept = scores.numel() > 0
@@ -205,16 +210,19 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
     narrow = (((2, 6, 300, 16), False), ((8, 40, 300, 64), True))
     found = list[Kernel]()
     calls = [(dtype, "tanh", *call) for dtype, call in itertools.product(dtypes, wide + narrow)]
+    windows = (("window", wide[0]), ("centers", wide[0]), ("centers", narrow[0]), ("centers", narrow[1]))
+    calls += [(dtypes[0], form, *call) for form, call in windows]
     calls += [(dtypes[0], "relu", *wide[0]), (dtypes[0], "relu", *wide[1]), (dtypes[0], "leaky_relu", *wide[0])]
-    for dtype, activation, shape, masked in calls:
+    for dtype, form, shape, masked in calls:
+        activation, window = ("tanh", form) if form in ("window", "centers") else (form, None)
         # Compiling takes its time: the others have the first one's kernels in float64, too, and what is narrow
         # takes fewer registers in half precision, where products have one term.
         if (dtype == torch.float64 and shape == wide[0][0]) or (dtype.itemsize == 2 and (shape, masked) in narrow):
             continue
 
-        call = functools.partial(_typical_call, shape, dtype, masked, activation)
-        every_tile = activation == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
-        suffix = "" if activation == "tanh" else f"-{activation}"
+        call = functools.partial(_typical_call, shape, dtype, masked, activation, window)
+        every_tile = form == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
+        suffix = "" if form == "tanh" else f"-{form}"
         found += [replace(k, name=k.name + suffix) for k in recorded(call, target, every_tile)]
     for dtype, (shape, masked) in ((dtypes[0], wide[0]), *((dtype, wide[3]) for dtype in dtypes)):
         dropping = functools.partial(_typical_call, shape, dtype, masked, "tanh", dropout_p=0.1)
@@ -222,15 +230,17 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
     return distinct(found)
 
 
-def _typical_call(shape, dtype, masked, activation, dropout_p=0.0):
+def _typical_call(shape, dtype, masked, activation, window=None, dropout_p=0.0):
     B, Tq, Tk, D = shape
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
+    centers = torch.empty(B, Tq, dtype=torch.int64, device="meta") if window == "centers" else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
-    inputs += [mask, lengths, None, None, seed]
-    options = Options(masked, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2, dropout_p)
+    inputs += [mask, lengths, centers, None, None, seed]
+    sides = (-1, 0 if masked else -1) if window is None else (64, 64)
+    options = Options(*sides, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2, dropout_p)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
     additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b1111)

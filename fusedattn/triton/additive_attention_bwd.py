@@ -14,9 +14,11 @@ from fusedattn.triton.additive_attention_problem import (
     UNSPECIALISED,
     batch_and_head,
     dropped,
+    keys_in_windows,
     linear,
     linear_gradient,
     programs_wanted,
+    queries_in_sight,
     reciprocal_beyond_range,
     strides,
 )
@@ -41,7 +43,8 @@ def _probability(s, lse):
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_bwd_kernel_gradient(
     scores, lse, value, context, grad_context, grad_weights, shift, g, g_transposed,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, H, Tq, Tk, scale, softcap,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, H, Tq, Tk, first_query,
+    center, stride_n, left, right, scale, softcap,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAD: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -67,10 +70,18 @@ def additive_attention_bwd_kernel_gradient(
     a = tl.zeros((BLOCK_Q, BLOCK_K), ARITHMETIC)
     mean = tl.zeros((BLOCK_Q,), ARITHMETIC)
     if grad_context is not None:
+        width = Dv
+        if left is not None or right is not None:  # nothing is summed where no key of the tile is visible
+            j0, i0 = k_tile * BLOCK_K, (first_query + q_tile * BLOCK_Q).to(tl.int64)
+            first, last = keys_in_windows(
+                j0.to(tl.int64), (j0 + BLOCK_K).to(tl.int64), i0, Tq - q_tile * BLOCK_Q,
+                center, stride_n, left, right, bh, BLOCK_Q,
+            )  # fmt: skip
+            width = tl.where(first < last, Dv, 0)
         terms = tl.zeros((BLOCK_Q, BLOCK_V), ARITHMETIC)
         base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
         values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
-        for start in tl.range(0, Dv, BLOCK_V):
+        for start in tl.range(0, width, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
             rows = in_q[:, None] & (v < Dv)[None, :]
             dc = tl.load(grad_context + base + v[None, :], mask=rows, other=0.0)
@@ -117,7 +128,7 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
         additive_attention_bwd_kernel_gradient,
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
         scores, lse, problem.value, context, grad_context, grad_weights, shift, g, g_transposed,
-        *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk,
+        *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk, first,
         options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_V=_dot_terms(context.dtype), PAD=PAD, NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -127,9 +138,9 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_bwd_kernel_value(
     scores, lse, grad_context, key_lengths, grad_value, stride_cb, stride_ch, H, Tq, Tk, first_query,
+    seeing, tiles_seen, center, left, right,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
-    IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """dx_j = sum_i p_ij dc_i, (B, H, Tk, Dv) in the arithmetic's dtype. Grid: (key tiles * B * H, value tiles)."""
     ARITHMETIC: tl.constexpr = scores.dtype.element_ty
@@ -140,9 +151,11 @@ def additive_attention_bwd_kernel_value(
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     j64 = j.to(tl.int64)
     in_k, in_v = j < Tk, v < Dv
-    first, last = 0, Tq
-    if IS_CAUSAL:  # earlier queries do not see these keys
-        first = tl.maximum(k_tile * BLOCK_K - first_query, 0) // BLOCK_Q * BLOCK_Q
+    first, last, j0 = 0, Tq, k_tile * BLOCK_K
+    if left is not None or right is not None:
+        first, last = queries_in_sight(
+            first, last, j0, first_query, seeing, center, tiles_seen, left, right, bh, BLOCK_K, BLOCK_Q
+        )
     if key_lengths is not None:
         last = tl.where(tl.load(key_lengths + b) <= k_tile * BLOCK_K, first, last)
 
@@ -193,9 +206,9 @@ def additive_attention_bwd_kernel_inputs(
     held, passing, held_exp, passing_exp, held_bound, passing_bound, weight, g, key_lengths, grad, grad_weight,
     stride_hb, stride_hh, stride_ht, stride_hd, stride_pb, stride_ph, stride_pt, stride_pd,
     held_tiles_b, held_tiles_h, passing_tiles_b, passing_tiles_h, stride_wh, H, BH, T, passing_T, first_query,
-    split_rows, negative_slope, ACTIVATION: tl.constexpr, RATE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAD: tl.constexpr, NVIDIA: tl.constexpr,
+    split_rows, seeing, tiles_seen, center, stride_n, left, right, negative_slope,
+    ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAD: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_T held rows (queries or keys), BLOCK_D channels, from a range of the passing rows.
 
@@ -206,7 +219,7 @@ def additive_attention_bwd_kernel_inputs(
     ARITHMETIC: tl.constexpr = g.dtype.element_ty
     tiles = tl.cdiv(T, BLOCK_T)
     tile = tl.program_id(0) % tiles
-    if IS_CAUSAL and grad_weight is not None:
+    if left is None and right is not None and grad_weight is not None:
         tile = tiles - 1 - tile  # queries that see most keys start first; keys that most see do so anyway
     bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
     split = tl.program_id(2).to(tl.int64)
@@ -220,13 +233,17 @@ def additive_attention_bwd_kernel_inputs(
     if grad_weight is not None:  # held queries, passing keys
         if key_lengths is not None:
             last = tl.minimum(last, tl.load(key_lengths + b))
-        if IS_CAUSAL:
-            last = tl.minimum(last, first_query + (tile + 1) * BLOCK_T)
+        i0 = (first_query + tile * BLOCK_T).to(tl.int64)
+        first, last = keys_in_windows(
+            first, last, i0, T - tile * BLOCK_T, center, stride_n, left, right, bh, BLOCK_T
+        )
     else:
         if key_lengths is not None:
             last = tl.where(tl.load(key_lengths + b) <= tile * BLOCK_T, first, last)
-        if IS_CAUSAL:
-            first = tl.maximum(first, tl.maximum(tile * BLOCK_T - first_query, 0) // 2 * 2)
+        if left is not None or right is not None:
+            first, last = queries_in_sight(
+                first, last, tile * BLOCK_T, first_query, seeing, center, tiles_seen, left, right, bh, BLOCK_T, 2
+            )
 
     padded = tl.cdiv(T, PAD) * PAD
     g += bh * passing_T * padded + t64

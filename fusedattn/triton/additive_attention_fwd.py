@@ -12,6 +12,8 @@ from fusedattn.triton.additive_attention_problem import (
     at_most,
     batch_and_head,
     dropped,
+    in_window,
+    keys_in_windows,
     linear,
     programs_wanted,
     reciprocal_beyond_range,
@@ -118,9 +120,9 @@ def additive_attention_fwd_kernel_scores(
     query, key, weight, mask, key_lengths, query_exp, key_exp, query_bound, key_bound, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_mb, stride_mh, stride_mq, stride_mk, q_tiles_b, q_tiles_h, k_tiles_b, k_tiles_h, stride_wh,
-    H, Tq, Tk, first_query, scale, softcap, negative_slope, ACTIVATION: tl.constexpr, RATE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, NVIDIA: tl.constexpr,
+    H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap, negative_slope,
+    ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Scores (B, H, Tq, Tk) of one tile, -inf for keys not visible. Grid: (query tiles * key tiles * B * H,)."""
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
@@ -135,11 +137,12 @@ def additive_attention_fwd_kernel_scores(
     first_i, first_j = first_i.to(tl.int64), first_j.to(tl.int64)
     row64, column64 = row.to(tl.int64), column.to(tl.int64)
 
-    last = Tk.to(tl.int64)
+    first, last = tl.cast(0, tl.int64), Tk.to(tl.int64)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
-    if IS_CAUSAL:
-        last = tl.minimum(last, first_query + first_i + BLOCK_Q)
+    first, last = keys_in_windows(
+        first, last, first_query + first_i, Tq - first_i, center, stride_n, left, right, bh, BLOCK_Q
+    )
 
     weight += h * stride_wh
     d = tl.arange(0, BLOCK_D)
@@ -149,7 +152,7 @@ def additive_attention_fwd_kernel_scores(
     q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
     k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
-    if first_j >= last:  # no key is visible
+    if (first_j >= last) | (first_j + BLOCK_K <= first):  # no key is visible
         s = tl.zeros((BLOCK_Q, BLOCK_K), scores.dtype.element_ty)
     elif RATE == 0.0:
         s = _linear_sums(q_exp, k_exp, weight, negative_slope, ACTIVATION, CHANNELS, BLOCK_Q, BLOCK_K)
@@ -162,8 +165,10 @@ def additive_attention_fwd_kernel_scores(
     s = _capped(s, scale, softcap, NVIDIA)
     inside = in_q[:, None] & in_k[None, :]
     visible = column[None, :] < last - first_j
-    if IS_CAUSAL:
-        visible = visible & (column[None, :] - row[:, None] <= first_query + first_i - first_j)
+    i0 = first_query + first_i
+    visible = in_window(
+        visible, row, column, i0, first_j, Tq - first_i, center, stride_n, left, right, bh, BLOCK_K
+    )
     if mask is not None:
         mask += b * stride_mb + h * stride_mh + first_i * stride_mq + first_j * stride_mk
         at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
@@ -176,9 +181,9 @@ def additive_attention_fwd_kernel_scores(
 def additive_attention_fwd_kernel_few(
     query, key, weight, mask, key_lengths, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_wh, H, Tq, Tk, first_query, scale, softcap, negative_slope,
-    ACTIVATION: tl.constexpr, RATE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NVIDIA: tl.constexpr,
+    stride_mb, stride_mh, stride_mq, stride_mk, stride_wh, H, Tq, Tk, first_query, center, stride_n, left, right,
+    scale, softcap, negative_slope, ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query and BLOCK_K keys, read once and as they lie. Grid: (Tq * key tiles * B * H,).
 
@@ -193,12 +198,13 @@ def additive_attention_fwd_kernel_few(
     j64 = j.to(tl.int64)
     out = scores + (bh * Tq + i) * Tk + j64
 
-    last = Tk.to(tl.int64)
+    first, last = tl.cast(0, tl.int64), Tk.to(tl.int64)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
-    if IS_CAUSAL:
-        last = tl.minimum(last, first_query + i + 1)
-    if k_tile * BLOCK_K >= last:
+    first, last = keys_in_windows(
+        first, last, first_query + i.to(tl.int64), 1, center, stride_n, left, right, bh, 1
+    )
+    if (k_tile * BLOCK_K >= last) | ((k_tile + 1) * BLOCK_K <= first):
         tl.store(out, tl.full((BLOCK_K,), float("-inf"), ARITHMETIC), mask=j < Tk)
         return
 
@@ -228,7 +234,7 @@ def additive_attention_fwd_kernel_few(
             sums = tl.fma(linear(z1, negative_slope, ACTIVATION), w1[None, :], sums)
             sums = tl.fma(linear(z2, negative_slope, ACTIVATION), w2[None, :], sums)
     s = _capped(tl.sum(sums, 1), scale, softcap, NVIDIA)
-    visible = j64 < last
+    visible = (j64 >= first) & (j64 < last)
     if mask is not None:
         at = mask + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_mq + j64 * stride_mk
         visible = visible & (tl.load(at, mask=j < Tk, other=0) != 0)
@@ -281,9 +287,9 @@ def _write_scores_by(tile, problem, out, first, end):
 def additive_attention_fwd_kernel_context(
     scores, value, key_lengths, context, lse,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
-    H, Tq, Tk, first_query, split_keys, seen, stride_sb, stride_sh, keys_end,
+    H, Tq, Tk, first_query, split_keys, seen, stride_sb, stride_sh, keys_end, center, stride_n, left, right,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
-    IS_CAUSAL: tl.constexpr, Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TF32: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Context and lse of a tile of queries over a range of keys.
@@ -293,7 +299,7 @@ def additive_attention_fwd_kernel_context(
     ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     q_tiles = tl.cdiv(Tq, BLOCK_Q)
     q_tile = tl.program_id(0) % q_tiles
-    if IS_CAUSAL:
+    if left is None and right is not None:
         q_tile = q_tiles - 1 - q_tile  # those with most keys start first
     bh, b, h = batch_and_head(tl.program_id(0) // q_tiles, H)
     split = tl.program_id(1).to(tl.int64)
@@ -308,8 +314,12 @@ def additive_attention_fwd_kernel_context(
     last = tl.minimum(first + split_keys, keys_end)
     if key_lengths is not None:
         last = tl.minimum(last, tl.load(key_lengths + b))
-    if IS_CAUSAL:
-        last = tl.minimum(last, first_query + (q_tile + 1) * BLOCK_Q)
+    i0 = (first_query + q_tile * BLOCK_Q).to(tl.int64)
+    first, last = keys_in_windows(
+        first, last, i0, Tq - q_tile * BLOCK_Q, center, stride_n, left, right, bh, BLOCK_Q
+    )
+    if left is not None:
+        first = first // BLOCK_K * BLOCK_K
 
     if seen is not None:
         seen += b * stride_sb + h * stride_sh

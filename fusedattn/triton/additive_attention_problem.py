@@ -31,11 +31,13 @@ UNSPECIALISED = [
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
-    "split_keys", "splits", "keys_end", "stride_sb", "stride_sh", *Options._fields,
-    "heads_of_seed", "drop_below", "drop_factor", "drop_query", "drop_key",
+    "split_keys", "splits", "keys_end", "stride_sb", "stride_sh", "left", "right", "stride_n", "tiles_seen",
+    *Options._fields, "heads_of_seed", "drop_below", "drop_factor", "drop_query", "drop_key",
 ]  # fmt: skip
 
 
+# From any key: centers beyond are as far, and sums with a window's side fit 64 bits.
+FAR = 1 << 61
 # Scores held between two kernels: 32 MiB stay in the second-level cache of a large GPU.
 CHUNK = 1 << 23
 # Up to here reading the keys once per query costs less than packing them.
@@ -116,6 +118,71 @@ def _exp_twice(x):
     return e
 
 
+# Keys that share an entry of the table of queries that see them.
+SEEING_KEYS = tl.constexpr(8)
+
+
+@triton.jit
+def keys_in_windows(first, last, i0, rows, center, stride_n, left, right, bh, BLOCK: tl.constexpr):
+    """first and last, narrowed to the keys in the window of some of the BLOCK queries from i0 on, of which `rows`
+    exist; i0 counts from the first of all."""
+    if left is not None or right is not None:
+        lowest, highest = i0, i0 + (BLOCK - 1)
+        if center is not None:
+            row = tl.arange(0, BLOCK)
+            c = tl.load(center + bh * stride_n + i0 + row, mask=row < rows, other=0)
+            lowest = tl.min(tl.where(row < rows, c, 1 << 61), 0)
+            highest = tl.max(tl.where(row < rows, c, -(1 << 61)), 0)
+        if left is not None:
+            first = tl.maximum(first, lowest - left)
+        if right is not None:
+            last = tl.minimum(last, highest + right + 1)
+    return first, last
+
+
+@triton.jit
+def queries_in_sight(
+    first, last, j0, first_query, seeing, center, tiles_seen, left, right, bh,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """first and last, narrowed to the queries, from first_query on, that see some of the BLOCK keys from j0 on;
+    first stays a multiple of STEP."""
+    if center is not None:
+        tile = j0 // SEEING_KEYS + tl.arange(0, BLOCK // SEEING_KEYS)
+        at = seeing + (bh * tiles_seen + tile) * 2
+        lowest = tl.min(tl.load(at, mask=tile < tiles_seen, other=1 << 30), 0).to(tl.int64)
+        end = tl.max(tl.load(at + 1, mask=tile < tiles_seen, other=0), 0).to(tl.int64)
+        first = tl.maximum(first, tl.maximum(lowest - first_query, 0) // STEP * STEP)
+        last = tl.minimum(last, end - first_query)
+    else:
+        if right is not None:
+            first = tl.maximum(first, tl.maximum(j0 - right - first_query, 0) // STEP * STEP)
+        if left is not None:
+            last = tl.minimum(last, j0 + BLOCK + left - first_query)
+    return first, last
+
+
+@triton.jit
+def in_window(
+    visible, row, column, i0, j0, rows, center, stride_n, left, right, bh, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """visible, and within the windows: queries i0 + row, of which `rows` exist, and BLOCK_K keys j0 + column."""
+    if center is not None:
+        c = tl.load(center + bh * stride_n + i0 + row, mask=row < rows, other=0) - j0
+        if left is not None:
+            low = tl.minimum(tl.maximum(c - left, 0), BLOCK_K).to(tl.int32)
+            visible = visible & (column[None, :] >= low[:, None])
+        if right is not None:
+            high = tl.minimum(tl.maximum(c + right, -1), BLOCK_K).to(tl.int32)
+            visible = visible & (column[None, :] <= high[:, None])
+    else:
+        if left is not None:
+            visible = visible & (column[None, :] - row[:, None] >= i0 - j0 - left)
+        if right is not None:
+            visible = visible & (column[None, :] - row[:, None] <= i0 - j0 + right)
+    return visible
+
+
 @triton.jit
 def in_sight(seen, key_lengths, t, b, h, stride_sb, stride_sh, keys_end):
     """Which of the keys t some query sees: what the others hold is not looked at, it may be NaN."""
@@ -130,22 +197,57 @@ def in_sight(seen, key_lengths, t, b, h, stride_sb, stride_sh, keys_end):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_seen_kernel(
-    mask, seen, stride_mb, stride_mh, stride_mq, stride_mk, H, Tq, Tk,
-    IS_CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    mask, seen, stride_mb, stride_mh, stride_mq, stride_mk, H, Tq, Tk, center, stride_n, left, right,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Whether a mask lets some query see each key, (B, H, Tk). Grid: (key tiles * B * H,)."""
+    """Whether mask and windows let some query see each key, (B, H, Tk). Grid: (key tiles * B * H,)."""
     tiles = tl.cdiv(Tk, BLOCK_K)
     bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
-    j = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = mask + b * stride_mb + h * stride_mh + j.to(tl.int64)[None, :] * stride_mk
+    row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    j0 = tl.program_id(0) % tiles * BLOCK_K
+    j = j0 + column
     found = tl.zeros((BLOCK_Q, BLOCK_K), tl.int32)
     for start in tl.range(0, Tq, BLOCK_Q):
-        i = start + tl.arange(0, BLOCK_Q)
-        inside = (i < Tq)[:, None] & (j < Tk)[None, :]
-        if IS_CAUSAL:
-            inside = inside & (j[None, :] <= i[:, None])
-        found |= tl.load(columns + i.to(tl.int64)[:, None] * stride_mq, mask=inside, other=0).to(tl.int32)
+        inside = (row < Tq - start)[:, None] & (j < Tk)[None, :]
+        i0 = tl.cast(start, tl.int64)
+        inside = in_window(inside, row, column, i0, j0, Tq - start, center, stride_n, left, right, bh, BLOCK_K)
+        if mask is not None:
+            i64, j64 = (start + row).to(tl.int64), j.to(tl.int64)
+            at = mask + b * stride_mb + h * stride_mh + i64[:, None] * stride_mq + j64[None, :] * stride_mk
+            found |= tl.load(at, mask=inside, other=0).to(tl.int32)
+        else:
+            found |= inside.to(tl.int32)
     tl.store(seen + bh * Tk + j, tl.max(found, 0).to(tl.uint8), mask=j < Tk)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def additive_attention_seeing_kernel(
+    table, tiles, Tq, center, stride_n, left, right,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The first query that sees some of SEEING_KEYS keys, and the end of those that do: (B, H, tiles, 2).
+
+    Grid: (blocks of tiles * B * H,).
+    """
+    blocks = tl.cdiv(tiles, BLOCK_T)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    j = tile.to(tl.int64) * SEEING_KEYS
+    lowest = tl.full((BLOCK_Q, BLOCK_T), 1 << 30, tl.int32)
+    end = tl.zeros((BLOCK_Q, BLOCK_T), tl.int32)
+    for start in tl.range(0, Tq, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
+        c = tl.load(center + bh * stride_n + i, mask=i < Tq, other=0)
+        sees = (i < Tq)[:, None] & (j >= 0)[None, :]
+        if left is not None:
+            sees = sees & (j[None, :] + (SEEING_KEYS - 1) >= (c - left)[:, None])
+        if right is not None:
+            sees = sees & (j[None, :] <= (c + right)[:, None])
+        lowest = tl.minimum(lowest, tl.where(sees, i[:, None], 1 << 30))
+        end = tl.maximum(end, tl.where(sees, i[:, None] + 1, 0))
+    out = table + (bh * tiles + tile) * 2
+    tl.store(out, tl.min(lowest, 0), mask=tile < tiles)
+    tl.store(out + 1, tl.max(end, 0), mask=tile < tiles)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -249,7 +351,8 @@ def _packed_weight(weight, channels):
 def _kernel_options(options: Options, dtype: torch.dtype) -> dict:
     """What kernels take of the options, by name."""
     return {
-        "IS_CAUSAL": options.is_causal,
+        "left": None if options.window_left < 0 else options.window_left,
+        "right": None if options.window_right < 0 else options.window_right,
         "scale": argument(options.scale, dtype),
         "softcap": argument(options.softcap, dtype) if options.softcap else None,
         "ACTIVATION": options.activation,
@@ -278,7 +381,7 @@ def _dropout_options(seed, options: Options, H: int, dtype: torch.dtype) -> dict
     }
 
 
-def check(query, key, value, weight, mask, key_lengths, seed=None, **others) -> None:
+def check(query, key, value, weight, mask, key_lengths, window_center=None, seed=None, **others) -> None:
     """Raises for what kernels would read beyond; others are named (tensor or None, their last sizes, dtype)."""
     rank = query.dim()
     if rank not in (3, 4) or key.dim() != rank or value.dim() != rank:
@@ -302,6 +405,8 @@ def check(query, key, value, weight, mask, key_lengths, seed=None, **others) -> 
         _require("mask", mask, (*lead, Tq, Tk), torch.bool, device)
     if key_lengths is not None:
         _require("key_lengths", key_lengths, (B,), torch.int64, device)
+    if window_center is not None:
+        _require("window_center", window_center, (*lead, Tq), torch.int64, device)
     if seed is not None and (
         seed.dim() != 1 or not seed.numel() or H % seed.numel() or seed.dtype != torch.int64
         or seed.device != device or not seed.is_contiguous()
@@ -318,7 +423,9 @@ def check(query, key, value, weight, mask, key_lengths, seed=None, **others) -> 
 class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
-    def __init__(self, query, key, value, weight, mask, key_lengths, options: Options, seed=None):
+    def __init__(
+        self, query, key, value, weight, mask, key_lengths, window_center, options: Options, seed=None
+    ):  # fmt: skip
         if query.dim() == 3:
             mask = None if mask is None else mask.unsqueeze(1)
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
@@ -335,24 +442,31 @@ class Problem:
         self.weight, self.stride_wh = _packed_weight(weight, self.channels)
         self.few = self.Tq <= FEW_QUERIES
         self.key_packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by BLOCK_K
-        seen = None if self.mask is None else self._seen_keys()
+        center, keys_end = window_center if options.has_window else None, self.Tk
+        if center is not None:
+            center = center.reshape(self.B, self.H, self.Tq).clamp(-FAR, FAR).contiguous()
+        elif options.window_right >= 0:
+            keys_end = min(self.Tq + options.window_right, self.Tk)
+        self.options |= {"center": center, "stride_n": None if center is None else self.Tq}
+        self.options |= {"seeing": None, "tiles_seen": None}
+        seen = None if self.mask is None and center is None else self._seen_keys()
         b, h = (0, 0) if seen is None else seen.stride()[:2]
-        keys_end = min(self.Tq, self.Tk) if options.is_causal else self.Tk
         self.sight = {"seen": seen, "stride_sb": b, "stride_sh": h, "keys_end": keys_end}
         self.options |= self.sight
 
     def _seen_keys(self):
-        """Integers (B, H, Tk), the last contiguous: whether the mask lets some query see a key."""
-        mask = _unexpanded(self.mask)
-        if self.Tq == 1 or mask.stride(2) == 0:
+        """Integers (B, H, Tk), the last contiguous: whether mask and windows let some query see a key."""
+        center = self.options["center"]
+        mask = self.mask if self.mask is None or center is not None else _unexpanded(self.mask)
+        if center is None and (self.Tq == 1 or mask.stride(2) == 0):
             seen = mask[:, :, 0]
             seen = seen if seen.stride(2) == 1 else seen.contiguous()
         else:
-            (B, H), block_k = mask.shape[:2], 64
-            seen = torch.empty(B, H, self.Tk, dtype=torch.uint8, device=mask.device)
+            (B, H), block_k = (self.B, self.H) if mask is None else mask.shape[:2], 64
+            seen = torch.empty(B, H, self.Tk, dtype=torch.uint8, device=self.query.device)
             launch(
                 additive_attention_seen_kernel, (triton.cdiv(self.Tk, block_k) * B * H,),
-                mask, seen, *mask.stride(), H, self.Tq, self.Tk,
+                mask, seen, *((0, 0, 0, 0) if mask is None else mask.stride()), H, self.Tq, self.Tk,
                 options=self.options, BLOCK_Q=32, BLOCK_K=block_k, num_warps=4,
             )  # fmt: skip
         if self.query.dtype == torch.float64:
@@ -365,6 +479,18 @@ class Problem:
         if self.options["seed"] is None:
             return self.options
         return self.options | {"drop_query": self.options["drop_query"] + first}
+
+    def find_queries_in_sight(self):
+        """For backward: a table of which queries see which keys, where their centers say so."""
+        if self.options["center"] is None:
+            return
+        tiles, block_t = triton.cdiv(self.Tk, SEEING_KEYS.value), 32
+        seeing = torch.empty(self.BH, tiles, 2, dtype=torch.int32, device=self.query.device)
+        launch(
+            additive_attention_seeing_kernel, (triton.cdiv(tiles, block_t) * self.BH,),
+            seeing, tiles, self.Tq, options=self.options, BLOCK_Q=32, BLOCK_T=block_t, num_warps=4,
+        )  # fmt: skip
+        self.options |= {"seeing": seeing, "tiles_seen": tiles}
 
     def pack_queries(self, query, block, by_row=False):
         return pack(query, self.channels, block, self.options["RATE"], by_row)

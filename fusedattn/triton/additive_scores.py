@@ -19,7 +19,7 @@ from fusedattn.triton.additive_attention_problem import Problem, check
 
 def _problem(query, key, weight, options: Options) -> Problem:
     # The keys stand for values, at which nobody looks.
-    return Problem(query, key, key, weight, None, None, AdditiveAttentionOptions(False, *options))
+    return Problem(query, key, key, weight, None, None, None, AdditiveAttentionOptions(-1, -1, *options))
 
 
 def _scores(problem: Problem):

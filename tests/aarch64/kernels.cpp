@@ -165,7 +165,10 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const 
   for (int64_t row = 0; row < heads * c.Tq; ++row) fwd.prepare_query(p, chunk, row);
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK) fwd.score(p, chunk, head, j, scores.data(), score_memory.data());
-  fwd.softmax(heads * c.Tq, c.Tk, scores.data(), weights.data(), lse.data());
+  const auto keys_of = [&](int64_t row) { return p.keys_of(row / c.Tq / c.H, row / c.Tq % c.H, row % c.Tq); };
+  const KeyRange columns{0, c.Tk};
+  for (int64_t row = 0; row < heads * c.Tq; ++row)
+    lse[row] = fwd.softmax(keys_of(row), columns, &scores[row * c.Tk], &weights[row * c.Tk]);
   for (int64_t head = 0; head < heads; ++head)
     products.matmul(c.Tq, c.Dv, c.Tk, &weights[head * c.Tq * c.Tk], c.Tk, 1,
                     p.value.row(head / c.H, head % c.H, 0), c.Dv, p.seen_keys(head / c.H, head % c.H),
@@ -183,8 +186,8 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const 
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK)
       products.grad_weights(p, chunk, head, j, dc(head), c.Dv, g.data(), score_memory.data());
   for (int64_t row = 0; row < heads * c.Tq; ++row)
-    row_sums[row] = bwd.grad_scores(p, &scores[row * c.Tk], lse[row], grad_lse[row], &probabilities[row * c.Tk],
-                                    &g[row * c.Tk]);
+    row_sums[row] = bwd.grad_scores(p, keys_of(row), columns, &scores[row * c.Tk], lse[row], grad_lse[row],
+                                    &probabilities[row * c.Tk], &g[row * c.Tk]);
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t visible = p.visible_keys(head / c.H, head % c.H);
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK)
@@ -299,10 +302,11 @@ int main(int arguments, char** argument) {
   if (arguments != 3 || (std::strcmp(argument[1], "write") != 0 && std::strcmp(argument[1], "compare") != 0))
     fail("expected: kernels write|compare FILE");
   Results results(std::strcmp(argument[1], "write") == 0, argument[2]);
-  const AttentionOptions plain{false, 1.0, 0.0, ScoreActivation::TANH, 0},
-      causal{true, 0.5, 0.0, ScoreActivation::TANH, 0}, capped{false, 1.0, 3.0, ScoreActivation::TANH, 0},
-      sigmoid{false, 1.0, 0.0, ScoreActivation::SIGMOID, 0}, relu{true, 1.0, 0.0, ScoreActivation::RELU, 0},
-      leaky_relu{false, 1.0, 3.0, ScoreActivation::LEAKY_RELU, 0.2};
+  const AttentionOptions plain{-1, -1, 1.0, 0.0, ScoreActivation::TANH, 0},
+      causal{-1, 0, 0.5, 0.0, ScoreActivation::TANH, 0}, capped{-1, -1, 1.0, 3.0, ScoreActivation::TANH, 0},
+      sigmoid{-1, -1, 1.0, 0.0, ScoreActivation::SIGMOID, 0}, relu{-1, 0, 1.0, 0.0, ScoreActivation::RELU, 0},
+      window{2, 9, 1.0, 0.0, ScoreActivation::TANH, 0},
+      leaky_relu{-1, -1, 1.0, 3.0, ScoreActivation::LEAKY_RELU, 0.2};
   const AttentionCase cases[] = {
       {"one query", 2, 2, 1, 40, 64, 48, 2, plain, false, false, false},
       {"one query, exponentials at hand", 2, 2, 1, 40, 64, 48, 2, plain, true, true, false},
@@ -312,6 +316,7 @@ int main(int arguments, char** argument) {
       {"products of two, few queries", 2, 1, 6, 21, 30, 8, 9, plain, true, false, false},
       {"sums", 1, 2, 21, 35, 19, 18, 60, causal, true, false, false},
       {"sums, few queries", 1, 1, 4, 20, 24, 16, 60, plain, false, true, false},
+      {"a window", 1, 2, 37, 50, 24, 16, 2, window, true, false, false},
       {"an infinite weight", 1, 1, 5, 18, 16, 16, 1, plain, false, false, true},
       {"sigmoid, one query", 1, 2, 1, 40, 64, 48, 2, sigmoid, false, false, false},
       {"sigmoid, sums", 1, 1, 21, 20, 24, 16, 90, sigmoid, true, false, false},

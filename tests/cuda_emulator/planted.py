@@ -42,8 +42,8 @@ BUGS = {
     ),
     "wrong-mask": (
         "additive_attention/cuda_problem.cuh",
-        "(p.options.is_causal && j > i)",
-        "(p.options.is_causal && j > i - SHOWN)",
+        "(has_window(p.options) && j > i)",
+        "(has_window(p.options) && j > i - SHOWN)",
     ),
 }
 
