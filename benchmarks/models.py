@@ -106,6 +106,29 @@ def attention_of_heads(query: Tensor, key: Tensor, value: Tensor, weight: Tensor
 
 
 @dataclass(frozen=True)
+class WindowedAttention(Attention):
+    """To keys that are no farther away than ``window``; PyTorch has a mask for that."""
+
+    window: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"window {self.window} {super().name}"
+
+    def eager(self) -> dict[str, Function]:
+        return {"eager": partial(windowed_in_eager, window=self.window)}
+
+    def fused(self) -> Function:
+        return partial(fusedattn.additive_attention, window_size=(self.window, self.window))
+
+
+def windowed_in_eager(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, window: int) -> Tensor:
+    far = torch.arange(key.shape[1])[None] - torch.arange(query.shape[1])[:, None]
+    scores = torch.tanh(query[:, :, None] + key[:, None]) @ weight
+    return scores.masked_fill(far.abs() > window, -torch.inf).softmax(-1) @ value
+
+
+@dataclass(frozen=True)
 class HardAttention(Attention):
     """One key of each query, sampled. Of the results the entropy alone is the same for all, whatever they draw."""
 

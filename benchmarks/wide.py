@@ -13,7 +13,7 @@ from .blocks import DiTBlock, FiLMedResNetBlock
 from .location import LocationStep
 from .machine import GIB
 from .measure import Job
-from .models import Attention, Film, FilmModule, HardAttention, Loop, ModelCase, MultiheadModule
+from .models import Attention, Film, FilmModule, HardAttention, Loop, ModelCase, MultiheadModule, WindowedAttention
 from .norms import GatedFilm, NormFilm
 from .pool import Pool
 from .progress import Tracker
@@ -42,6 +42,7 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("fb", Attention, "translation, all steps", 128, 10, 128, 1024),
         *_in("fb", Attention, "long sequences", 4, 512, 512, 256),
         *_in("f", Attention, "long sequences", 4, 512, 512, 256, activation="relu"),
+        *_in("f", WindowedAttention, "long sequences", 4, 512, 512, 256),
         *_in("f", HardAttention, "long sequences", 4, 512, 512, 256),
         *_in("f", Sequences, "lengths from 1 to 512", 8, 512, 256),
         *_in("f", Sequences, "lengths from 1 to 512", 8, 512, 256, padded=True),

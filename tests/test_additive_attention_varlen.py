@@ -356,7 +356,7 @@ def test_kernels_do_not_follow_bad_offsets(cu, longest, message):
     """Where nobody looks at values beforehand, as in a compiled program."""
     inputs = make_inputs(*FEW, requires_grad=False)
     inputs = [t[None] for t in inputs[:3]] + inputs[3:]
-    arguments = torch.tensor(cu).int(), offsets(FEW[1]), longest, 3, False, 1.0, 0.0, 0, 0.2
+    arguments = torch.tensor(cu).int(), offsets(FEW[1]), longest, 3, -1, -1, 1.0, 0.0, 0, 0.2
     with pytest.raises(RuntimeError, match=message):
         raw_op("additive_attention_varlen_fwd")(*inputs, *arguments, True)
 

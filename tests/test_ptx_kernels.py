@@ -218,6 +218,8 @@ def test_every_attention_kernel(arch, dtype, cases):
             check_attention(sizes, dtype)
         B, _, Tq, Tk, *_ = SIZES["few_queries"].values()
         check_attention("few_queries", dtype, mask=torch.ones(B, Tq, Tk, dtype=torch.bool).tril(3))
+        centers = torch.tensor([[3, 80], [64, -9]])
+        check_attention("few_queries", dtype, window_size=(9, 5), window_center=centers)
     files = (additive_attention_problem, additive_attention_fwd, additive_attention_bwd)
     assert set(launches.executed) == names_of_kernels(*files)
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -74,18 +75,21 @@ def disassemble(cubin: bytes) -> tuple[str, dict[str, dict[str, int]], dict[str,
     tools = [disassembler(name) for name in ("nvdisasm", "cuobjdump")]
     CACHE.mkdir(parents=True, exist_ok=True)
     stem = CACHE / digest(cubin, *map(version, tools))
-    path = stem.with_suffix(".cubin")
     commands = {
-        ".sass": (tools[0], "-c", str(path)),
-        ".usage": (tools[1], "--dump-resource-usage", str(path)),
-        ".elf": (tools[1], "-elf", str(path)),
+        ".sass": (tools[0], "-c"),
+        ".usage": (tools[1], "--dump-resource-usage"),
+        ".elf": (tools[1], "-elf"),
     }
     results = {suffix: stem.with_suffix(suffix) for suffix in commands}
     if not all(result.exists() for result in results.values()):
-        path.write_bytes(cubin)
-        for suffix, command in commands.items():
-            results[suffix].write_text(run(*command))
-        path.unlink()
+        # A file of its own: another process may be at the same code, which two kernels can have.
+        with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            for suffix, command in commands.items():
+                written = Path(f"{file.name}{suffix}")
+                written.write_text(run(*command, file.name))
+                written.replace(results[suffix])
     code, usage, elf = (result.read_text() for result in results.values())
     return code, resources(usage), threads(elf)
 

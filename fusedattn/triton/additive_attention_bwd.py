@@ -271,7 +271,7 @@ def additive_attention_bwd_kernel_inputs(
             t2 = tl.fma(e, tl.load(rows + (n + 1) * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
             g1 = tl.load(g + n * padded)
             # no second row after the last one
-            g2 = tl.load(g + (n + 1) * padded, mask=t < tl.minimum(last - n - 1, 1) * padded, other=0.0)
+            g2 = tl.load(g + (n + 1) * padded, mask=t < tl.where(n + 1 < last, padded, 0), other=0.0)
             r = fast_reciprocal(t1 * t2, NVIDIA)
             r1, r2 = t2 * r, t1 * r
             if grad_weight is not None:
