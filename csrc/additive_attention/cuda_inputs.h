@@ -40,7 +40,7 @@ struct AttentionInputs {
     STD_TORCH_CHECK(options.activation == ScoreActivation::TANH,
                     "additive_attention: activation: the CUDA kernels have tanh alone");
     STD_TORCH_CHECK(!dropout_seed, "additive_attention: dropout_seed: the CUDA kernels have no dropout");
-    STD_TORCH_CHECK(!has_window(options) || (options.window_left < 0 && options.window_right == 0),
+    STD_TORCH_CHECK(options.window_left < 0 && options.window_right <= 0,
                     "additive_attention: window_size: the CUDA kernels have (-1, 0) alone");
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
