@@ -271,7 +271,7 @@ def additive_attention_bwd_kernel_inputs(
             t2 = tl.fma(e, tl.load(rows + (n + 1) * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
             g1 = tl.load(g + n * padded)
             # no second row after the last one
-            g2 = tl.load(g + (n + 1) * padded, mask=t < tl.where(n + 1 < last, padded, 0), other=0.0)
+            g2 = tl.load(g + (n + 1) * padded, mask=t < tl.minimum(last - n - 1, 1) * padded, other=0.0)
             r = fast_reciprocal(t1 * t2, NVIDIA)
             r1, r2 = t2 * r, t1 * r
             if grad_weight is not None:
@@ -362,6 +362,8 @@ def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
     wanted = 8 * programs_wanted(held.x.device) // (tiles * channel_tiles * problem.BH)
     split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, wanted)), PAD) * PAD
     splits = triton.cdiv(passing_T, split_rows)
+    # Beside the ranges that centers give, one warp has no registers left for 16 rows on sm_80.
+    warps = max(tile.warps, 2) if problem.options["center"] is not None and block_t > 8 else tile.warps
     grad = problem.empty(splits, problem.B, problem.H, T, problem.D)
     grad_weight = problem.empty(splits, problem.B, problem.H, tiles, problem.D) if of_query else None
     launch(
@@ -372,7 +374,7 @@ def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
         *held.x.stride(), *passing.x.stride(), *strides(held.bounds), *strides(passing.bounds), problem.stride_wh,
         problem.H, problem.BH, T, passing_T, first, split_rows,
         options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_T=block_t, BLOCK_D=block_d,
-        PAD=PAD, NVIDIA=NVIDIA, num_warps=tile.warps,
+        PAD=PAD, NVIDIA=NVIDIA, num_warps=warps,
     )  # fmt: skip
     grad = grad.sum(0) if splits > 1 else grad[0]
     return grad, (grad_weight.sum((0, 1, 3)) if of_query else None)

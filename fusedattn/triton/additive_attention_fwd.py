@@ -307,8 +307,6 @@ def additive_attention_fwd_kernel_context(
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     i64 = i.to(tl.int64)
     in_q, in_v = i < Tq, v < Dv
-    rows = scores + (bh * Tq + i64)[:, None] * Tk
-    columns = value + b * stride_vb + h * stride_vh + v.to(tl.int64)[None, :] * stride_vd
 
     first = split * split_keys
     last = tl.minimum(first + split_keys, keys_end)
@@ -321,6 +319,8 @@ def additive_attention_fwd_kernel_context(
     if left is not None:
         first = first // BLOCK_K * BLOCK_K
 
+    rows = scores + (bh * Tq + i64)[:, None] * Tk
+    columns = value + b * stride_vb + h * stride_vh + v.to(tl.int64)[None, :] * stride_vd
     if seen is not None:
         seen += b * stride_sb + h * stride_sh
     top = tl.full((BLOCK_Q,), float("-inf"), ARITHMETIC)

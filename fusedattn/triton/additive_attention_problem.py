@@ -120,6 +120,7 @@ def _exp_twice(x):
 
 # Keys that share an entry of the table of queries that see them.
 SEEING_KEYS = tl.constexpr(8)
+BEYOND_TILE = tl.constexpr(1 << 20)  # more than any tile has rows or columns
 
 
 @triton.jit
@@ -130,9 +131,8 @@ def keys_in_windows(first, last, i0, rows, center, stride_n, left, right, bh, BL
         lowest, highest = i0, i0 + (BLOCK - 1)
         if center is not None:
             row = tl.arange(0, BLOCK)
-            c = tl.load(center + bh * stride_n + i0 + row, mask=row < rows, other=0)
-            lowest = tl.min(tl.where(row < rows, c, 1 << 61), 0)
-            highest = tl.max(tl.where(row < rows, c, -(1 << 61)), 0)
+            c = tl.load(center + (bh * stride_n + i0) + tl.minimum(row, rows - 1))
+            lowest, highest = tl.min(c, 0), tl.max(c, 0)
         if left is not None:
             first = tl.maximum(first, lowest - left)
         if right is not None:
@@ -176,10 +176,13 @@ def in_window(
             high = tl.minimum(tl.maximum(c + right, -1), BLOCK_K).to(tl.int32)
             visible = visible & (column[None, :] <= high[:, None])
     else:
+        # A number of 32 bits, as what it is compared with: those beyond a tile are alike.
         if left is not None:
-            visible = visible & (column[None, :] - row[:, None] >= i0 - j0 - left)
+            low = tl.minimum(tl.maximum(i0 - j0 - left, -BEYOND_TILE), BEYOND_TILE).to(tl.int32)
+            visible = visible & (column[None, :] - row[:, None] >= low)
         if right is not None:
-            visible = visible & (column[None, :] - row[:, None] <= i0 - j0 + right)
+            high = tl.minimum(tl.maximum(i0 - j0 + right, -BEYOND_TILE), BEYOND_TILE).to(tl.int32)
+            visible = visible & (column[None, :] - row[:, None] <= high)
     return visible
 
 

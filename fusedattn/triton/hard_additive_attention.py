@@ -31,7 +31,7 @@ from fusedattn.triton._common import (
 from fusedattn.triton._philox import random_word
 
 OP = "hard_additive_attention"
-BLOCK_Q, BLOCK_K = 4, 128
+BLOCK_Q, BLOCK_K = 4, 64  # twice as wide, it spills on AMD in float64
 
 # Kernels
 
@@ -49,16 +49,11 @@ def _rows(H, Tq, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _visible_scores(SCORES, MASK, b, h, i, j, H, Tq, Tk, mask_b, mask_h, mask_q, mask_k):
-    """(scores, -inf where hidden, and where each is) [BLOCK_Q, BLOCK_K]"""
-    within = (i < Tq) & (j < Tk)
-    at = ((b.to(tl.int64) * H + h) * Tq + i) * Tk + j
-    if MASK is not None:
-        mask = (
-            b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h + i.to(tl.int64) * mask_q + j.to(tl.int64) * mask_k
-        )
-        within &= tl.load(MASK + mask, mask=within, other=0) != 0
-    return tl.load(SCORES + at, mask=within, other=float("-inf")), at
+def _visible_scores(scores_row, mask_row, within, j, mask_k):
+    """Scores [BLOCK_Q, BLOCK_K], -inf where hidden."""
+    if mask_row is not None:
+        within &= tl.load(mask_row + j.to(tl.int64) * mask_k, mask=within, other=0) != 0
+    return tl.load(scores_row + j, mask=within, other=float("-inf"))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED + UNSPECIALISED_PLACE)
@@ -77,12 +72,16 @@ def hard_additive_attention_fwd_kernel(
     best = tl.full((BLOCK_Q,), -infinity, dtype)
     chosen = tl.zeros((BLOCK_Q,), dtype)  # the score of the best
     index = tl.full((BLOCK_Q,), -1, tl.int64)
+    row = (b.to(tl.int64) * H + h) * Tq + i  # [BLOCK_Q, 1]
+    scores_row, in_q = SCORES + row * Tk, i < Tq
+    mask_row = MASK
+    if MASK is not None:
+        mask_row += b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h + i.to(tl.int64) * mask_q
     if SEED is not None:
-        seed = tl.load(SEED + h // of_seed)
         head = first_head.to(tl.int64) + b.to(tl.int64) * heads + h % of_seed
     for start in range(0, Tk, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)[None, :]
-        score, _ = _visible_scores(SCORES, MASK, b, h, i, j, H, Tq, Tk, mask_b, mask_h, mask_q, mask_k)
+        score = _visible_scores(scores_row, mask_row, in_q & (j < Tk), j, mask_k)
         # Relative to 0 before anything is seen: no infinity less itself.
         before, top = top, tl.maximum(top, tl.max(score, 1))
         shift = tl.where(top == -infinity, 0.0, top)
@@ -94,6 +93,8 @@ def hard_additive_attention_fwd_kernel(
         total = total * scaled + tl.sum(p, 1)
         perturbed = score
         if SEED is not None:
+            # Once a block: on AMD its words are scalar registers, of which logarithms take most in float64.
+            seed = tl.load(SEED + h // of_seed, volatile=True)
             word = random_word(seed, head, first_query + i, first_key + j)
             uniform = tl.minimum((word.to(dtype) + 0.5) * 0.00000000023283064365386963, 0.999999940395355224609375)
             perturbed = score - tl.log(-libdevice.log1p(-uniform))
@@ -107,8 +108,7 @@ def hard_additive_attention_fwd_kernel(
     index = tl.where((index < 0) & ~empty, 0, index)
     log_total = tl.log(tl.where(empty, 1.0, total))
     lse = top + log_total
-    row = (b.to(tl.int64) * H + h) * Tq + tl.reshape(i, (BLOCK_Q,))
-    within = tl.reshape(i, (BLOCK_Q,)) < Tq
+    row, within = tl.reshape(row, (BLOCK_Q,)), tl.reshape(in_q, (BLOCK_Q,))
     tl.store(LOG_PROB + row, tl.where(empty, 0.0, chosen - lse), mask=within)
     tl.store(ENTROPY + row, tl.where(empty, 0.0, log_total - weighted / total), mask=within)
     tl.store(LSE + row, lse, mask=within)
@@ -124,9 +124,11 @@ def hard_additive_attention_bwd_kernel(
 ):  # fmt: skip
     b, h, i = _rows(H, Tq, BLOCK_Q)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    score, at = _visible_scores(SCORES, MASK, b, h, i, j, H, Tq, Tk, mask_b, mask_h, mask_q, mask_k)
-    row = (b.to(tl.int64) * H + h) * Tq + i  # [BLOCK_Q, 1]
-    within = i < Tq
+    row, within = (b.to(tl.int64) * H + h) * Tq + i, i < Tq  # [BLOCK_Q, 1]
+    mask_row = MASK
+    if MASK is not None:
+        mask_row += b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h + i.to(tl.int64) * mask_q
+    score = _visible_scores(SCORES + row * Tk, mask_row, within & (j < Tk), j, mask_k)
     index = tl.load(INDEX + row, mask=within, other=-1)
     log_p = score - tl.load(LSE + row, mask=within, other=0.0)
     of_all = tl.zeros_like(log_p)
@@ -142,7 +144,7 @@ def hard_additive_attention_bwd_kernel(
         of_all -= dlog_prob
         of_chosen = tl.where(j == index, dlog_prob, of_chosen)
     grad = tl.where(index < 0, 0.0, tl.exp(log_p) * of_all + of_chosen)
-    tl.store(DSCORES + at, grad, mask=within & (j < Tk))
+    tl.store(DSCORES + row * Tk + j, grad, mask=within & (j < Tk))
 
 
 # Launchers
