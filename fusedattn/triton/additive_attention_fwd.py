@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedattn.triton import _tiles
 from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide, number
 from fusedattn.triton.additive_attention_problem import (
     LOG2E,
@@ -270,6 +271,9 @@ def _write_scores_by(tile, problem, out, first, end):
         problem.key_packed[block_k] = problem.pack_keys(block_k)
     key_exp, key_bound = problem.key_packed[block_k]
     query_exp, query_bound = problem.pack_queries(query, block_q)
+    # Beside the bounds of windows two warps lack registers, but on sm_90, where four exchange too much.
+    has_window = problem.options["left"] is not None or problem.options["center"] is not None
+    warps = max(tile.warps, 4) if has_window and _tiles.gpu_of(query.device) != _tiles.SM_90 else tile.warps
     launch(
         additive_attention_fwd_kernel_scores,
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
@@ -279,7 +283,7 @@ def _write_scores_by(tile, problem, out, first, end):
         *strides(query_bound), *strides(key_bound), problem.stride_wh,
         problem.H, n, problem.Tk, first,
         options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_D=triton.next_power_of_2(problem.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=tile.warps,
+        BLOCK_D=triton.next_power_of_2(problem.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
     )  # fmt: skip
 
 

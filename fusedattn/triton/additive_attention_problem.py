@@ -120,7 +120,6 @@ def _exp_twice(x):
 
 # Keys that share an entry of the table of queries that see them.
 SEEING_KEYS = tl.constexpr(8)
-BEYOND_TILE = tl.constexpr(1 << 20)  # more than any tile has rows or columns
 
 
 @triton.jit
@@ -176,13 +175,10 @@ def in_window(
             high = tl.minimum(tl.maximum(c + right, -1), BLOCK_K).to(tl.int32)
             visible = visible & (column[None, :] <= high[:, None])
     else:
-        # A number of 32 bits, as what it is compared with: those beyond a tile are alike.
         if left is not None:
-            low = tl.minimum(tl.maximum(i0 - j0 - left, -BEYOND_TILE), BEYOND_TILE).to(tl.int32)
-            visible = visible & (column[None, :] - row[:, None] >= low)
+            visible = visible & (column[None, :] - row[:, None] >= i0 - j0 - left)
         if right is not None:
-            high = tl.minimum(tl.maximum(i0 - j0 + right, -BEYOND_TILE), BEYOND_TILE).to(tl.int32)
-            visible = visible & (column[None, :] - row[:, None] <= high)
+            visible = visible & (column[None, :] - row[:, None] <= i0 - j0 + right)
     return visible
 
 
