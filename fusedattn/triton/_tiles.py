@@ -94,21 +94,23 @@ TABLE = (
 
 def gpu_of(device: torch.device) -> str:
     """The kind of GPU in the table's terms; what is no GPU (the interpreter, tools) counts as sm_90."""
+    major = capability_of(device)
+    return AMD if major is None else SM_80 if major < 9 else SM_90 if major < 12 else SM_120
+
+
+def capability_of(device: torch.device) -> int | None:
+    """The first number of an NVIDIA GPU's compute capability, None on AMD."""
     if (recorded := _common.recording_for()) is not None:
         backend, arch = recorded
-        return AMD if backend == "hip" else _by_capability(int(arch) // 10)
-    return _gpu_of(device)
+        return None if backend == "hip" else int(arch) // 10
+    return _capability_of(device)
 
 
 @functools.cache
-def _gpu_of(device: torch.device) -> str:
+def _capability_of(device: torch.device) -> int | None:
     if torch.version.hip is not None:
-        return AMD
-    return _by_capability(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else SM_90
-
-
-def _by_capability(major: int) -> str:
-    return SM_80 if major < 9 else SM_90 if major < 12 else SM_120
+        return None
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def rows(kernel: str, gpu: str) -> list[Tile]:

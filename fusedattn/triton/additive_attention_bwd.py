@@ -363,8 +363,10 @@ def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
     wanted = 8 * programs_wanted(held.x.device) // (tiles * channel_tiles * problem.BH)
     split_rows = triton.cdiv(triton.cdiv(passing_T, max(1, wanted)), PAD) * PAD
     splits = triton.cdiv(passing_T, split_rows)
-    # Beside the ranges that centers give one warp lacks registers, but for 16 rows on sm_90 to sm_110.
-    alone = problem.options["center"] is None or (block_t > 8 and _tiles.gpu_of(held.x.device) == _tiles.SM_90)
+    # Beside the ranges that centers give one warp lacks registers, but on sm_90, and for 16 rows on sm_100.
+    device = held.x.device
+    alone = problem.options["center"] is None or _tiles.capability_of(device) == 9
+    alone |= block_t > 8 and _tiles.gpu_of(device) == _tiles.SM_90
     warps = tile.warps if alone else max(tile.warps, 2)
     grad = problem.empty(splits, problem.B, problem.H, T, problem.D)
     grad_weight = problem.empty(splits, problem.B, problem.H, tiles, problem.D) if of_query else None
