@@ -126,6 +126,14 @@ def check_integers(op: str, argument: str, t) -> None:
         fail(op, argument, "a Tensor of integers", getattr(t, "dtype", type(t).__name__))
 
 
+def check_parameter(op: str, argument: str, t: Tensor, query: Tensor) -> None:
+    """Of the query's dtype, or of that of its arithmetic, and on its device."""
+    dtypes = query.dtype, accumulation_dtype(query.dtype)
+    if t.dtype not in dtypes or t.device != query.device:
+        expected = " or ".join(dict.fromkeys(map(str, dtypes)))
+        fail(op, argument, f"{expected} on {query.device} like query", f"{t.dtype} on {t.device}")
+
+
 def broadcast(
     op: str, query: Tensor, key: Tensor, weight: Tensor, value: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -183,9 +191,7 @@ def _check_inputs(op, query, key, weight, value) -> tuple:
     for argument, t in rows[1:]:
         if t.dtype != dtype or t.device != device:
             fail(op, argument, f"{dtype} on {device} like query", f"{t.dtype} on {t.device}")
-    if weight.dtype not in (dtype, accumulation_dtype(dtype)) or weight.device != device:
-        expected = " or ".join(dict.fromkeys(map(str, (dtype, accumulation_dtype(dtype)))))
-        fail(op, "weight", f"{expected} on {device} like query", f"{weight.dtype} on {weight.device}")
+    check_parameter(op, "weight", weight, query)
     rank = query.dim()
     if rank != 3 and rank != 4:
         fail(op, "query", "shape (B, Tq, D) or (B, H, Tq, D)", tuple(query.shape))

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _philox, _scores
+from fusedattn import _autograd, _normalizers, _philox, _scores
 from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import HardAdditiveAttentionOptions as Options
@@ -236,7 +236,10 @@ def attend(
             backend=backend,
         )
         log_prob, entropy, lse, index, best = HARD_ATTENTION(backend, (scores, visible, seed), Options(*place))
-        expected = _expected(scores, visible, value) if return_expected else None
+        expected = None
+        if return_expected:
+            softmax = _normalizers.NAMED["softmax"]
+            expected, _ = _normalizers.apply(OP, scores, value, visible, softmax, value.dtype)
     return Part(_chosen(value, index), index, log_prob, entropy, lse, best, expected)
 
 
@@ -246,14 +249,6 @@ def _chosen(value: Tensor, index: Tensor) -> Tensor:
         return value.new_zeros(*index.shape, value.shape[-1])
     rows = index.clamp_min(0).unsqueeze(-1).expand(*index.shape, value.shape[-1])
     return value.gather(-2, rows).masked_fill((index < 0).unsqueeze(-1), 0.0)
-
-
-def _expected(scores: Tensor, visible: Tensor | None, value: Tensor) -> Tensor:
-    if visible is None:
-        return scores.softmax(-1).to(value.dtype) @ value
-    (value,) = _scores.without_unseen(visible, value)
-    weights = _scores.of_visible(visible, scores).softmax(-1).masked_fill(~visible, 0.0)
-    return weights.to(value.dtype) @ value
 
 
 @overridable

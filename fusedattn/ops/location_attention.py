@@ -321,15 +321,13 @@ def _visible(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Te
 
 
 def _check(query, key, previous, conv_weight, location_weight) -> None:
-    (B, _, D), Tk, dtype, device = query.shape, key.shape[1], query.dtype, query.device
+    (B, _, D), Tk = query.shape, key.shape[1]
     for name, t in (
         ("previous", previous),
         ("conv_weight", conv_weight),
         ("location_weight", location_weight),
     ):
-        if t.dtype not in (dtype, accumulation_dtype(dtype)) or t.device != device:
-            expected = " or ".join(dict.fromkeys(map(str, (dtype, accumulation_dtype(dtype)))))
-            _fail(name, f"{expected} on {device} like query", f"{t.dtype} on {t.device}")
+        _scores.check_parameter(OP, name, t, query)
     if previous.dim() != 3 or previous.shape[0] != B or previous.shape[2] != Tk:
         _fail("previous", f"shape {shape_text(B, 'C', Tk)}", tuple(previous.shape))
     C = previous.shape[1]
