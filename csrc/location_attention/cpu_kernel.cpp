@@ -3,9 +3,9 @@
 //
 // Features differ from query to query, so that exponentials of keys that are made ahead are of no use: per channel
 // one exponential of the sum, and half a reciprocal.
-#include "location_attention/cpu_kernel.h"
-
 #include "additive_attention/cpu_kernel_common.h"
+// after the definition of FUSEDATTN_INLINE
+#include "location_attention/cpu_kernel.h"
 
 namespace fusedattn {
 namespace FUSEDATTN_LEVEL {
