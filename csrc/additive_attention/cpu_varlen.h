@@ -81,7 +81,7 @@ class SegmentRows {
         rows_(rows),
         row_stride_(row_stride),
         width_(width),
-        copied_(packed != nullptr && (H > 1 || (rows > 1 && row_stride != width))),
+        copied_(packed != nullptr && H * rows * width > 0 && (H > 1 || (rows > 1 && row_stride != width))),
         copy_(copied_ ? H * rows * width : 0) {}
 
   E* get() const { return copied_ ? copy_.get() : packed_; }
