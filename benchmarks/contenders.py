@@ -1,7 +1,7 @@
 """Who competes: plain PyTorch, torch.compile of the same lines, the strongest rival (identity.py), fusedattn, and
 x.clone() beside FiLM."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -80,8 +80,11 @@ def _compiles_fused(case: Case) -> bool:
     return not isinstance(case, AttentionCase | FilmCase) and case.compiles_fused
 
 
-def _compiled_name(name: str) -> str:
-    return name.replace("eager", "compile")
+def _to_compile(case: Case, eager: Iterable[str]) -> dict[str, str]:
+    """The names of compiled contenders, by those of the eager ones that they are made of."""
+    if isinstance(case, AttentionCase | FilmCase) or case.compiles_eager:
+        return {name: name.replace("eager", "compile") for name in eager}
+    return {}
 
 
 def names(case: Case) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ def names(case: Case) -> tuple[str, ...]:
     eager = _eager(case)
     identity = (IDENTITY,) if isinstance(case, AttentionCase) else ()
     fused = (COMPILED_FUSED,) if _compiles_fused(case) else ()
-    return *eager, *map(_compiled_name, eager), *identity, *_fast(case), *fused
+    return *eager, *_to_compile(case, eager).values(), *identity, *_fast(case), *fused
 
 
 def of(case: Case, compile: bool = True) -> dict[str, Function]:
@@ -98,7 +101,7 @@ def of(case: Case, compile: bool = True) -> dict[str, Function]:
     eager, graphs = _eager(case), {}
     if compile:
         torch._dynamo.reset()
-        graphs = {_compiled_name(name): compiled(function) for name, function in eager.items()}
+        graphs = {name: compiled(eager[of]) for of, name in _to_compile(case, eager).items()}
         if isinstance(case, AttentionCase):
             graphs[IDENTITY] = Identity(compiled)
         if _compiles_fused(case):

@@ -22,6 +22,7 @@ class ModelCase:
     model: str  # where such sizes occur
     dtype: str
     unit = ""
+    compiles_eager = True  # whether the code that ours is compared with is measured compiled, too
     compiles_fused = False  # whether our code is measured inside a compiled program, too
 
     def work(self, mode: str) -> float:
@@ -227,6 +228,11 @@ class Bound:
             delattr(owner, parameter)
             self._places.append((owner.__dict__, parameter))
 
+    @classmethod
+    def to_all(cls, module: nn.Module) -> "Bound":
+        """To all of its parameters."""
+        return cls(module, *(name for name, _ in module.named_parameters()))
+
     def __call__(self, *tensors: Tensor) -> Tensor:
         count = len(tensors) - len(self._places)
         for (attributes, name), parameter in zip(self._places, tensors[count:], strict=True):
@@ -327,8 +333,7 @@ class ModuleCase(LayerCase):
         return tuple(tuple(p.shape) for p in self.module().parameters())
 
     def fused(self) -> Function:
-        module = self.module()
-        return Bound(module, *(name for name, _ in module.named_parameters()))
+        return Bound.to_all(self.module())
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ HEADS = {  # of the first column, by group
     "wide gated": "x",
     "wide module": "module",
     "wide block": "block",
+    "wide dropin": "module",
 }
 WIDE = {
     "wide loop": "Decoder loops",
@@ -46,6 +47,7 @@ WIDE = {
     "wide gated": "Gated FiLM",
     "wide module": "Modules",
     "wide block": "Whole blocks",
+    "wide dropin": "Replaced modules",
 }
 NOTHING = "–"
 README_SECTION = re.compile(r"(<!-- benchmarks:begin -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL)
@@ -68,6 +70,10 @@ def _peak(row: dict | None) -> str:
     return NOTHING if peak is None else f"{peak / MIB:.0f}"
 
 
+def _difference(row: dict) -> str:
+    return f"{row['difference']:.1e}" if "difference" in row else NOTHING
+
+
 def _ceiling(s: dict) -> str:
     return f"{s['ceiling']:.0%} {s['fused']['limit']}" if "ceiling" in s else NOTHING
 
@@ -88,6 +94,7 @@ def table(result: dict, group: str) -> tuple[list[str], list[list[str]]]:
             for rival in (*kinds, contenders.CLONE)
         },
         **{f"{kind} MiB": [_peak(s[kind]) for s in found] for kind in kinds},
+        "difference": [_difference(s["fused"]) for s in found],
         "of ceiling": [_ceiling(s) for s in found],
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
@@ -109,7 +116,9 @@ WIDE_LEGEND = (
     "Median ms. eager: plain PyTorch by hand; compile: those lines compiled for these shapes, one step of a loop. "
     "Loops leave out projections on both sides, modules have them (benchmarks/wide.py). MiB: peak memory of a "
     "training step beyond inputs, outputs and gradients. Ceiling: the bytes that must be read and written, at "
-    "rates measured in the same run."
+    "rates measured in the same run. Replaced modules: eager is a module as its authors wrote it, fused the same "
+    "one after fusedattn.dropin.replace (benchmarks/dropin.py); difference: the largest of their outputs and "
+    "gradients in training, over the largest value of each."
 )
 
 

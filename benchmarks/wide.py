@@ -10,6 +10,7 @@ from rich.console import Console
 
 from . import contenders, fresh, machine, measure, memory, sizing
 from .blocks import DiTBlock, FiLMedResNetBlock
+from .dropin import ReplacedCase, ReplacedLoop, ReplacedPool, ReplacedTranslation
 from .location import LocationStep
 from .machine import GIB
 from .measure import Job
@@ -113,25 +114,37 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", DiTBlock, "DiT-S/2", 8, 256, 384, 6),
         *_in("f", FiLMedResNetBlock, "visual reasoning", 64, 128, 14, 256),
     ],
+    "wide dropin": [
+        *_in("f", ReplacedLoop, "speech", "espnet.AttLoc", 16, 200, 320, 320, 320, 20),
+        *_in("f", ReplacedLoop, "Tacotron 2", "tacotron2.Attention", 16, 160, 512, 1024, 128, 30),
+        *_in("f", ReplacedLoop, "captioning", "captioning.Attention", 8, 196, 2048, 512, 512, 10),
+        *_in("f", ReplacedTranslation, "GNMT", 32, 40, 40, 1024),
+        *_in("f", ReplacedPool, "slide of 10,000 patches", 10_000, 512, 128),
+    ],
 }
-# Groups of which the bytes that must be moved are known; of these peak memory is taken, too.
-WITH_BYTES = ("wide pool", "wide norm", "wide gated")
+WITH_BYTES = ("wide pool", "wide norm", "wide gated")  # groups of which the bytes that must be moved are known
+WITH_PEAKS = (*WITH_BYTES, "wide dropin")
 
 
 def time_case(job: Job, seconds: float) -> list[dict]:
     """As measure.time_case, but what is checked are the results at a smaller size, without compiling for it."""
     small = job.case.reduced()
     measure.check_agreement(small, contenders.of(small, compile=False), small.inputs(), small.grad_output())
-    return measure.time_case(replace(job, check=False), seconds)
+    rows = measure.time_case(replace(job, check=False), seconds)
+    if isinstance(job.case, ReplacedCase):
+        functions = contenders.of(job.case, compile=False)
+        difference = measure.relative_difference(job.case, functions, job.case.inputs(), job.case.grad_output())
+        rows = [row | {"difference": difference} for row in rows]
+    return rows
 
 
 def _of_peaks(rows: list[dict]) -> list[tuple[ModelCase, str, list[str]]]:
-    """What memory.measure takes: of the groups WITH_BYTES a training step of all contenders."""
+    """What memory.measure takes: of the groups WITH_PEAKS a training step of all contenders."""
     names: dict[str, list[str]] = {}
     for row in rows:
         if row["mode"] == "training":
             names.setdefault(row["case"], []).append(row["contender"])
-    cases = (case for group in WITH_BYTES for case in CASES[group])
+    cases = (case for group in WITH_PEAKS for case in CASES[group])
     return [(case, "training", names[case.name]) for case in cases if case.name in names]
 
 
