@@ -16,9 +16,22 @@ from torch import nn
 from fusedattn._dispatch import UnsupportedError
 from fusedattn.dropin._adapter import Adapter
 from fusedattn.dropin._replace import Selection, plan, restore
-from fusedattn.dropin._report import Entry, Report
+from fusedattn.dropin._report import Entry, GraphReport, Report, Rewrite
+from fusedattn.dropin._rewrite import backend, inductor, rewrite
 
-__all__ = ["Adapter", "Entry", "Report", "replace", "restore", "supported"]
+__all__ = [
+    "Adapter",
+    "Entry",
+    "GraphReport",
+    "Report",
+    "Rewrite",
+    "backend",
+    "inductor",
+    "replace",
+    "restore",
+    "rewrite",
+    "supported",
+]
 
 # The files that hold adapters, each in a tuple ADAPTERS.
 _FILES = (

@@ -61,17 +61,76 @@ class Report:
         if not self.entries:
             known = "fusedattn.dropin.supported() lists what is"
             return f"fusedattn.dropin: none of the {self.unknown} modules is known ({known})"
-        rows: dict[tuple[str, str, str], list[str]] = {}
+        lines = []
         for entry in self.entries:
-            adapter, kind = entry.adapter, "fused" if entry.replaced else "left"
             note = f" ({entry.reason})" if entry.reason else ""
-            text = adapter.fuses + note if entry.replaced else entry.reason
-            key = kind, re.sub(r"(?<![^.])\d+(?![^.])", "*", entry.name), f"{adapter.name}: {text}"
-            rows.setdefault(key, []).append(entry.name)
-        rows = dict(sorted(rows.items(), key=lambda row: row[0][0]))
-        labels = {key: names[0] if len(names) == 1 else f"{key[1]} ({len(names)})" for key, names in rows.items()}
-        width = max(map(len, labels.values()))
-        lines = [f"fusedattn.dropin: {len(self.replaced)} of {len(self.entries)} known modules are fused"]
-        lines += [f"  {key[0]:<5}  {label:<{width}}  {key[2]}" for key, label in labels.items()]
+            text = entry.adapter.fuses + note if entry.replaced else entry.reason
+            lines.append((entry.replaced, entry.name, f"{entry.adapter.name}: {text}"))
         limits = {e.adapter.name: e.adapter.limits for e in self.replaced if e.adapter.limits}
-        return "\n".join(lines + [f"  note   {name}: {text}" for name, text in limits.items()])
+        return _table(f"{len(self.replaced)} of {len(self.entries)} known modules are fused", lines, limits)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A pattern in a graph.
+
+    Attributes:
+        name: the module that it is in, as far as the graph tells, and its node.
+        fuses: what runs fused, or would.
+        replaced: whether it was rewritten.
+        reason: why it was not, or not all of it.
+        limits: where answers differ from those before.
+    """
+
+    name: str
+    fuses: str
+    replaced: bool
+    reason: str = ""
+    limits: str = ""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """The patterns in a graph: those rewritten, and those that nearly were with the reason why not.
+
+    Iterates over them; ``print`` has a line for each, or for each kind of layers that are numbered.
+    """
+
+    rewrites: tuple[Rewrite, ...]
+
+    @property
+    def replaced(self) -> tuple[Rewrite, ...]:
+        """Those that are fused."""
+        return tuple(rewrite for rewrite in self.rewrites if rewrite.replaced)
+
+    @property
+    def not_replaced(self) -> tuple[Rewrite, ...]:
+        """Those that nearly match, left as they are."""
+        return tuple(rewrite for rewrite in self.rewrites if not rewrite.replaced)
+
+    def __iter__(self) -> Iterator[Rewrite]:
+        return iter(self.rewrites)
+
+    def __str__(self) -> str:
+        if not self.rewrites:
+            return "fusedattn.dropin: no pattern is in the graph"
+        lines = []
+        for found in self.rewrites:
+            note = f" ({found.reason})" if found.reason else ""
+            lines.append((found.replaced, found.name, found.fuses + note if found.replaced else found.reason))
+        limits = {found.fuses: found.limits for found in self.replaced if found.limits}
+        return _table(f"{len(self.replaced)} of {len(self.rewrites)} patterns are fused", lines, limits)
+
+
+def _table(title: str, entries: list[tuple[bool, str, str]], limits: dict[str, str]) -> str:
+    """A line for each (fused or not, name, text), those of one text whose names differ in numbers together."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for fused, name, text in entries:
+        key = "fused" if fused else "left", re.sub(r"(?<![^.])\d+(?![^.])", "*", name), text
+        rows.setdefault(key, []).append(name)
+    rows = dict(sorted(rows.items(), key=lambda row: row[0][0]))
+    labels = {key: names[0] if len(names) == 1 else f"{key[1]} ({len(names)})" for key, names in rows.items()}
+    width = max(map(len, labels.values()))
+    lines = [f"fusedattn.dropin: {title}"]
+    lines += [f"  {key[0]:<5}  {label:<{width}}  {key[2]}" for key, label in labels.items()]
+    return "\n".join(lines + [f"  note   {name}: {text}" for name, text in limits.items()])
