@@ -20,20 +20,29 @@ from fusedattn import dropin
 # Where the packages keep the classes that tests/originals has as formulas.
 PACKAGES = {
     "diffusers": "diffusers.models.normalization",
+    "diffusers.BasicTransformerBlock": "diffusers.models.attention",
+    "diffusers.FluxSingleTransformerBlock": "diffusers.models.transformers.transformer_flux",
+    "diffusers.FluxTransformerBlock": "diffusers.models.transformers.transformer_flux",
+    "diffusers.JointTransformerBlock": "diffusers.models.attention",
     "diffusers.ResnetBlock2D": "diffusers.models.resnet",
     "espnet": "espnet.nets.pytorch_backend.rnn.attentions",
     "speechbrain": "speechbrain.nnet.attention",
+    "torch_geometric": "torch_geometric.nn.conv.film_conv",
     "torchmil": "torchmil.nn.attention.attention_pool",
 }
 
 
 @dataclass
 class Case:
-    """``make(classes)`` gives a module, ``use(module, *inputs)`` its answers to random inputs of these shapes."""
+    """``make(classes)`` gives a module, ``use(module, *inputs)`` its answers to random inputs of these shapes.
+
+    ``std`` of parameters: small where an attention inside would saturate, and rounding be magnified.
+    """
 
     make: Callable
     shapes: tuple
     use: Callable = lambda module, *inputs: module(*inputs)
+    std: float = 1.0
 
 
 def with_emb(module, x, emb):
@@ -42,6 +51,11 @@ def with_emb(module, x, emb):
 
 def with_class(module, x):
     return module(x, torch.tensor([2, 0]))
+
+
+def with_edges(module, source, target):
+    edges = torch.tensor([[0, 1, 1, 2, 3, 3], [0, 0, 2, 2, 1, 1]])
+    return module((source, target), edges, torch.tensor([0, 1, 0, 1, 0, 0]))
 
 
 def with_mask(*lengths):
@@ -110,6 +124,9 @@ CASES = {
         ),
     },
     "diffusers.AdaLayerNormZero": {"emb": Case(lambda c: c.AdaLayerNormZero(6), ((2, 5, 6), (2, 6)), with_emb)},
+    "diffusers.SD35AdaLayerNormZeroX": {
+        "emb": Case(lambda c: c.SD35AdaLayerNormZeroX(6), ((2, 5, 6), (2, 6)), with_emb),
+    },
     "diffusers.AdaLayerNormZeroSingle": {
         "no-bias": Case(lambda c: c.AdaLayerNormZeroSingle(6, bias=False), ((2, 5, 6), (2, 6)), with_emb)
     },
@@ -131,6 +148,10 @@ CASES = {
     "attention_learn_to_route.Attention": {
         "clipped": Case(lambda c: c.Attention(4, use_tanh=True, C=3), ((2, 4), (5, 2, 4)), hide_first),
         "plain": Case(lambda c: c.Attention(4), ((2, 4), (5, 2, 4))),
+    },
+    "biggan.ccbn": {
+        "linear": Case(lambda c: c.ccbn(4, 5, torch.nn.Linear), ((2, 4, 3, 5), (2, 5))),
+        "classes": Case(lambda c: c.ccbn(4, 3, torch.nn.Embedding), ((2, 4, 3, 5),), with_class),
     },
     "bentrevett.Attention": {"plain": Case(lambda c: c.Attention(3, 4), ((2, 4), (5, 2, 6)))},
     "bentrevett.legacy.Attention": {
@@ -163,6 +184,47 @@ CASES = {
             lambda m, *inputs: m(*inputs, None),
         ),
     },
+    "diffusers.BasicTransformerBlock": {
+        "zero": Case(
+            lambda c: c.BasicTransformerBlock(6, 1, 6, num_embeds_ada_norm=5, norm_type="ada_norm_zero"),
+            ((2, 5, 6),),
+            lambda m, x: m(x, timestep=torch.tensor([3, 1]), class_labels=torch.tensor([0, 4])),
+            std=0.3,
+        ),
+        "zero-cross": Case(
+            lambda c: c.BasicTransformerBlock(
+                6, 1, 6, cross_attention_dim=4, num_embeds_ada_norm=5, norm_type="ada_norm_zero"
+            ),
+            ((2, 5, 6), (2, 3, 4)),
+            lambda m, x, context: m(
+                x, None, context, timestep=torch.tensor([3, 1]), class_labels=torch.tensor([0, 4])
+            ),
+            std=0.3,
+        ),
+        "single": Case(
+            lambda c: c.BasicTransformerBlock(6, 1, 6, cross_attention_dim=4, norm_type="ada_norm_single"),
+            ((2, 5, 6), (2, 3, 4), (2, 36)),
+            lambda m, x, context, timestep: m(x, None, context, timestep=timestep),
+        ),
+        "single-self": Case(
+            lambda c: c.BasicTransformerBlock(6, 1, 6, norm_type="ada_norm_single"),
+            ((2, 5, 6), (2, 36)),
+            lambda m, x, timestep: m(x, timestep=timestep),
+        ),
+    },
+    "diffusers.FluxSingleTransformerBlock": {
+        "plain": Case(lambda c: c.FluxSingleTransformerBlock(6, 1, 6), ((2, 5, 6), (2, 3, 6), (2, 6))),
+    },
+    "diffusers.FluxTransformerBlock": {
+        "plain": Case(lambda c: c.FluxTransformerBlock(6, 1, 6), ((2, 5, 6), (2, 3, 6), (2, 6))),
+    },
+    "diffusers.JointTransformerBlock": {
+        "both": Case(lambda c: c.JointTransformerBlock(6, 1, 6), ((2, 5, 6), (2, 3, 6), (2, 6))),
+        "dual-last": Case(
+            lambda c: c.JointTransformerBlock(6, 1, 6, context_pre_only=True, use_dual_attention=True),
+            ((2, 5, 6), (2, 3, 6), (2, 6)),
+        ),
+    },
     "diffusers.ResnetBlock2D": {
         "scale-shift": Case(
             lambda c: c.ResnetBlock2D(
@@ -181,6 +243,7 @@ CASES = {
         ),
     },
     "dit.DiTBlock": {"dropout": Case(lambda c: c.DiTBlock(6, dropout=0.5), ((2, 5, 6), (2, 6)))},
+    "dit.SiTBlock": {"plain": Case(lambda c: c.SiTBlock(6), ((2, 5, 6), (2, 6)))},
     "dit.FinalLayer": {"plain": Case(lambda c: c.FinalLayer(6, 4), ((2, 5, 6), (2, 6)))},
     "espnet.AttAdd": {
         "steps": Case(lambda c: c.AttAdd(3, 4, 5), ((2, 6, 3), (2, 4), (2, 4)), steps),
@@ -213,6 +276,37 @@ CASES = {
             ((3, 4, 3, 5), (3, 4), (3, 4), (3, 2, 3, 5)),
             lambda m, x, gammas, betas, maps: m(x, gammas, betas, cond_maps=maps),
         ),
+    },
+    "diffusion_policy.ConditionalResidualBlock1D": {
+        "scale": Case(
+            lambda c: c.ConditionalResidualBlock1D(3, 4, 5, n_groups=2, cond_predict_scale=True),
+            ((2, 3, 6), (2, 5)),
+        ),
+    },
+    "guided_diffusion.ResBlock": {
+        "scale-shift": Case(
+            lambda c: c.ResBlock(4, 5, 0.5, 6, use_scale_shift_norm=True, up=True), ((2, 4, 2, 3), (2, 5))
+        ),
+        "added": Case(lambda c: c.ResBlock(4, 5, 0.0, 4, dims=1), ((2, 4, 6), (2, 5))),
+    },
+    "lerobot.DiffusionConditionalResidualBlock1d": {
+        "scale": Case(
+            lambda c: c.DiffusionConditionalResidualBlock1d(4, 4, 5, n_groups=2, use_film_scale_modulation=True),
+            ((2, 4, 6), (2, 5)),
+        ),
+    },
+    "multiple_style_transfer.batch_InstanceNorm2d": {
+        "list": Case(lambda c: c.batch_InstanceNorm2d(3, 4), ((3, 4, 3, 5),), lambda m, x: m(x, [2, 0])),
+    },
+    "multiple_style_transfer.ConditionInstanceNorm2d": {
+        "plain": Case(lambda c: c.ConditionInstanceNorm2d(4, 3), ((2, 4, 3, 5),), with_class),
+    },
+    "multiple_style_transfer.ConditionalInstanceNorm2d": {
+        "plain": Case(lambda c: c.ConditionalInstanceNorm2d(4, 3), ((2, 4, 3, 5),), with_class),
+    },
+    "torch_geometric.FiLMConv": {
+        "relations": Case(lambda c: c.FiLMConv((3, 4), 5, num_relations=2), ((4, 3), (3, 4)), with_edges),
+        "linear": Case(lambda c: c.FiLMConv((3, 4), 5, act=None), ((4, 3), (3, 4)), with_edges),
     },
     "keras.AdditiveAttention": {
         "masks": Case(
@@ -303,7 +397,7 @@ def original(source, name, case):
     module = CASES[name][case].make(classes)
     with torch.no_grad():
         for t in module.parameters():
-            t.normal_()
+            t.normal_(std=CASES[name][case].std)
     return module
 
 

@@ -34,8 +34,8 @@ class Adapter:
             and returns all that it answers: of the original and of the replaced one this has to be the same.
         method: what is overridden; where a source has the scores in a method of their own, that alone. Default:
             ``"forward"``.
-        inside: children whose work is done without calling them; where one has hooks, or is replaced by one of
-            another class, the original runs.
+        inside: children, or theirs by a path, whose work is done without calling them; where one has hooks, or is
+            replaced by one of another class, the original runs.
         reasons: why a module of these shapes is not what is known, in words; empty if it is.
         limits: where answers differ from the original's. Printed with the report.
         state: attributes that ``fused`` keeps on the module; the module's ``reset()`` and ``restore`` drop them.
@@ -151,6 +151,14 @@ def renamed(cls: type[nn.Module], adapter: Adapter) -> tuple[dict[str, str], lis
     wrong = [name for (name, default), (_, known) in pairs if default not in (*same, known)]
     reasons = [f"{adapter.method} has another default of {name} than that of the known source" for name in wrong]
     return {a: b for (a, _), (b, _) in pairs if a != b}, reasons
+
+
+def descendant(module: nn.Module, path: str) -> nn.Module | None:
+    """What is at a path in a module; None where nothing is."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def has_hooks(module: nn.Module | None) -> bool:

@@ -1,14 +1,17 @@
-"""What adapters of conditional norms share: a norm and what scales and shifts it in one pass."""
+"""What adapters of conditional norms share: a norm with what scales and shifts it, gates and residuals."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedattn._dispatch import autocast_enabled
+from fusedattn.ops.film import film
 from fusedattn.ops.norm_film import norm_film
 
 FUSES = "norm, scale and shift in one pass"
+FUSES_BLOCK = "norms, modulation, gates and residuals, each group in one pass"
 
 
 def in_result_dtype(x: Tensor, *others: Tensor | None) -> Any:
@@ -58,3 +61,27 @@ def modulated(norm: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, *
         **settings,
         **options,
     )
+
+
+def gated(y: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    """``residual + gate * y``, the gate (B, C)."""
+    y, gate, residual = in_result_dtype(y, gate, residual)
+    return film(y, gate, residual=residual, channel_dim=-1)
+
+
+def feed_forward(
+    norm: Any,
+    layer: Callable[[Tensor], Tensor],
+    y: Tensor,
+    residual: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    gate_after: Tensor,
+) -> Tensor:
+    """The last part of a transformer block under adaLN, from what its attention answered on.
+
+    ``h = residual + gate * y``, then ``h + gate_after * layer((1 + scale) * norm(h) + shift)``; conditions (B, C).
+    """
+    y, h = modulated(norm, y, scale, shift, gamma_offset=1.0, pre_residual=residual, pre_gate=gate)
+    return gated(layer(y), gate_after, h)

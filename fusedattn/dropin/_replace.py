@@ -15,7 +15,7 @@ from torch import nn
 
 from fusedattn._dispatch import UnsupportedError
 from fusedattn.dropin import _probe
-from fusedattn.dropin._adapter import Adapter, has_hooks, match, renamed, resembles
+from fusedattn.dropin._adapter import Adapter, descendant, has_hooks, match, renamed, resembles
 from fusedattn.dropin._report import Entry, Report
 
 Selection = str | type | Iterable[str | type] | None
@@ -29,7 +29,7 @@ def _original(module: nn.Module | None) -> type:
 def fused_class(module: nn.Module, adapter: Adapter) -> Any:
     """The class that makes a module fused."""
     cls: Any = type(module)
-    inside = tuple(_original(module._modules.get(name)) for name in adapter.inside)
+    inside = tuple(_original(descendant(module, name)) for name in adapter.inside)
     return _fused_class(cls, adapter, inside)
 
 
@@ -47,7 +47,7 @@ def _fused_class(cls: Any, adapter: Adapter, inside: tuple[type, ...]) -> Any:
     @functools.wraps(method)  # its signature
     def fused(self, *args, **kwargs):
         for name, known in children:
-            child = self._modules.get(name)
+            child = descendant(self, name)
             if _original(child) is not known or has_hooks(child):
                 return method(self, *args, **kwargs)
         if names:
@@ -144,8 +144,12 @@ class _Judge:
             return [f"has no method {method}"]
         sizes, reasons = match(adapter, module)
         reasons += renamed(cls, adapter)[1]
-        reasons = reasons or adapter.reasons(module)
-        hooked = [name for name in adapter.inside if has_hooks(module._modules.get(name))]
+        if not reasons:
+            try:
+                reasons = adapter.reasons(module)
+            except AttributeError as error:  # a namesake of the same parameters
+                reasons = [f"differs from the known source: {error}"]
+        hooked = [name for name in adapter.inside if has_hooks(descendant(module, name))]
         reasons += [f"{name} has hooks, which would not be called" for name in hooked]
         if reasons:
             return reasons

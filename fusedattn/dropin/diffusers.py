@@ -65,6 +65,12 @@ def _zero_single(self, x, emb=None):
     return modulated(self.norm, x, scale, shift, gamma_offset=1.0), gate
 
 
+def _zero_x(self, x, emb=None):
+    shift, scale, *gates, again_shift, again_scale, again_gate = self.linear(self.silu(emb)).chunk(9, 1)
+    first = modulated(self.norm, x, scale, shift, gamma_offset=1.0)
+    return first, *gates, modulated(self.norm, x, again_scale, again_shift, gamma_offset=1.0), again_gate
+
+
 def _probe_two(module, sizes, draw):
     return module(draw(2, 3, sizes["C"]), draw(2, sizes["E"]))
 
@@ -165,6 +171,15 @@ ADAPTERS = (
         fuses=FUSES,
         shapes={**_linear("3"), **_NORM},
         fused=_zero_single,
+        probe=_probe_two,
+        inside=("norm",),
+    ),
+    Adapter(
+        name="diffusers.SD35AdaLayerNormZeroX",
+        source=_SOURCE,
+        fuses=FUSES,
+        shapes={**_linear("9"), **_NORM},
+        fused=_zero_x,
         probe=_probe_two,
         inside=("norm",),
     ),

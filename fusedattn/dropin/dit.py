@@ -1,12 +1,11 @@
-"""The blocks of DiT.
+"""The blocks of DiT, and of SiT, whose block is the same.
 
 Conventions: a condition makes shift, scale, gate of attention, then of the MLP; the affine is (1 + scale), shift,
 of a norm without parameters. Between attention and MLP the residual is added, normalised, modulated in one pass.
 """
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._modulate import FUSES, in_result_dtype, modulated
-from fusedattn.ops.film import film
+from fusedattn.dropin._modulate import FUSES, FUSES_BLOCK, feed_forward, modulated
 
 _SOURCE = "facebookresearch/DiT, models.py"
 
@@ -14,9 +13,7 @@ _SOURCE = "facebookresearch/DiT, models.py"
 def _block(self, x, c):
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, 1)
     y = self.attn(modulated(self.norm1, x, scale, shift, gamma_offset=1.0))
-    y, h = modulated(self.norm2, y, mlp_scale, mlp_shift, gamma_offset=1.0, pre_residual=x, pre_gate=gate)
-    y, gate, h = in_result_dtype(self.mlp(y), mlp_gate, h)
-    return film(y, gate, residual=h, channel_dim=-1)
+    return feed_forward(self.norm2, self.mlp, y, x, gate, mlp_shift, mlp_scale, mlp_gate)
 
 
 def _final(self, x, c):
@@ -33,16 +30,21 @@ def _modulation(parts, norms):
     return shapes | {f"{norm}.{name}?": ("C",) for norm in norms for name in ("weight", "bias")}
 
 
-ADAPTERS = (
-    Adapter(
-        name="dit.DiTBlock",
-        source=_SOURCE,
-        fuses="norms, modulation, gates and residuals, each group in one pass",
+def _adapter_of_block(name, source):
+    return Adapter(
+        name=name,
+        source=source,
+        fuses=FUSES_BLOCK,
         shapes={**_modulation(6, ("norm1", "norm2")), "attn.*": None, "mlp.*": None},
         fused=_block,
         probe=_probe,
         inside=("norm1", "norm2"),
-    ),
+    )
+
+
+ADAPTERS = (
+    _adapter_of_block("dit.DiTBlock", _SOURCE),
+    _adapter_of_block("dit.SiTBlock", "willisma/SiT, models.py"),
     Adapter(
         name="dit.FinalLayer",
         source=_SOURCE,

@@ -1,4 +1,4 @@
-"""huggingface/diffusers, src/diffusers/models/normalization.py: its adaptive norms as formulas."""
+"""huggingface/diffusers, src/diffusers/models/: adaptive norms, ResNet and transformer blocks as formulas."""
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,32 @@ class _Zero(nn.Module):
         return self.norm(x) * (1 + scale[:, None]) + shift[:, None], *gates
 
 
+class LabelledTimesteps(nn.Module):
+    def __init__(self, num_embeddings, embedding_dim):
+        super().__init__()
+        self.class_embedder = nn.Embedding(num_embeddings, embedding_dim)
+
+    def forward(self, timestep, class_labels, hidden_dtype=None):
+        return self.class_embedder(class_labels) + timestep[:, None].to(hidden_dtype).sin()
+
+
 class AdaLayerNormZero(_Zero):
-    emb = None
+    def __init__(self, embedding_dim, num_embeddings=None):
+        super().__init__(embedding_dim)
+        self.emb = None if num_embeddings is None else LabelledTimesteps(num_embeddings, embedding_dim)
 
     def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype)
         return self.modulated(x, emb)
+
+
+class SD35AdaLayerNormZeroX(_Zero):
+    parts = 9
+
+    def forward(self, hidden_states, emb=None):
+        first, *gates, shift, scale, gate = self.modulated(hidden_states, emb)
+        return first, *gates, self.norm(hidden_states) * (1 + scale[:, None]) + shift[:, None], gate
 
 
 class AdaLayerNormZeroSingle(_Zero):
@@ -118,3 +139,146 @@ class ResnetBlock2D(nn.Module):
             h = self.norm2(h if temb is None else h + temb)
         h = self.conv2(self.dropout(self.nonlinearity(h)))
         return ((x if self.conv_shortcut is None else self.conv_shortcut(x)) + h) / self.output_scale_factor
+
+
+class Attention(nn.Module):
+    """With one head; where ``added``, of two sequences to both of them."""
+
+    def __init__(self, dim, context_dim=None, added=False):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (
+            nn.Linear(n, dim) for n in (dim, context_dim or dim, context_dim or dim)
+        )
+        self.added = added
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        x, context = hidden_states, encoder_hidden_states
+        if self.added:
+            x = context = torch.cat([hidden_states, encoder_hidden_states], 1)
+        context = x if context is None else context
+        y = F.scaled_dot_product_attention(self.to_q(x), self.to_k(context), self.to_v(context))
+        return y.split([hidden_states.shape[1], x.shape[1] - hidden_states.shape[1]], 1) if self.added else y
+
+
+def feed_forward(dim):
+    return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+
+def plain_norm(dim, affine=False):
+    return nn.LayerNorm(dim, elementwise_affine=affine)
+
+
+class BasicTransformerBlock(nn.Module):
+    def __init__(
+        self, dim, heads, head_dim, cross_attention_dim=None, num_embeds_ada_norm=None, norm_type="layer_norm"
+    ):
+        super().__init__()
+        self.norm_type, self.cross_attention_dim, self.only_cross_attention = norm_type, cross_attention_dim, False
+        self.pos_embed = self._chunk_size = self.attn2 = self.norm2 = None
+        zero = norm_type == "ada_norm_zero"
+        self.norm1 = AdaLayerNormZero(dim, num_embeds_ada_norm) if zero else plain_norm(dim, True)
+        self.attn1, self.ff = Attention(dim), feed_forward(dim)
+        if cross_attention_dim is not None:
+            self.attn2 = Attention(dim, cross_attention_dim)
+        if cross_attention_dim is not None or not zero:
+            self.norm2 = plain_norm(dim, True)
+        if zero:
+            self.norm3 = plain_norm(dim, True)
+        else:
+            self.scale_shift_table = nn.Parameter(torch.randn(6, dim))
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        timestep=None,
+        cross_attention_kwargs=None,
+        class_labels=None,
+        added_cond_kwargs=None,
+    ):
+        x = hidden_states
+        if self.norm_type == "ada_norm_zero":
+            y, *made = self.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
+            gate, shift, scale, gate_after = (t[:, None] for t in made)
+            between, last = self.norm2, self.norm3
+        else:
+            made = self.scale_shift_table + timestep.unflatten(-1, (6, -1))
+            first_shift, first_scale, gate, shift, scale, gate_after = made.chunk(6, 1)
+            y = self.norm1(x) * (1 + first_scale) + first_shift
+            between, last = nn.Identity(), self.norm2
+        x = x + gate * self.attn1(y)
+        if self.attn2 is not None:
+            x = x + self.attn2(between(x), encoder_hidden_states)
+        return x + gate_after * self.ff(last(x) * (1 + scale) + shift)
+
+
+def after_attention(norm, layer, y, x, gate, shift, scale, gate_after):
+    x = x + gate[:, None] * y
+    return x + gate_after[:, None] * layer(norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
+class FluxTransformerBlock(nn.Module):
+    def __init__(self, dim, heads, head_dim):
+        super().__init__()
+        self.norm1, self.norm1_context = AdaLayerNormZero(dim), AdaLayerNormZero(dim)
+        self.attn = Attention(dim, added=True)
+        self.norm2, self.ff = plain_norm(dim), feed_forward(dim)
+        self.norm2_context, self.ff_context = plain_norm(dim), feed_forward(dim)
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+    ):
+        y, *of_x = self.norm1(hidden_states, emb=temb)
+        z, *of_context = self.norm1_context(encoder_hidden_states, emb=temb)
+        y, z = self.attn(y, z, image_rotary_emb=image_rotary_emb)
+        x = after_attention(self.norm2, self.ff, y, hidden_states, *of_x)
+        return after_attention(self.norm2_context, self.ff_context, z, encoder_hidden_states, *of_context), x
+
+
+class FluxSingleTransformerBlock(nn.Module):
+    def __init__(self, dim, heads, head_dim):
+        super().__init__()
+        self.norm, self.attn, self.act_mlp = AdaLayerNormZeroSingle(dim), Attention(dim), nn.GELU()
+        self.proj_mlp, self.proj_out = nn.Linear(dim, 4 * dim), nn.Linear(5 * dim, dim)
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+    ):
+        x = torch.cat([encoder_hidden_states, hidden_states], 1)
+        y, gate = self.norm(x, emb=temb)
+        x = x + gate[:, None] * self.proj_out(torch.cat([self.attn(y), self.act_mlp(self.proj_mlp(y))], -1))
+        return x.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
+
+
+class JointTransformerBlock(nn.Module):
+    def __init__(self, dim, heads, head_dim, context_pre_only=False, use_dual_attention=False):
+        super().__init__()
+        self.context_pre_only, self.use_dual_attention, self._chunk_size = (
+            context_pre_only,
+            use_dual_attention,
+            None,
+        )
+        self.norm1 = SD35AdaLayerNormZeroX(dim) if use_dual_attention else AdaLayerNormZero(dim)
+        self.norm1_context = AdaLayerNormContinuous(dim, dim) if context_pre_only else AdaLayerNormZero(dim)
+        self.attn, self.attn2 = Attention(dim, added=True), Attention(dim) if use_dual_attention else None
+        self.norm2, self.ff = plain_norm(dim), feed_forward(dim)
+        self.norm2_context = None if context_pre_only else plain_norm(dim)
+        self.ff_context = None if context_pre_only else feed_forward(dim)
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
+        x, context = hidden_states, encoder_hidden_states
+        y, gate, *made = self.norm1(x, emb=temb)
+        if self.context_pre_only:
+            z = self.norm1_context(context, temb)
+        else:
+            z, *of_context = self.norm1_context(context, emb=temb)
+        y, z = self.attn(y, z)
+        if self.use_dual_attention:
+            x, again, next_gate = x + gate[:, None] * y, *made[3:]
+            y, gate = self.attn2(again), next_gate
+        x = after_attention(self.norm2, self.ff, y, x, gate, *made[:3])
+        if self.context_pre_only:
+            return None, x
+        return after_attention(self.norm2_context, self.ff_context, z, context, *of_context), x

@@ -39,6 +39,10 @@ class DiTBlock(nn.Module):
         return x + m_gate[:, None] * self.mlp(modulated(self.norm2(x), m_shift, m_scale))
 
 
+class SiTBlock(DiTBlock):
+    """willisma/SiT, models.py."""
+
+
 class FinalLayer(nn.Module):
     def __init__(self, dim, out):
         super().__init__()
