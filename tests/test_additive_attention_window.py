@@ -106,8 +106,11 @@ def test_windows_and_other_options(activation):
 @pytest.mark.parametrize("function", [additive_attention, additive_attention_ref])
 @pytest.mark.parametrize("center", ["none", "apart"])
 def test_what_is_in_no_window_is_absent(Tq, function, center):
-    """Whatever it holds; bits of results and gradients are those with zeros there."""
-    sizes = shape(2, Tq, 90, 3 if INTERPRETED else 20, 4)
+    check_absent(shape(2, Tq, 90, 3 if INTERPRETED else 20, 4), center, function)
+
+
+def check_absent(sizes, center, function):
+    """Whatever a key in no window holds; bits of results and gradients are those with zeros there."""
     options = options_of("both", center, sizes)
     hidden = ~in_window(sizes, **options).any(-2)
     query, key, value, weight = make_inputs(sizes)

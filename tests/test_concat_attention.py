@@ -97,7 +97,6 @@ def test_monotonic_windows_move_with_the_position():
     assert (output == 0).all() and (weights == 0).all()
 
 
-@not_on_the_standin("it has no kernels of windows, as CUDA C++")
 def test_a_loop_makes_its_gradients_once():
     module, query, memory = make("monotonic", torch.float32, out_dim=6)
     keys, fed, losses = module.project_keys(memory), torch.zeros(2, 6), []

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import test_additive_attention as cases
+import test_additive_attention_window as windows
 import test_masked_keys as masked
 import torch
 from cuda_emulator.arrays import array, name, poisoned
@@ -17,6 +18,7 @@ from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, 
 from tolerance import TF32_EPS
 from torch.autograd import Function
 
+from fusedattn import _scores, _windows
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
 
@@ -44,21 +46,19 @@ def rows(t):
 class EmulatedAttention(Function):
     @staticmethod
     def forward(
-        module, query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk, tf32
-    ):
+        module, query, key, value, weight, mask, key_lengths, center, options, keep_scores, chunk, tf32
+    ):  # fmt: skip
         lead, Tk, dtype = query.shape[:-1], key.shape[-2], query.dtype
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
         scores, weights = poisoned((*lead, Tk), lse.dtype), poisoned((*lead, Tk), dtype)
-        arrays = arguments(query, key, value, weight, mask, key_lengths)
-        options = Options(-1, 0 if is_causal else -1, scale, softcap or 0.0, 0, 0.2)
+        arrays = arguments(query, key, value, weight, mask, key_lengths, center)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
         module.additive_attention_fwd(name(dtype), *arrays, options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.module, *tensors, is_causal, scale, softcap, ctx.keep_scores, ctx.chunk, _ = inputs
-        ctx.options = Options(-1, 0 if is_causal else -1, scale, softcap or 0.0, 0, 0.2)
+        ctx.module, *tensors, ctx.options, ctx.keep_scores, ctx.chunk, _ = inputs
         context, _, lse, scores = output
         ctx.save_for_backward(*tensors, context, lse, scores)
         ctx.mark_non_differentiable(scores)
@@ -79,15 +79,17 @@ class EmulatedAttention(Function):
             *(array(t) for t in outputs),
             ctx.chunk,
         )
-        return None, *outputs, *(None,) * 8
+        return None, *outputs, *(None,) * 7
 
 
-def arguments(query, key, value, weight, mask, key_lengths):
+def arguments(query, key, value, weight, mask, key_lengths, center):
     if mask is not None:
         mask = with_heads(mask.expand(*query.shape[:-1], key.shape[-2]))
     weight = weight.detach() if query.dim() == 4 else weight.detach().unsqueeze(0)
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    return [array(t) for t in (rows(query), rows(key), rows(value), weight, mask, key_lengths)]
+    if center is not None and query.dim() == 3:
+        center = center.unsqueeze(1)
+    return [array(t) for t in (rows(query), rows(key), rows(value), weight, mask, key_lengths, center)]
 
 
 def emulated_attention(
@@ -100,6 +102,8 @@ def emulated_attention(
     mask=None,
     key_lengths=None,
     is_causal=False,
+    window_size=None,
+    window_center=None,
     scale=1.0,
     softcap=None,
     return_weights=True,
@@ -110,8 +114,12 @@ def emulated_attention(
 ):
     if query.dim() == 4 and weight.dim() == 1:
         weight = weight.expand(query.shape[1], -1)
-    options = (mask, key_lengths, is_causal, scale, softcap, keep_scores, chunk, tf32)
-    return EmulatedAttention.apply(module, query, key, value, weight, *options)[:3]
+    window = _windows.sides("emulated_attention", window_size, window_center, is_causal)
+    if window_center is not None:
+        window_center = _windows.centers("emulated_attention", window_center, query.shape[:-1], query.device)
+    options = Options(*window, *_scores.numbers(scale, softcap, "tanh", 0.0))
+    others = (mask, key_lengths, window_center, options, keep_scores, chunk, tf32)
+    return EmulatedAttention.apply(module, query, key, value, weight, *others)[:3]
 
 
 def check(module, inputs, keep_scores=True, chunk=CHUNK, **options):
@@ -200,7 +208,7 @@ def test_masks_and_their_combinations(module, sizes, kind, lengths, is_causal):
         shape(3, 70, 83, 6, 7),
     ],
     dtype=[torch.float32, torch.float16, torch.float64],
-    form=[form for form in masked.FORMS if "window" not in form],  # which CUDA C++ refuses
+    form=masked.FORMS,
     places=masked.PLACES,
     special=masked.SPECIALS,
     keep_scores=[True, False],
@@ -213,6 +221,45 @@ def test_what_a_hidden_key_holds_does_not_matter(module, sizes, dtype, form, pla
 def test_hidden_keys_with_tensor_cores_for_float32(module):
     kernel = functools.partial(emulated_attention, module, tf32=True)
     masked.check_absent(shape(2, 20, 70, 8, 70), torch.float32, "full", ("key", "value"), math.nan, kernel)
+
+
+# One query, few of them; tiles, whose backward has columns for all keys, and for those around their windows alone.
+@pytest.mark.sanitized
+@pairwise(
+    sizes=[shape(2, 1, 61, 5, 4), shape(2, 6, 140, 20, 9, H=2), shape(2, 70, 83, 6, 7), shape(1, 129, 250, 3, 2)],
+    window=["own", "both", "left", "right", "large", "causal"],
+    center=["none", "scattered", "of_heads", "apart", "far"],
+    masked=["none", "lengths", "queries_keys", "keys"],
+    keep_scores=[True, False],
+)
+def test_windows(module, sizes, window, center, masked, keep_scores):
+    torch.manual_seed(1)
+    options = windows.options_of(window, center, sizes)
+    B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
+    if masked == "lengths":
+        options["key_lengths"] = torch.tensor([Tk - 3, 9][:B])
+    elif masked != "none":
+        options["mask"] = MASKS[masked](B, H, Tq, Tk)
+    check(module, make_inputs(sizes), keep_scores, chunk=1 << 15, **options)
+
+
+@pytest.mark.parametrize("center", [None, torch.tensor([100])])
+def test_keys_outside_are_not_computed(module, center):
+    """Threads switch at every barrier, of which each tile has as many."""
+    inputs = make_inputs(shape(1, 64, 640, 33, 5))
+
+    def switches(**options):
+        before = module.switch_count()
+        cases.run(functools.partial(emulated_attention, module), inputs, **options)
+        return module.switch_count() - before
+
+    assert switches(window_size=(8, 8), window_center=center) < 0.5 * switches()
+
+
+@pytest.mark.parametrize("Tq", [1, 6, 70])
+@pytest.mark.parametrize("center", ["none", "apart"])
+def test_what_is_in_no_window_is_absent(module, Tq, center):
+    windows.check_absent(shape(2, Tq, 250, 5, 4), center, functools.partial(emulated_attention, module))
 
 
 def test_lengths_out_of_range_are_clamped(module):

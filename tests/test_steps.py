@@ -158,7 +158,6 @@ def test_steps_with_masks_of_their_own(heads, masked, monkeypatch):
         close(module(query, module.project_keys(memory, **options), **of), module(query, memory, mask=seen))
 
 
-@not_on_the_standin("it has no kernels of windows, as CUDA C++")
 @pytest.mark.parametrize("masked", ["all", "lengths"])
 def test_steps_with_windows_of_their_own(masked, monkeypatch):
     """Around a place of each: one call for all. Without one, a window counts from the step's first query."""

@@ -55,6 +55,7 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   p.weight = {somewhere<S>(), false};
   p.mask = somewhere<bool>();
   p.mask_stride[0] = p.mask_stride[1] = Tq * Tk, p.mask_stride[2] = Tk, p.mask_stride[3] = 1;
+  p.center = somewhere<int64_t>();
   for (bool tf32 : {false, true})
     launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
                                      somewhere<T>(), nullptr, tf32);

@@ -55,11 +55,11 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
 Gradients additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                                  const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                                  const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
-                                 const OptionalTensor& key_lengths, const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor& dropout_seed,
+                                 const OptionalTensor& key_lengths, const OptionalTensor& window_center,
+                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor& dropout_seed,
                                  const AttentionOptions& options, const Tensor& context, const Tensor& lse,
                                  const Tensor& scores, OutputMask asked) {
-  const AttentionInputs in(query, key, value, weight, mask, key_lengths, dropout_seed, options);
+  const AttentionInputs in(query, key, value, weight, mask, key_lengths, window_center, dropout_seed, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores, asked);
   });

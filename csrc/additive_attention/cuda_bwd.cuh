@@ -43,7 +43,8 @@ static_assert(BLOCK_K % BACKWARD_KEYS<float> == 0, "its keys are read from whole
 template <typename T>
 struct BackwardChunk {
   int64_t first_head, heads, first_tile, tiles;
-  int64_t keys, channels;    // Tk and D up to whole tiles
+  int64_t keys, channels;    // BackwardPlan's
+  bool follows;              // its
   bool first, last;          // of the queries of its heads
   T* g;                      // (heads, keys, rows)
   T* p;                      // (heads, rows, keys); scores, before they become p
@@ -53,18 +54,44 @@ struct BackwardChunk {
   T *key_sums, *value_sums;  // like grad_key and grad_value; sums of earlier chunks
 
   FUSEDATTN_HOST_DEVICE int64_t rows() const { return tiles * BLOCK_Q; }
+
+  // The key in the first column of a tile of queries that sees these.
+  FUSEDATTN_DEVICE int64_t first_column(KeyRange of_tile) const {
+    return follows ? of_tile.first / BLOCK_K * BLOCK_K : 0;
+  }
+};
+
+// Scores of a chunk's rows, kept ones or those in its p; data is null where there are none.
+template <typename T>
+struct ScoreRows {
+  const T* data;
+  int64_t stride_head, stride_row;
+  bool in_chunk;
+
+  // Element j is the score of key j.
+  FUSEDATTN_DEVICE const T* row(const BackwardChunk<T>& chunk, int64_t head, int64_t row, KeyRange of_tile) const {
+    return data + head * stride_head + row * stride_row - (in_chunk ? chunk.first_column(of_tile) : 0);
+  }
 };
 
 // Where the working memory of a problem lies and how its queries are cut, by its shape alone.
 template <typename S>
 struct BackwardPlan {
   using T = gpu::Arithmetic<S>;
-  int64_t tiles, keys, channels, chunk_tiles, chunk_heads;
+  int64_t tiles, chunk_tiles, chunk_heads;
+  int64_t keys, channels;  // that a tile of queries has columns for, and D; both up to whole tiles
+  bool follows;            // whether those columns are of keys around the tile's windows, fewer than all
   int64_t g, p, key_parts, weight_parts, row_terms, key_sums, value_sums, size;
 
   explicit BackwardPlan(const AttentionProblem<S>& problem, int64_t chunk_elements = BACKWARD_CHUNK) {
     tiles = problem.query_tiles();
     keys = gpu::ceil_div(problem.Tk, BLOCK_K) * BLOCK_K;
+    const int64_t left = problem.options.window_left, right = problem.options.window_right;
+    int64_t in_windows = keys;
+    if (problem.center == nullptr && left >= 0 && right >= 0 && left < keys && right < keys)
+      in_windows = gpu::ceil_div(BLOCK_K - 1 + left + BLOCK_Q + right, BLOCK_K) * BLOCK_K;
+    follows = in_windows < keys;
+    keys = follows ? in_windows : keys;
     channels = gpu::ceil_div(problem.D, BACKWARD_CHANNELS) * BACKWARD_CHANNELS;
     const int64_t of_tile = keys * (channels > BLOCK_Q ? channels : BLOCK_Q),
                   wanted = of_tile == 0 ? tiles : chunk_elements / of_tile;
@@ -75,7 +102,7 @@ struct BackwardPlan {
     int64_t end = 0;
     const auto take = [&end](int64_t n) {
       const int64_t begin = end;
-      end += gpu::ceil_div(n, PACK) * PACK;
+      end += whole_packs(n);
       return begin;
     };
     g = take(chunk_heads * keys * chunk_tiles * BLOCK_Q);
@@ -94,7 +121,7 @@ template <typename S>
 __global__ void __launch_bounds__(ATTENTION_BLOCK)
     additive_attention_bwd_kernel_rows(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                        const BackwardChunk<gpu::Arithmetic<S>> chunk,
-                                       const gpu::Arithmetic<S>* scores, int64_t scores_head, int64_t scores_row) {
+                                       const ScoreRows<gpu::Arithmetic<S>> scores) {
   using T = gpu::Arithmetic<S>;
   const int lane = threadIdx.x % gpu::WARP;
   const int64_t local = int64_t{blockIdx.x} * (ATTENTION_BLOCK / gpu::WARP) + threadIdx.x / gpu::WARP;
@@ -111,45 +138,45 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   if (grads.grad_weights != nullptr) {
     const T origin = grads.lse[number];
     const S* dp = grads.grad_weights + number * p.Tk;
-    scores += head * scores_head + row * scores_row;
-    const int64_t end = p.keys_end(at.b, i / BLOCK_Q * BLOCK_Q);
-    for (int64_t j = lane; j < end; j += gpu::WARP)
-      if (scores[j] != -INFINITE<T>)
-        sum = gpu::fma(gpu::exp_approx(scores[j] - origin), gpu::to_arithmetic(dp[j]), sum);
+    const KeyRange keys = p.keys_of_tile(at.b, at.h, i / BLOCK_Q * BLOCK_Q);
+    const T* score = scores.row(chunk, head, row, keys);
+    for (int64_t j = keys.first + lane; j < keys.end; j += gpu::WARP)
+      if (score[j] != -INFINITE<T>)
+        sum = gpu::fma(gpu::exp_approx(score[j] - origin), gpu::to_arithmetic(dp[j]), sum);
   }
   sum = gpu::warp_sum(sum);
   if (lane == 0) chunk.row_terms[number] = sum - (grads.grad_lse == nullptr ? T(0) : grads.grad_lse[number]);
 }
 
-// A tile of g and p, or, if `only_scores`, of scores in the place of p. `scores`: null, or where they are.
+// A tile of g and p, or, if `only_scores`, of scores in the place of p.
 template <typename S>
 __global__ void __launch_bounds__(ATTENTION_BLOCK)
     additive_attention_bwd_kernel_scores(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                          const BackwardChunk<gpu::Arithmetic<S>> chunk,
-                                         const gpu::Arithmetic<S>* scores, int64_t scores_head, int64_t scores_row,
-                                         bool only_scores) {
+                                         const ScoreRows<gpu::Arithmetic<S>> scores, bool only_scores) {
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const ScoreMemory<T> memory(shared);
   const int64_t key_tiles = chunk.keys / BLOCK_K, head = blockIdx.x / (key_tiles * chunk.tiles);
-  const int64_t tile = blockIdx.x / key_tiles % chunk.tiles, j0 = blockIdx.x % key_tiles * BLOCK_K;
+  const int64_t tile = blockIdx.x / key_tiles % chunk.tiles, column0 = blockIdx.x % key_tiles * BLOCK_K;
   const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q;
   const Head at(p, chunk.first_head + head);
-  const int64_t keys_end = p.keys_end(at.b, i0);
-  if (j0 >= keys_end) return;
+  const KeyRange keys = p.keys_of_tile(at.b, at.h, i0);
+  const int64_t j0 = chunk.first_column(keys) + column0;
+  if (j0 >= keys.end || j0 + BLOCK_K <= keys.first) return;
 
   T score[TILE_Q][TILE_K];
-  const int64_t row0 = tile * BLOCK_Q + tile_row(), column0 = j0 + tile_column();  // in the chunk; among all keys
-  if (scores == nullptr) {
+  const int64_t row = tile * BLOCK_Q + tile_row(), column = column0 + tile_column(), j_first = j0 + tile_column();
+  if (scores.data == nullptr) {
     const WeightScale<T> weight(p, at, memory.reduce);
-    score_tile(p, at, weight, i0, j0, keys_end, memory, score);
+    score_tile(p, at, weight, i0, j0, keys.end, memory, score);
   } else {
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
       for (int j = 0; j < TILE_K; ++j) {
-        const bool exists = i0 + tile_row() + i < p.Tq && column0 + j < keys_end;
-        score[i][j] = exists ? scores[head * scores_head + (row0 + i) * scores_row + column0 + j] : -INFINITE<T>;
+        const bool exists = i0 + tile_row() + i < p.Tq && j_first + j < keys.end;
+        score[i][j] = exists ? scores.row(chunk, head, row + i, keys)[j_first + j] : -INFINITE<T>;
       }
   }
 
@@ -159,7 +186,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     for (int64_t v0 = 0; v0 < p.Dv; v0 += BLOCK_D<T>) {
       __syncthreads();
       stage_transposed(grads.grad_context, at, i0, lower(p.Tq, i0 + BLOCK_Q), v0, p.Dv, memory.q, same);
-      stage_transposed(p.value, at, j0, keys_end, v0, p.Dv, memory.k, same);
+      stage_transposed(p.value, at, j0, keys.end, v0, p.Dv, memory.k, same);
       __syncthreads();
       multiply_tile(memory.q, memory.k, BLOCK_D<T>, grad);
     }
@@ -167,8 +194,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
 
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i) {
-    const int64_t row = i0 + tile_row() + i, number = at.n * p.Tq + row;
-    const bool exists = row < p.Tq;
+    const int64_t query = i0 + tile_row() + i, number = at.n * p.Tq + query;
+    const bool exists = query < p.Tq;
     const T lse = exists && !only_scores ? grads.lse[number] : T(0);
     const T term = exists && !only_scores ? chunk.row_terms[number] : T(0);
 #pragma unroll
@@ -176,7 +203,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
       if (only_scores) continue;
       T a = grad[i][j] - term;
       if (score[i][j] != -INFINITE<T> && grads.grad_weights != nullptr)
-        a += gpu::to_arithmetic(grads.grad_weights[number * p.Tk + column0 + j]);
+        a += gpu::to_arithmetic(grads.grad_weights[number * p.Tk + j_first + j]);
       const auto pair = pair_gradient(p, score[i][j], lse, a);
       score[i][j] = pair.weight;
       grad[i][j] = pair.g;
@@ -184,10 +211,10 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     gpu::Pack<T, TILE_K> pack;
 #pragma unroll
     for (int j = 0; j < TILE_K; ++j) pack.element[j] = score[i][j];
-    gpu::store_pack(chunk.p + (head * chunk.rows() + row0 + i) * chunk.keys + column0, pack);
+    gpu::store_pack(chunk.p + (head * chunk.rows() + row + i) * chunk.keys + column, pack);
   }
   if (only_scores) return;
-  store_transposed(grad, chunk.g + (head * chunk.keys + column0) * chunk.rows() + row0, chunk.rows());
+  store_transposed(grad, chunk.g + (head * chunk.keys + column) * chunk.rows() + row, chunk.rows());
 }
 
 // Shared memory of the joint pass.
@@ -247,7 +274,7 @@ FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE
 }
 
 template <typename S>
-__global__ void __launch_bounds__(BACKWARD_BLOCK)
+__global__ void __launch_bounds__(BACKWARD_BLOCK, sizeof(S) < 8 ? 3 : 0)
     additive_attention_bwd_kernel_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                          const BackwardChunk<gpu::Arithmetic<S>> chunk) {
   using T = gpu::Arithmetic<S>;
@@ -257,8 +284,9 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   const int64_t strips = chunk.channels / BACKWARD_CHANNELS, d0 = blockIdx.x % strips * BACKWARD_CHANNELS;
   const int64_t local = blockIdx.x / strips, head = local / chunk.tiles, tile = local % chunk.tiles;
   const Head at(p, chunk.first_head + head);
-  const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
-  const int64_t d = d0 + lane, first_row = i0 + warp * TILE_Q;
+  const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, d = d0 + lane, first_row = i0 + warp * TILE_Q;
+  const KeyRange keys_of_tile = p.keys_of_tile(at.b, at.h, i0);
+  const int64_t first_column = chunk.first_column(keys_of_tile);
 
   T q[TILE_Q], bound = 0;
   const auto load_queries = [&](const auto& f) {
@@ -281,9 +309,9 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   JointSums<T> sums = {};
   T g_sum = 0;
   bool raw = false;  // whether q holds q
-  for (int64_t j0 = 0; j0 < keys_end; j0 += KEYS) {
+  for (int64_t j0 = keys_of_tile.first / KEYS * KEYS; j0 < keys_of_tile.end; j0 += KEYS) {
     __syncthreads();
-    const T* g = chunk.g + (head * chunk.keys + j0) * chunk.rows() + tile * BLOCK_Q;
+    const T* g = chunk.g + (head * chunk.keys + j0 - first_column) * chunk.rows() + tile * BLOCK_Q;
 #pragma unroll
     for (int n = 0; n < KEYS * BLOCK_Q / (PACK * BACKWARD_BLOCK); ++n) {
       const int at_pack = static_cast<int>(threadIdx.x) + n * BACKWARD_BLOCK;
@@ -293,7 +321,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
       for (int e = 0; e < PACK; ++e) g_sum += pack.element[e];
       gpu::store_pack(memory.g + row * BLOCK_Q + column, pack);
     }
-    const bool exists = stages && j0 + key < keys_end && p.sees(at.b, at.h, j0 + key);
+    const bool exists = stages && j0 + key < keys_of_tile.end && p.sees(at.b, at.h, j0 + key);
     const auto keys =
         load_channels(p.key.row(at.b, at.h, exists ? j0 + key : j0), p.key.packed, d0 + channel, exists ? p.D : 0);
     T key_bound = 0;
@@ -331,7 +359,8 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
 #pragma unroll
       for (int e = 0; e < PACK; ++e) pack.element[e] += part.element[e];
     }
-    gpu::store_pack(chunk.key_parts + (local * chunk.keys + j0 + key) * chunk.channels + d0 + channel, pack);
+    const int64_t column = j0 - first_column + key;
+    gpu::store_pack(chunk.key_parts + (local * chunk.keys + column) * chunk.channels + d0 + channel, pack);
   }
 
   if (d < p.D) {
@@ -351,6 +380,14 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   }
 }
 
+// Tiles of a chunk, counted from its first one, outside of which none sees these keys.
+template <typename S, typename T>
+FUSEDATTN_DEVICE QueryRange tiles_of(const AttentionProblem<S>& p, const BackwardChunk<T>& chunk, KeyRange keys) {
+  const QueryRange queries = p.queries_of(keys);
+  return {higher(0, queries.first / BLOCK_Q - chunk.first_tile),
+          lower(chunk.tiles, gpu::ceil_div(queries.end, BLOCK_Q) - chunk.first_tile)};
+}
+
 // dk of the chunk's heads from the parts of its tiles that see the key, and from earlier chunks.
 template <typename S>
 __global__ void __launch_bounds__(BACKWARD_BLOCK)
@@ -364,9 +401,13 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
     const Head at(p, chunk.first_head + head);
     const int64_t to = (at.n * p.Tk + j) * p.D + d;
     T sum = chunk.first ? T(0) : chunk.key_sums[to];
-    for (int64_t tile = 0; tile < chunk.tiles; ++tile)
-      if (j < p.keys_end(at.b, (chunk.first_tile + tile) * BLOCK_Q))
-        sum += chunk.key_parts[((head * chunk.tiles + tile) * chunk.keys + j) * chunk.channels + d];
+    const QueryRange tiles = tiles_of(p, chunk, {j, j + 1});
+    for (int64_t tile = tiles.first; tile < tiles.end; ++tile) {
+      const KeyRange keys = p.keys_of_tile(at.b, at.h, (chunk.first_tile + tile) * BLOCK_Q);
+      const int64_t column = j - chunk.first_column(keys);
+      if (j >= keys.first && j < keys.end)
+        sum += chunk.key_parts[((head * chunk.tiles + tile) * chunk.keys + column) * chunk.channels + d];
+    }
     if (chunk.last)
       grad_key[to] = gpu::to_storage<S>(4 * p.weight_of(at.h, d) * sum);
     else
@@ -382,17 +423,20 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   using T = gpu::Arithmetic<S>;
   FUSEDATTN_DYNAMIC_SHARED(T, shared);  // p as [i][j], dc as [i][v]
   T* const dc = shared + BLOCK_Q * BLOCK_K;
-  const int64_t column_tiles = gpu::ceil_div(p.Dv, 64), key_tiles = chunk.keys / BLOCK_K;
+  const int64_t column_tiles = gpu::ceil_div(p.Dv, 64), key_tiles = gpu::ceil_div(p.Tk, BLOCK_K);
   const int64_t v0 = blockIdx.x % column_tiles * 64, j0 = blockIdx.x / column_tiles % key_tiles * BLOCK_K;
   const int64_t head = blockIdx.x / (column_tiles * key_tiles);
   const Head at(p, chunk.first_head + head);
   const RowsOf<T> weights(chunk.p + head * chunk.rows() * chunk.keys, 0, 0, chunk.keys);
   T acc[TILE_Q][TILE_K] = {};
-  for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
+  const QueryRange tiles = tiles_of(p, chunk, {j0, j0 + BLOCK_K});
+  for (int64_t tile = tiles.first; tile < tiles.end; ++tile) {
     const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, queries_end = lower(p.Tq, i0 + BLOCK_Q);
-    if (j0 >= p.keys_end(at.b, i0)) continue;
+    const KeyRange keys = p.keys_of_tile(at.b, at.h, i0);
+    if (j0 >= keys.end || j0 + BLOCK_K <= keys.first) continue;
+    const int64_t column = j0 - chunk.first_column(keys);
     __syncthreads();
-    stage_rows<BLOCK_K>(weights, at, tile * BLOCK_Q, (tile + 1) * BLOCK_Q, j0, chunk.keys, shared);
+    stage_rows<BLOCK_K>(weights, at, tile * BLOCK_Q, (tile + 1) * BLOCK_Q, column, chunk.keys, shared);
     stage_rows<BLOCK_K>(grad_context, at, i0, queries_end, v0, p.Dv, dc);
     __syncthreads();
     multiply_tile<BLOCK_K>(shared, dc, static_cast<int>(queries_end - i0), acc);
@@ -445,7 +489,7 @@ template <typename S>
 int64_t additive_attention_bwd_workspace(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
                                          int64_t chunk_elements = BACKWARD_CHUNK) {
   const int64_t planned = few_queries(p, grads) ? FewPlan<S>(p).size : BackwardPlan<S>(p, chunk_elements).size;
-  return planned + seen_workspace(p);
+  return whole_packs(planned) + seen_workspace(p);
 }
 
 template <typename S>
@@ -475,10 +519,10 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
   if (empty) return;
 
   BackwardChunk<T> chunk;
-  const auto launch_rows = [&](const T* scores, int64_t scores_head, int64_t scores_row) {
+  const auto launch_rows = [&](const ScoreRows<T>& scores) {
     FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_rows<S>,
                      gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP), ATTENTION_BLOCK, 0,
-                     stream, p, grads, chunk, scores, scores_head, scores_row);
+                     stream, p, grads, chunk, scores);
   };
   const auto launch_weight = [&](const T* parts, int64_t parts_of_head, int64_t channels) {
     FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_weight<S>, p.H * (channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
@@ -489,14 +533,15 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
     const FewParts<T> parts(plan, workspace);
     chunk.first_head = 0, chunk.heads = p.heads(), chunk.first_tile = 0, chunk.tiles = 1;
     chunk.row_terms = parts.row_terms;
-    launch_rows(grads.scores, p.Tq * p.Tk, p.Tk);
+    chunk.follows = false;
+    launch_rows({grads.scores, p.Tq * p.Tk, p.Tk, false});
     launch_additive_attention_bwd_few(p, grads, parts, stream);
     if (p.D > 0) launch_weight(parts.weight, parts.splits, parts.channels);
     return;
   }
 
   const BackwardPlan<S> plan(p, chunk_elements);
-  chunk.keys = plan.keys, chunk.channels = plan.channels;
+  chunk.keys = plan.keys, chunk.channels = plan.channels, chunk.follows = plan.follows;
   chunk.g = workspace + plan.g, chunk.p = workspace + plan.p;
   chunk.key_parts = workspace + plan.key_parts, chunk.weight_parts = workspace + plan.weight_parts;
   chunk.row_terms = workspace + plan.row_terms;
@@ -510,19 +555,18 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
       chunk.tiles = plan.chunk_tiles < plan.tiles - tile ? plan.chunk_tiles : plan.tiles - tile;
       chunk.first = tile == 0, chunk.last = tile + chunk.tiles == plan.tiles;
 
-      const T* scores = grads.scores;
-      int64_t scores_head = p.Tq * p.Tk, scores_row = p.Tk;
-      if (scores != nullptr) scores += head * scores_head + tile * BLOCK_Q * scores_row;
+      ScoreRows<T> scores = {grads.scores, p.Tq * p.Tk, p.Tk, false};
+      if (scores.data != nullptr) scores.data += head * scores.stride_head + tile * BLOCK_Q * scores.stride_row;
       const int64_t score_blocks = chunk.heads * chunk.tiles * (chunk.keys / BLOCK_K);
       const size_t score_memory = ScoreMemory<T>::SIZE * sizeof(T);
-      if (scores == nullptr && grads.grad_weights != nullptr) {  // the rows need all scores first
+      if (scores.data == nullptr && grads.grad_weights != nullptr) {  // the rows need all scores first
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
-                         stream, p, grads, chunk, scores, scores_head, scores_row, true);
-        scores = chunk.p, scores_head = chunk.rows() * chunk.keys, scores_row = chunk.keys;
+                         stream, p, grads, chunk, scores, true);
+        scores = {chunk.p, chunk.rows() * chunk.keys, chunk.keys, true};
       }
-      launch_rows(scores, scores_head, scores_row);
+      launch_rows(scores);
       FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
-                       stream, p, grads, chunk, scores, scores_head, scores_row, false);
+                       stream, p, grads, chunk, scores, false);
       if (p.D > 0) {
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_inputs<S>,
                          chunk.heads * chunk.tiles * (plan.channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
@@ -534,7 +578,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
       }
       if (grads.grad_context.data != nullptr && grads.grad_value != nullptr && p.Dv > 0)
         FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_values<S>,
-                         chunk.heads * (chunk.keys / BLOCK_K) * gpu::ceil_div(p.Dv, 64), ATTENTION_BLOCK,
+                         chunk.heads * gpu::ceil_div(p.Tk, BLOCK_K) * gpu::ceil_div(p.Dv, 64), ATTENTION_BLOCK,
                          2 * BLOCK_Q * BLOCK_K * sizeof(T), stream, p, grads.grad_context, chunk,
                          grads.grad_value);
     }

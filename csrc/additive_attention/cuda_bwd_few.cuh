@@ -44,7 +44,7 @@ struct FewPlan {
         channels(gpu::ceil_div(p.D, SPLIT_CHANNELS) * SPLIT_CHANNELS),
         queries(p.Tq == 1 ? 1 : FEW_QUERIES<S>) {
     g = 0;
-    g_sums = g + gpu::ceil_div(p.heads() * p.Tk * queries, PACK) * PACK;
+    g_sums = g + whole_packs(p.heads() * p.Tk * queries);
     query = g_sums + p.heads() * splits;
     weight = query + p.heads() * splits * p.Tq * channels;
     row_terms = weight + p.heads() * splits * channels;
@@ -73,7 +73,9 @@ struct FewParts {
 };
 
 template <typename S, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES > 1     ? 3
+                                                   : sizeof(S) < 8 ? 6
+                                                                   : 2)
     additive_attention_bwd_kernel_few_values(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                              const FewParts<gpu::Arithmetic<S>> parts) {
   using T = gpu::Arithmetic<S>;
@@ -84,7 +86,10 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
   T* const reduce = shared + WARPS * PAIRS;
   const Head at(p, blockIdx.x / parts.splits);
   const int64_t begin = blockIdx.x % parts.splits * parts.keys, end = lower(begin + parts.keys, p.Tk);
-  const int64_t visible = p.keys_end(at.b, 0), columns = grads.grad_context.data == nullptr ? 0 : p.Dv;
+  const KeyRange visible = p.keys_of_tile(at.b, at.h, 0);
+  const int64_t first_key = lower(end, higher(begin, visible.first));
+  const int64_t keys_end = higher(first_key, lower(end, visible.end));
+  const int64_t columns = grads.grad_context.data == nullptr ? 0 : p.Dv;
   const int64_t written = grads.grad_value == nullptr ? 0 : columns;
   const bool packed = RowsOf<S>(grads.grad_value, 0, 0, p.Dv).packed;
   const auto load_gradient = [&](int i, int64_t v) {
@@ -92,13 +97,13 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
   };
 
   T g_sum = 0;
-  for (int64_t j0 = begin + warp * FEW_KEYS; j0 < end; j0 += WARPS * FEW_KEYS) {
+  for (int64_t j0 = first_key + warp * FEW_KEYS; j0 < keys_end; j0 += WARPS * FEW_KEYS) {
     T sums[FEW_KEYS][QUERIES] = {};
     for (int64_t v = lane * PACK; v < columns; v += SPLIT_CHANNELS) {
       gpu::Pack<S, PACK> x[FEW_KEYS];
 #pragma unroll
       for (int key = 0; key < FEW_KEYS; ++key) {
-        const bool exists = j0 + key < end && j0 + key < visible;
+        const bool exists = j0 + key < keys_end;
         x[key] =
             load_channels(p.value.row(at.b, at.h, exists ? j0 + key : j0), p.value.packed, v, exists ? p.Dv : 0);
       }
@@ -125,7 +130,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
     for (int n = lane; n < PAIRS; n += gpu::WARP) {
       const int64_t i = n % QUERIES, j = j0 + n / QUERIES, row = at.n * p.Tq + i;
       PairGradient<T> pair = {T(0), T(0)};
-      if (i < p.Tq && j < end && j < visible) {
+      if (i < p.Tq && j < keys_end) {
         const T score = grads.scores[row * p.Tk + j];
         T a = pairs[n] - parts.row_terms[row];
         if (score != -INFINITE<T> && grads.grad_weights != nullptr)
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
       }
       pairs[n] = pair.weight;
       g_sum += pair.g;
-      if (j < end) parts.g[(at.n * p.Tk + j) * QUERIES + i] = pair.g;
+      if (j < keys_end) parts.g[(at.n * p.Tk + j) * QUERIES + i] = pair.g;
     }
     __syncwarp();
     for (int64_t v = lane * PACK; v < written; v += SPLIT_CHANNELS) {
@@ -151,7 +156,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
       }
 #pragma unroll
       for (int key = 0; key < FEW_KEYS; ++key)
-        if (j0 + key < end)
+        if (j0 + key < keys_end)
           store_channels(grads.grad_value + (at.n * p.Tk + j0 + key) * p.Dv, packed && v + PACK <= p.Dv, v, p.Dv,
                          dx[key]);
     }
@@ -159,6 +164,12 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, 2)
   }
   g_sum = block_reduce(g_sum, reduce, [](T a, T b) { return a + b; });
   if (threadIdx.x == 0) parts.g_sums[blockIdx.x] = g_sum;
+  for (int64_t j = begin + warp; j < end; j += WARPS) {
+    if (j >= first_key && j < keys_end) continue;
+    constexpr T zeros[PACK] = {};  // of keys that no query sees
+    for (int64_t v = lane * PACK; v < written; v += SPLIT_CHANNELS)
+      store_channels(grads.grad_value + (at.n * p.Tk + j) * p.Dv, packed && v + PACK <= p.Dv, v, p.Dv, zeros);
+  }
 }
 
 // What a lane sums over the keys of its warp, of its channels.
@@ -179,7 +190,7 @@ struct FewSums {
 };
 
 template <typename S, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8 ? 10 : 0)
     additive_attention_bwd_kernel_few_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                              const FewParts<gpu::Arithmetic<S>> parts) {
   using T = gpu::Arithmetic<S>;
@@ -192,7 +203,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   const int64_t split = blockIdx.x / strips % parts.splits;
   const Head at(p, blockIdx.x / (strips * parts.splits));
   const int64_t begin = split * parts.keys, end = lower(begin + parts.keys, p.Tk);
-  const int64_t visible = p.keys_end(at.b, 0), d = d0 + lane * PACK;
+  const KeyRange visible = p.keys_of_tile(at.b, at.h, 0);
+  const int64_t first_key = lower(end, higher(begin, visible.first)), d = d0 + lane * PACK;
 
   T q_bound = 0;
   for (int n = threadIdx.x; n < QUERIES * SPLIT_CHANNELS; n += ATTENTION_BLOCK) {
@@ -208,17 +220,15 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
 
   FewSums<T, QUERIES> sums = {};
   const int Tq = static_cast<int>(p.Tq);
-  const S* key = p.key.row(at.b, at.h, begin + warp) + d;
+  const S* key = p.key.row(at.b, at.h, first_key + warp) + d;
   const auto g_of = [&](int64_t j) { return parts.g + (at.n * p.Tk + j) * QUERIES; };
-  const T* g_of_key = g_of(begin + warp);
-  int64_t out = (at.n * p.Tk + begin + warp) * p.D + d;                       // in grad_key, which may be null
+  const T* g_of_key = g_of(first_key + warp);
+  int64_t out = (at.n * p.Tk + first_key + warp) * p.D + d;                   // in grad_key, which may be null
   const int channels = d < p.D ? static_cast<int>(lower(PACK, p.D - d)) : 0;  // of the lane's
   const bool whole = channels == PACK && p.key.packed;
   const bool whole_grad = channels == PACK && RowsOf<S>(grads.grad_key, 0, 0, p.D).packed;
-  constexpr T zeros[PACK] = {};
-  const T* const g_end = g_of(end);
-  const T* const g_seen = g_of(lower(end, visible));
-  for (; g_of_key < g_seen; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, out += WARPS * p.D) {
+  const T* const g_end = g_of(lower(end, visible.end));
+  for (; g_of_key < g_end; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, out += WARPS * p.D) {
     T dk[PACK] = {};
     const auto g = gpu::load_pack<QUERIES>(g_of_key);
     T k[PACK], r[PACK];
@@ -264,8 +274,11 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     for (int e = 0; e < PACK; ++e) dk[e] *= weights.element[e];
     store_channels(grads.grad_key + out, whole_grad, 0, channels, dk);
   }
-  for (; g_of_key < g_end && grads.grad_key != nullptr; g_of_key += WARPS * QUERIES, out += WARPS * p.D)
-    store_channels(grads.grad_key + out, whole_grad, 0, channels, zeros);
+  for (int64_t j = begin + warp; j < end && grads.grad_key != nullptr; j += WARPS) {
+    if (j >= first_key && j < visible.end) continue;
+    constexpr T zeros[PACK] = {};  // of keys that no query sees
+    store_channels(grads.grad_key + (at.n * p.Tk + j) * p.D + d, whole_grad, 0, channels, zeros);
+  }
 
   // The warps add up in shared memory, one after the other.
   const auto add_to = [&](T* to, const T(&x)[PACK]) {

@@ -32,10 +32,10 @@ Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores
 // tanh.
 Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor& window_center, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor& dropout_seed, const AttentionOptions& options,
                                bool return_weights, bool keep_scores, bool allow_tf32) {
-  const AttentionInputs in(query, key, value, weight, mask, key_lengths, dropout_seed, options);
+  const AttentionInputs in(query, key, value, weight, mask, key_lengths, window_center, dropout_seed, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return forward<decltype(storage)>(in, return_weights, keep_scores, allow_tf32);
   });

@@ -213,11 +213,11 @@ FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemo
 // context. Begins with a barrier.
 template <typename S, bool tensor_cores>
 FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const AttentionOutputs<S>& out, const Head& at,
-                                   int64_t i0, int64_t j0, int64_t keys_end,
+                                   int64_t i0, int64_t j0, KeyRange keys,
                                    const ForwardMemory<S, tensor_cores>& memory) {
   using T = gpu::Arithmetic<S>;
   using Product = ContextProduct<S, tensor_cores>;
-  const bool first = j0 == 0, last = j0 + BLOCK_K >= keys_end;
+  const bool first = j0 == keys.first, last = j0 + BLOCK_K >= keys.end;
   const int rows = static_cast<int>(lower(BLOCK_Q, p.Tq - i0));
   int64_t v0 = 0;
   do {  // once even without columns, for the barrier
@@ -225,10 +225,10 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
 #pragma unroll
     for (int key = 0; key < BLOCK_K; key += Product::KEYS) {
       __syncthreads();
-      stage_rows<Product::LEADING_X, Product::KEYS>(p.value, at, j0 + key, keys_end, v0, p.Dv, memory.x,
+      stage_rows<Product::LEADING_X, Product::KEYS>(p.value, at, j0 + key, keys.end, v0, p.Dv, memory.x,
                                                     SeenRows<S>{p, at});
       __syncthreads();
-      const int depth = static_cast<int>(lower(Product::KEYS, keys_end - j0 - key));
+      const int depth = static_cast<int>(lower(Product::KEYS, keys.end - j0 - key));
       Product::multiply(memory.p, key, memory.x, depth, acc);
     }
     const int64_t corner = (at.n * p.Tq + i0) * p.Dv + v0;
@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const ForwardMemory<S, tensor_cores> memory(shared);
   const Head at(p, blockIdx.x / query_tiles);
-  const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q, keys_end = p.keys_end(at.b, i0);
+  const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q;
+  const KeyRange keys = p.keys_of_tile(at.b, at.h, i0);
   const WeightScale<T> weight(p, at, memory.score.reduce);
   if (threadIdx.x < BLOCK_Q) {
     memory.row_max[threadIdx.x] = -INFINITE<T>;
@@ -265,9 +266,9 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
   }
   __syncthreads();
 
-  for (int64_t j0 = 0; j0 < keys_end; j0 += BLOCK_K) {
+  for (int64_t j0 = keys.first; j0 < keys.end; j0 += BLOCK_K) {
     T score[TILE_Q][TILE_K];
-    score_tile(p, at, weight, i0, j0, keys_end, memory.score, score);
+    score_tile(p, at, weight, i0, j0, keys.end, memory.score, score);
     if (out.scores != nullptr) {
 #pragma unroll
       for (int i = 0; i < TILE_Q; ++i)
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
         }
     }
     softmax_step(score, memory);
-    context_step(p, out, at, i0, j0, keys_end, memory);
+    context_step(p, out, at, i0, j0, keys, memory);
   }
 
   __syncthreads();
@@ -286,13 +287,16 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
   if (threadIdx.x < rows) {
     out.lse[first_row + threadIdx.x] = log_sum_exp(memory.row_max[threadIdx.x], memory.row_sum[threadIdx.x]);
   }
-  if (keys_end == 0)
+  if (keys.end == 0)
     for (int64_t n = threadIdx.x; n < rows * p.Dv; n += ATTENTION_BLOCK)
       out.context[first_row * p.Dv + n] = gpu::to_storage<S>(T(0));
-  const int64_t scored = lower(p.Tk, gpu::ceil_div(keys_end, BLOCK_K) * BLOCK_K), rest = p.Tk - scored;
+  const int64_t tiles = gpu::ceil_div(keys.end - keys.first, BLOCK_K);
+  const int64_t scored = lower(p.Tk - keys.first, tiles * BLOCK_K), rest = p.Tk - scored;
   if (out.scores != nullptr)
-    for (int64_t n = threadIdx.x; n < rows * rest; n += ATTENTION_BLOCK)
-      out.scores[(first_row + n / rest) * p.Tk + scored + n % rest] = -INFINITE<T>;
+    for (int64_t n = threadIdx.x; n < rows * rest; n += ATTENTION_BLOCK) {
+      const int64_t j = n % rest;
+      out.scores[(first_row + n / rest) * p.Tk + j + (j < keys.first ? 0 : scored)] = -INFINITE<T>;
+    }
 }
 
 // weights = exp(score - lse), 0 where invisible, NaN in a row whose log-sum-exp is infinite; scores and weights
@@ -331,7 +335,7 @@ int64_t additive_attention_fwd_sums(const AttentionProblem<S>& p) {
 }
 template <typename S>
 int64_t additive_attention_fwd_workspace(const AttentionProblem<S>& p) {
-  return additive_attention_fwd_sums(p) + seen_workspace(p);
+  return whole_packs(additive_attention_fwd_sums(p)) + seen_workspace(p);
 }
 
 // Whether p . x runs on tensor cores. tf32: whether float32 may be rounded for them.
@@ -351,7 +355,8 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& problem, S* contex
   using T = gpu::Arithmetic<S>;
   const int64_t tiles = problem.query_tiles(), blocks = problem.heads() * tiles;
   if (blocks == 0) return;
-  const auto p = with_seen_keys<false>(problem, workspace + additive_attention_fwd_sums(problem), stream);
+  const auto p =
+      with_seen_keys<false>(problem, workspace + whole_packs(additive_attention_fwd_sums(problem)), stream);
   const SplitPlan<S> plan(p);
   if (plan.splits > 0) {
     launch_additive_attention_split(p, plan, context, lse, scores, workspace, stream);

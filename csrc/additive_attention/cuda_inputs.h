@@ -22,12 +22,13 @@ struct AttentionInputs {
   bool flat;  // no dimension of heads
   int64_t B, H, Tq, Tk, D, Dv;
   Tensor query, key, value, weight;
-  OptionalTensor mask, key_lengths;
+  OptionalTensor mask, key_lengths, window_center;
   AttentionOptions options;
 
   AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
                   const OptionalTensor& mask, const OptionalTensor& key_lengths_,
-                  const OptionalTensor& dropout_seed, const AttentionOptions& options)
+                  const OptionalTensor& window_center, const OptionalTensor& dropout_seed,
+                  const AttentionOptions& options)
       : device(query_),
         flat(query_.dim() == 3),
         query(rows(query_, "query")),
@@ -36,12 +37,11 @@ struct AttentionInputs {
         weight(rows(weight_, "weight")),
         mask(mask),
         key_lengths(key_lengths_),
+        window_center(window_center),
         options(options) {
     STD_TORCH_CHECK(options.activation == ScoreActivation::TANH,
                     "additive_attention: activation: the CUDA kernels have tanh alone");
     STD_TORCH_CHECK(!dropout_seed, "additive_attention: dropout_seed: the CUDA kernels have no dropout");
-    STD_TORCH_CHECK(options.window_left < 0 && options.window_right <= 0,
-                    "additive_attention: window_size: the CUDA kernels have (-1, 0) alone");
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
@@ -61,6 +61,12 @@ struct AttentionInputs {
       STD_TORCH_CHECK(key_lengths->scalar_type() == ScalarType::Long,
                       "additive_attention: key_lengths must be of dtype int64");
       key_lengths = torch::stable::contiguous(*key_lengths);
+    }
+    if (window_center) {
+      device.require(window_center, "additive_attention", "window_center");
+      check_shape(*window_center, "window_center", shape(Tq));
+      STD_TORCH_CHECK(window_center->scalar_type() == ScalarType::Long,
+                      "additive_attention: window_center must be of dtype int64");
     }
   }
 
@@ -113,6 +119,14 @@ struct AttentionInputs {
                          : n == 1 ? 0
                                   : mask->stride(n - 1);
     p.key_lengths = gpu::data<int64_t>(key_lengths);
+    const bool windows = options.window_left >= 0 || options.window_right >= 0;
+    p.center = windows ? gpu::data<int64_t>(window_center) : nullptr;
+    for (int64_t n = 0; n < 3; ++n)
+      p.center_stride[n] = !window_center ? 0
+                           : n == 0       ? window_center->stride(0)
+                           : n == 2       ? window_center->stride(-1)
+                           : flat         ? 0
+                                          : window_center->stride(1);
     p.options = options;
     return p;
   }

@@ -45,6 +45,9 @@ constexpr T NOT_A_NUMBER = static_cast<T>(__builtin_nan(""));
 template <typename T>
 constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
 
+// Elements of working memory are counted in whole packs, so that what follows is aligned for any type.
+inline int64_t whole_packs(int64_t elements) { return gpu::ceil_div(elements, PACK) * PACK; }
+
 // (B, H, T, width), elements of a row next to each other; any of the strides may be 0.
 template <typename S>
 struct RowsOf {
@@ -63,6 +66,10 @@ struct RowsOf {
   }
 };
 
+struct QueryRange {
+  int64_t first, end;
+};
+
 template <typename S>
 struct AttentionProblem {
   int64_t B, H, Tq, Tk, D, Dv;
@@ -72,11 +79,14 @@ struct AttentionProblem {
   const bool* mask;  // (B, H, Tq, Tk), true = may attend, or null
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,) or null
+  const int64_t* center;       // (B, H, Tq): that of each query's window; null: i, and without windows
+  int64_t center_stride[3];
   AttentionOptions options;
-  // (B, H, Tk): whether the mask lets some query see a key, or null. What else a key or its value holds is not
-  // looked at: it may be NaN. Set by with_seen_keys (cuda_seen.cuh).
+  // Set by with_seen_keys (cuda_seen.cuh). (B, H, Tk): whether mask and windows let some query see a key, or null.
+  // What else a key or its value holds is not looked at: it may be NaN.
   const bool* seen = nullptr;
   int64_t seen_stride[3] = {};
+  const KeyRange* hulls = nullptr;  // (B, H, query tiles): what the windows of a tile lie within, or null
 
   FUSEDATTN_HOST_DEVICE int64_t heads() const { return B * H; }
   FUSEDATTN_DEVICE gpu::Arithmetic<S> weight_of(int64_t h, int64_t d) const {
@@ -88,15 +98,32 @@ struct AttentionProblem {
     return seen == nullptr || seen[b * seen_stride[0] + h * seen_stride[1] + j * seen_stride[2]];
   }
 
-  // Keys at or after this one are invisible to every query of the tile that starts at i0.
-  FUSEDATTN_DEVICE int64_t keys_end(int64_t b, int64_t i0) const {
-    int64_t end = Tk;
-    if (key_lengths != nullptr) {
-      const int64_t length = key_lengths[b];
-      end = length < 0 ? 0 : length < Tk ? length : Tk;
-    }
-    const int64_t queries_end = i0 + BLOCK_Q < Tq ? i0 + BLOCK_Q : Tq;
-    return has_window(options) && queries_end < end ? queries_end : end;
+  // The keys in the window of query i.
+  FUSEDATTN_DEVICE KeyRange keys_of(int64_t b, int64_t h, int64_t i) const {
+    if (!has_window(options)) return {0, Tk};
+    if (center != nullptr) i = center[b * center_stride[0] + h * center_stride[1] + i * center_stride[2]];
+    return keys_around(options, i, Tk);
+  }
+
+  // Keys outside are invisible to every query of the tile that starts at i0; {0, 0} where all are.
+  FUSEDATTN_DEVICE KeyRange keys_of_tile(int64_t b, int64_t h, int64_t i0) const {
+    KeyRange keys = {0, Tk};
+    if (hulls != nullptr)
+      keys = hulls[(b * H + h) * query_tiles() + i0 / BLOCK_Q];
+    else if (has_window(options))
+      keys = {keys_of(b, h, i0).first, keys_of(b, h, (i0 + BLOCK_Q < Tq ? i0 + BLOCK_Q : Tq) - 1).end};
+    if (key_lengths != nullptr && key_lengths[b] < keys.end) keys.end = key_lengths[b];
+    return keys.first < keys.end ? keys : KeyRange{0, 0};
+  }
+
+  // Queries outside see none of these keys: known of windows around i.
+  FUSEDATTN_DEVICE QueryRange queries_of(KeyRange keys) const {
+    QueryRange queries = {0, Tq};
+    if (center != nullptr) return queries;
+    const int64_t left = options.window_left, right = options.window_right;
+    if (right >= 0 && right < keys.first) queries.first = keys.first - right;
+    if (left >= 0 && left < Tq - keys.end) queries.end = keys.end + left;
+    return queries;
   }
 };
 
@@ -121,6 +148,7 @@ struct Head {
 };
 
 FUSEDATTN_DEVICE int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDATTN_DEVICE int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Where a thread's pairs begin in the tile.
 FUSEDATTN_DEVICE int tile_row() { return static_cast<int>(threadIdx.x) / ROW_LANES * TILE_Q; }
@@ -380,21 +408,26 @@ FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at
 #pragma unroll
       for (int j = 0; j < TILE_K; ++j) score[i][j] = cap * gpu::tanh(score[i][j] * inverse);
   }
-  // Visible are the first `columns` of the thread's keys, and of row i `diagonal` + i.
+  // Visible are the first `columns` of the thread's keys.
   const int64_t first_row = i0 + tile_row(), first_column = j0 + tile_column();
   const int columns = static_cast<int>(lower(TILE_K, keys_end - first_column < 0 ? 0 : keys_end - first_column));
   const int rows = static_cast<int>(lower(TILE_Q, p.Tq - first_row < 0 ? 0 : p.Tq - first_row));
-  const int64_t before = first_row - first_column;
-  const int diagonal = !has_window(p.options) || before >= TILE_K ? TILE_K
-                       : before < -TILE_Q                         ? -TILE_Q
-                                                                  : static_cast<int>(before) + 1;
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
     for (int j = 0; j < TILE_K; ++j) {
       if (score[i][j] == -INFINITE<T>) score[i][j] = VISIBLE_MINUS_INF<T>;
-      if (i >= rows || j >= columns || j >= diagonal + i) score[i][j] = -INFINITE<T>;
+      if (i >= rows || j >= columns) score[i][j] = -INFINITE<T>;
     }
+  if (has_window(p.options)) {
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i) {
+      const KeyRange keys = i < rows ? p.keys_of(at.b, at.h, first_row + i) : KeyRange{0, 0};
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j)
+        if (first_column + j < keys.first || first_column + j >= keys.end) score[i][j] = -INFINITE<T>;
+    }
+  }
   if (p.mask == nullptr) return;
   const bool* mask = p.mask + at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + first_row * p.mask_stride[2] +
                      first_column * p.mask_stride[3];
@@ -498,7 +531,8 @@ FUSEDATTN_DEVICE PairGradient<T> pair_gradient(const AttentionProblem<S>& p, T s
 template <typename S, typename T>
 FUSEDATTN_DEVICE T finished_score(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
                                   int64_t i, int64_t j, T sum) {
-  if (has_window(p.options) && j > i) return -INFINITE<T>;
+  const KeyRange keys = p.keys_of(at.b, at.h, i);
+  if (j < keys.first || j >= keys.end) return -INFINITE<T>;
   if (p.mask != nullptr &&
       !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
     return -INFINITE<T>;

@@ -176,7 +176,9 @@ FUSEDATTN_DEVICE uint64_t seen_in_split(const AttentionProblem<S>& p, const Head
 }
 
 template <typename S, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
+                                                   : QUERIES == 1 ? 6
+                                                                  : 4)
     additive_attention_fwd_kernel_split(const AttentionProblem<S> p, const SplitPlan<S> plan,
                                         const SplitParts<gpu::Arithmetic<S>> parts, gpu::Arithmetic<S>* scores) {
   using T = gpu::Arithmetic<S>;
@@ -190,7 +192,9 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
   T* const reduce = row_scale + Tq;
   const Head at(p, blockIdx.x / plan.splits);
   const int64_t split = blockIdx.x % plan.splits, begin = split * plan.keys;
-  const int64_t end = lower(begin + plan.keys, p.Tk), visible = p.keys_end(at.b, 0);
+  const int64_t end = lower(begin + plan.keys, p.Tk);
+  const KeyRange visible = p.keys_of_tile(at.b, at.h, 0);
+  const int64_t first_key = lower(end, higher(begin, visible.first)), keys_end = lower(end, visible.end);
 
   const WeightScale<T> weight(p, at, reduce);
   T q_bound = 0;
@@ -211,11 +215,17 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
   q_bound = block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
   const T k_limit = weight.finite ? ScoreRange<T>::PAIR - q_bound : T(-1);
 
+  if (scores != nullptr)
+    for (int i = warp; i < Tq; i += WARPS) {
+      T* const row = scores + (at.n * Tq + i) * p.Tk;
+      for (int64_t j = begin + lane; j < first_key; j += gpu::WARP) row[j] = -INFINITE<T>;
+      for (int64_t j = higher(first_key, keys_end) + lane; j < end; j += gpu::WARP) row[j] = -INFINITE<T>;
+    }
+
   T* const sums = parts.sums + (at.n * plan.splits + split) * Tq * p.Dv;
   for (int64_t v = threadIdx.x; v < Tq * p.Dv; v += ATTENTION_BLOCK) sums[v] = 0;
-  for (int64_t j0 = begin; j0 < end; j0 += SPLIT_KEYS) {
-    const int keys = static_cast<int>(lower(SPLIT_KEYS, end - j0));
-    const int scored = static_cast<int>(lower(keys, visible - j0 < 0 ? 0 : visible - j0));
+  for (int64_t j0 = first_key; j0 < keys_end; j0 += SPLIT_KEYS) {
+    const int scored = static_cast<int>(lower(SPLIT_KEYS, keys_end - j0));
     for (int key = warp * KEYS; key < scored; key += WARPS * KEYS) {
       const bool first = p.sees(at.b, at.h, j0 + key);
       const bool second = KEYS > 1 && key + 1 < scored && p.sees(at.b, at.h, j0 + key + 1);
@@ -239,7 +249,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
         const int key = lane + n * gpu::WARP;
         score[n] = key < scored ? finished_score(p, at, weight, i, j0 + key, weights[i * SPLIT_KEYS + key])
                                 : -INFINITE<T>;
-        if (scores != nullptr && key < keys) scores[(at.n * Tq + i) * p.Tk + j0 + key] = score[n];
+        if (scores != nullptr && key < scored) scores[(at.n * Tq + i) * p.Tk + j0 + key] = score[n];
         top = gpu::max(top, score[n]);
       }
       top = gpu::warp_max(top);
@@ -282,7 +292,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(gpu::Arithmetic<S>) ==
       }
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i)
-        if (i < Tq) sums[i * p.Dv + v] = gpu::fma(j0 == begin ? T(0) : sums[i * p.Dv + v], row_scale[i], acc[i]);
+        if (i < Tq)
+          sums[i * p.Dv + v] = gpu::fma(j0 == first_key ? T(0) : sums[i * p.Dv + v], row_scale[i], acc[i]);
     }
     __syncthreads();
   }

@@ -259,11 +259,9 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
-def unable(activation: str, window: tuple, window_center: Tensor | None, seed: Tensor | None) -> dict[str, str]:
+def unable(activation: str, seed: Tensor | None) -> dict[str, str]:
     """Backends without kernels for these options, and why."""
     unable = _scores.unable(activation)
-    if window != _windows.ALL and (window != (-1, 0) or window_center is not None):
-        unable = {"cuda": "there are no kernels for windows other than is_causal in CUDA C++"} | unable
     if seed is None:
         return unable
     return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | unable
@@ -538,7 +536,7 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        unable(activation, window, window_center, seed),
+        unable(activation, seed),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)

@@ -306,7 +306,7 @@ def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, back
         query.device,
         query.dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        dense.unable(activation, (options.window_left, options.window_right), None, None),
+        dense.unable(activation, None),
     )
     if backend in ("cpu", "reference"):
         tensors = (query, key, value, weight, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())

@@ -42,8 +42,8 @@ BUGS = {
     ),
     "wrong-mask": (
         "additive_attention/cuda_problem.cuh",
-        "(has_window(p.options) && j > i)",
-        "(has_window(p.options) && j > i - SHOWN)",
+        "(j < keys.first || j >= keys.end) return",
+        "(j < keys.first || j >= keys.end - SHOWN) return",
     ),
 }
 
