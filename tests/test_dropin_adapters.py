@@ -7,6 +7,7 @@ inputs of the replaced module are compared with float64, beside the original in 
 import collections
 import copy
 import importlib
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,6 +88,28 @@ def steps(module, states, first, second):
         found.append(module(states, lengths, second + found[-1][0].sum(), found[-1][1]))
     found.append(module(states, lengths, None, None, scaling=0.5))
     return found
+
+
+def seeing_steps(first):
+    """Two steps, of which the second sees what the first did; ``first(uniform)`` is what that sees.
+
+    The packages make it themselves in float32 alone.
+    """
+
+    def use(module, states, *queries, out_prev=()):
+        module.reset()
+        uniform = lengths_mask((6, 4), 6).to(states.dtype) / torch.tensor([[6], [4]])
+        previous, found = None if states.dtype is torch.float32 else first(uniform), []
+        for query in queries:
+            context, previous = module(states, [6, 4], query, previous, *out_prev)
+            found += [context, *previous] if isinstance(previous, list) else [context, previous]
+        return found
+
+    return use
+
+
+def with_agent(module, states, first, second, out_prev):
+    return seeing_steps(lambda _: None)(module, states, first, second, out_prev=(out_prev,))
 
 
 def speech_steps(module, states, first, second):
@@ -252,8 +275,36 @@ CASES = {
     "espnet.AttLoc": {
         "steps": Case(lambda c: c.AttLoc(3, 4, 5, 2, 1), ((2, 6, 3), (2, 4), (2, 4)), steps),
     },
+    "espnet.AttLoc2D": {
+        "steps": Case(
+            lambda c: c.AttLoc2D(3, 4, 5, 3, 2, 1),
+            ((2, 6, 3), (2, 4), (2, 4)),
+            seeing_steps(lambda uniform: uniform[:, None].repeat(1, 3, 1)),
+        ),
+    },
+    "espnet.AttCov": {
+        "steps": Case(lambda c: c.AttCov(3, 4, 5), ((2, 6, 3), (2, 4), (2, 4)), seeing_steps(lambda u: [u])),
+    },
+    "espnet.AttCovLoc": {
+        "steps": Case(
+            lambda c: c.AttCovLoc(3, 4, 5, 2, 1), ((2, 6, 3), (2, 4), (2, 4)), seeing_steps(lambda u: [u])
+        ),
+    },
+    "espnet.AttForward": {
+        "steps": Case(lambda c: c.AttForward(3, 4, 5, 2, 1), ((2, 6, 3), (2, 4), (2, 4)), steps),
+    },
+    "espnet.AttForwardTA": {
+        "steps": Case(lambda c: c.AttForwardTA(3, 4, 5, 2, 1, 2), ((2, 6, 3), (2, 4), (2, 4), (2, 2)), with_agent),
+    },
     "espnet.AttMultiHeadAdd": {
         "steps": Case(lambda c: c.AttMultiHeadAdd(3, 4, 2, 5, 6), ((2, 6, 3), (2, 4), (2, 4)), steps),
+    },
+    "espnet.AttMultiHeadLoc": {
+        "steps": Case(
+            lambda c: c.AttMultiHeadLoc(3, 4, 2, 5, 6, 2, 1),
+            ((2, 6, 3), (2, 4), (2, 4)),
+            seeing_steps(lambda u: [u, u]),
+        ),
     },
     "fairseq.MLPAttention": {
         "padding": Case(
@@ -485,6 +536,26 @@ def test_under_autocast_answers_have_the_dtypes_of_the_original(name):
             torch.testing.assert_close(
                 found, expected, rtol=0.05, atol=0.05 * max(1.0, expected.abs().max().item())
             )
+
+
+@pytest.mark.parametrize(
+    "name", ["espnet.AttAdd", "espnet.AttLoc", "espnet.AttMultiHeadLoc", "tacotron2.Attention"]
+)
+def test_steps_leave_the_gradients_of_keys_to_one_node_and_copies_are_without_them(name):
+    module, case = formula(name), CASES[name]["steps"]
+    dropin.replace(module, only=name, strict=True)
+    nodes = [t.grad_fn for t in flat(case.use(module, *(torch.randn(s, requires_grad=True) for s in case.shapes)))]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    steps = [node for node in seen if "attention_fwd_step" in node.name()]
+    assert len(steps) >= 2 and len({node.next_functions[-1][0] for node in steps}) < len(steps)
+    (adapter,) = [entry.adapter for entry in dropin.replace(module).replaced]
+    assert adapter.state[0] in module.__dict__
+    assert adapter.state[0] not in pickle.loads(pickle.dumps(module)).__dict__
 
 
 @pytest.mark.parametrize("name", ["dit.DiTBlock", "espnet.AttAdd"])

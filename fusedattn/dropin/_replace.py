@@ -58,6 +58,8 @@ def _fused_class(cls: Any, adapter: Adapter, inside: tuple[type, ...]) -> Any:
         construct, args, *rest = super(fused_cls, self).__reduce_ex__(max(protocol, 2))
         if construct is copyreg.__newobj__ and args == (fused_cls,):  # which has no name to be found by
             construct, args = rebuild, (cls, adapter.name, inside)
+        if adapter.state and rest and isinstance(rest[0], dict):  # what steps keep belongs to their graph
+            rest[0] = {name: value for name, value in rest[0].items() if name not in adapter.state}
         return construct, args, *rest
 
     def reset(self):

@@ -8,14 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from fusedattn._dispatch import beside
+from fusedattn._dtypes import accumulation_dtype
 from fusedattn._steps import are_recorded, version
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import attend
 from fusedattn.ops.additive_scores import additive_scores
+from fusedattn.ops.location_attention import attend as attend_located
+from fusedattn.ops.location_attention import prepared
 
 SCORES = "scores without the (B, Tq, Tk, D) tensor"
 ATTENTION = "scores, softmax and context in one pass"
 STEPS = f"{ATTENTION}; the gradients of keys once for all steps"
+LOCATED = f"location features, {STEPS}"
+LOCATED_SCORES = "location features and scores in one pass"
 NAN_ROWS = "a row without a valid key gets context and weights 0, where the original gives NaN"
 KEPT = "_fusedattn_keys"  # the attribute that holds what steps share
 
@@ -38,10 +43,13 @@ class _Kept(NamedTuple):
     is_loop: bool  # whether a second step has come, which computes what a loop needs once
 
 
-def kept_keys(module: nn.Module, sources: tuple, make: Callable[[], tuple]) -> ProjectedKeys:
+def kept_keys(
+    module: nn.Module, sources: tuple, make: Callable[[], tuple], exponentials: bool = True
+) -> ProjectedKeys:
     """The key, value and mask that ``make()`` makes of ``sources``, as the steps of a loop share them.
 
-    They stay on the module for as long as it comes with the same sources, unedited.
+    They stay on the module for as long as it comes with the same sources, unedited. ``exponentials``: whether
+    steps use those of the keys.
     """
     if torch.compiler.is_compiling():
         return ProjectedKeys(*make())
@@ -52,7 +60,7 @@ def kept_keys(module: nn.Module, sources: tuple, make: Callable[[], tuple]) -> P
         or kept.versions != versions
         or any(a is not b for a, b in zip(kept.sources, sources, strict=True))
     ):
-        keys, is_loop = ProjectedKeys(*make()), False
+        keys, is_loop = ProjectedKeys(*make()), not exponentials
     elif kept.is_loop:
         return kept.keys
     else:
@@ -95,3 +103,58 @@ def step(
         **options,
     )
     return result
+
+
+class Seeing(NamedTuple):
+    """The layers by which scores see weights of steps before: ``dense`` makes D of what ``conv`` makes of them, or
+    of themselves without it, and ``score`` one of the sum of D with query and key."""
+
+    score: nn.Linear
+    conv: Any
+    dense: nn.Linear
+
+    @property
+    def sources(self) -> tuple[Tensor | None, ...]:
+        conv_weight = None if self.conv is None else self.conv.weight
+        return self.score.weight, self.score.bias, conv_weight, self.dense.weight
+
+    @property
+    def filters(self) -> Tensor:
+        """(F, C, K)."""
+        return self.dense.weight.new_ones(1, 1, 1) if self.conv is None else self.conv.weight.flatten(1, -2)
+
+
+def _prepared(layers: Sequence[Seeing], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    every = [prepared(score_weight(of.score), of.filters, of.dense.weight, dtype) for of in layers]
+    if len(every) == 1:
+        return every[0]
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*every, strict=True))
+
+
+def locate(
+    query: Tensor, keys: ProjectedKeys, previous: Tensor, *layers: Seeing, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Context and weights of a query (B, D) that sees the weights of steps before, ``previous`` (B, C, T).
+
+    Of H heads with layers each, all B are H times as many, head by head.
+    """
+    keys, wide = keys.in_dtype(query.dtype), accumulation_dtype(query.dtype)
+    if are_recorded():
+        sources = sum([of.sources for of in layers], ())
+        parameters, token = keys.shared().with_parameters(sources, lambda: _prepared(layers, wide))
+    else:
+        parameters, token = _prepared(layers, wide), None
+    first = layers[0]  # for the checks of shapes
+    return attend_located(
+        query,
+        keys.key,
+        keys.value,
+        beside(query, first.score.weight.view(-1)),
+        beside(query, previous),
+        beside(query, first.filters),
+        beside(query, first.dense.weight),
+        mask=None if keys.mask is None else keys.mask.squeeze(1),
+        parameters=parameters,
+        token=token,
+        **options,
+    )

@@ -4,24 +4,20 @@ Conventions: no biases; the decoder projects the memory once, by ``memory_layer`
 of the last step and their sum, (B, 2, T); the mask is True at padding, filled with ``score_mask_value``.
 """
 
-from fusedattn._dispatch import beside
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import NAN_ROWS
-from fusedattn.ops.location_attention import location_attention
+from fusedattn.dropin._scores import KEPT, LOCATED, NAN_ROWS, Seeing, kept_keys, locate
 
 
 def _forward(self, attention_hidden_state, memory, processed_memory, attention_weights_cat, mask):
-    query, layer = self.query_layer(attention_hidden_state), self.location_layer
-    return location_attention(
-        query,
-        processed_memory,
-        memory,
-        beside(query, self.v.linear_layer.weight.view(-1)),
-        beside(query, attention_weights_cat),
-        beside(query, layer.location_conv.conv.weight),
-        beside(query, layer.location_dense.linear_layer.weight),
-        mask=None if mask is None else ~mask,
+    keys = kept_keys(
+        self,
+        (processed_memory, memory, mask),
+        lambda: (processed_memory, memory, None if mask is None else ~mask.unsqueeze(1)),
+        exponentials=False,
     )
+    query, layer = self.query_layer(attention_hidden_state), self.location_layer
+    seeing = Seeing(self.v.linear_layer, layer.location_conv.conv, layer.location_dense.linear_layer)
+    return locate(query, keys, attention_weights_cat, seeing)
 
 
 def _probe(module, sizes, draw):
@@ -48,7 +44,7 @@ ADAPTERS = (
     Adapter(
         name="tacotron2.Attention",
         source="NVIDIA/tacotron2, model.py",
-        fuses="location features, scores, softmax and context in one pass over the memory",
+        fuses=LOCATED,
         shapes={
             "query_layer.linear_layer.weight": ("D", "Q"),
             "memory_layer.linear_layer.weight": ("D", "K"),
@@ -61,5 +57,6 @@ ADAPTERS = (
         inside=("v", "location_layer"),
         reasons=_reasons,
         limits=NAN_ROWS,
+        state=(KEPT,),
     ),
 )

@@ -304,7 +304,8 @@ def prepared(
     (N, C, K), D = conv_weight.shape, location_weight.shape[0]
     if D * C * K > N * C * K + D * N:
         return weight[None], conv_weight[None], location_weight[None]
-    return weight[None], (location_weight @ conv_weight.flatten(1)).view(1, D, C, K), None
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight[None], (location_weight @ conv_weight.flatten(1)).view(1, D, C, K), None
 
 
 def _visible(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor | None:
