@@ -1,6 +1,7 @@
 """Patterns in graphs: what is rewritten answers as before, in values and gradients; what nearly matches stays."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from fusedattn import dropin
 from fusedattn.ops.additive_attention import additive_attention
 from fusedattn.ops.additive_scores import additive_scores
+from fusedattn.ops.film import film
+from fusedattn.ops.norm_film import norm_film
 
 INF = -math.inf
 B, TQ, TK, D, DV = 2, 3, 5, 8, 6
@@ -391,3 +394,157 @@ def test_inductor_compiles_what_was_rewritten_and_trains_it():
     )
     torch.testing.assert_close(answers(compiled, inputs), answers(sums_of_a_step, inputs))
     torch.compiler.reset()
+
+
+# Conditioning
+
+C, T = 6, 5
+
+
+class Block(nn.Module):
+    """Of a transformer: a gated residual, a norm, its scale and shift; then the gate of the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(C, elementwise_affine=False, eps=1e-6)
+        self.condition, self.layer = nn.Linear(C, 4 * C), nn.Linear(C, C)
+
+    def forward(self, x, r, c):
+        shift, scale, gate, last = self.condition(c).unsqueeze(1).chunk(4, dim=2)
+        h = r + gate * x
+        return h + last * self.layer(self.norm(h) * (1 + scale) + shift)
+
+
+def group_norm(x, r, c, w):
+    scale, shift = (t[:, :, None, None].expand(-1, -1, T, T) for t in (c[:, :C], c[:, C:]))
+    return F.silu(F.group_norm(x, 3, w, w, 1e-6) * (scale + 1) + shift) + r
+
+
+def group_norm_activated(x):
+    return F.gelu(F.group_norm(x, 2), approximate="tanh")
+
+
+def instance_norm(x, c):
+    mean, std = c.view(B, 2 * C, 1, 1).chunk(2, 1)
+    return F.instance_norm(x) * std + mean
+
+
+def rms_norm_per_token(x, c):
+    scale, shift = c.chunk(2, -1)
+    return torch.relu(torch.add(F.rms_norm(x, (C,), eps=1e-6).mul_(scale), shift))
+
+
+def film_of_a_convolution(x, r, c, w):
+    gamma, beta = c.unsqueeze(-1).unsqueeze(-1).chunk(2, 1)
+    return F.conv2d(x, w).mul(gamma).add(beta).relu() + r
+
+
+MAP = (B, C, T, T)
+CONDITIONED = {
+    "block": (Block, {"x": (B, T, C), "r": (B, T, C), "c": (B, C)}, 2),
+    "group": (group_norm, {"x": MAP, "r": MAP, "c": (B, 2 * C), "w": (C,)}, 1),
+    "group-activated": (group_norm_activated, {"x": MAP}, 1),
+    "instance": (instance_norm, {"x": MAP, "c": (B, 2 * C)}, 1),
+    "rms-per-token": (rms_norm_per_token, {"x": (B, T, C), "c": (B, T, 2 * C)}, 1),
+    "film": (film_of_a_convolution, {"x": MAP, "r": MAP, "c": (B, 2 * C), "w": (C, C, 1, 1)}, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditioning_is_rewritten_and_answers_as_before(name, dtype):
+    form, shapes, patterns = CONDITIONED[name]
+    model, inputs = made(form, shapes, dtype)
+    graph_module = torch.fx.symbolic_trace(model)
+    report = dropin.rewrite(graph_module, *inputs)
+    assert len(report.replaced) == patterns and not report.not_replaced, report
+    used = functions(graph_module)
+    assert len({norm_film, film} & set(used)) == patterns and not {operator.mul, "mul", "expand"} & set(used)
+    assert_as_before(answers(graph_module, inputs, parameters(graph_module)), model, inputs)
+
+
+def layer_norm(x, *sizes):
+    return F.layer_norm(x, sizes or (C,))
+
+
+def norm_used_twice(x, c, w):
+    n = layer_norm(x)
+    return n * (1 + w) + n
+
+
+def one_value_a_place(x, c, w):
+    return F.group_norm(x, 5) * (1 + x.mean(1, keepdim=True)) + w
+
+
+def norm_of_two_dimensions(x, c, w):
+    return layer_norm(x, T, C) * (1 + w) + w
+
+
+def eps_of_the_dtype(x, c, w):
+    return F.rms_norm(x, (C,)) * (1 + w)
+
+
+def scale_in_float64(x, c, w):
+    return layer_norm(x) * (1 + w.double()) + w
+
+
+def written_while_scaled(x, c, w):
+    w = w * 1
+    n = layer_norm(x) * w
+    w.mul_(2)
+    return n + w
+
+
+def running_statistics(x, c, w):
+    return F.instance_norm(x, torch.zeros(T), torch.ones(T), use_input_stats=False) * (1 + w)
+
+
+def norm_alone(x, c, w):
+    return layer_norm(x) + x
+
+
+def gated_unit(x, c, w):
+    return F.linear(x, c) * x + x
+
+
+def padding_masked(x, c, w):
+    return F.linear(x, c) * x[:, :, :1] + x
+
+
+def subtracted(x, c, w):
+    return F.linear(x, c) * w - x
+
+
+LEFT = {
+    norm_used_twice: None,
+    one_value_a_place: "one value a place",
+    norm_of_two_dimensions: "over several dimensions",
+    eps_of_the_dtype: "eps depends on the dtype",
+    scale_in_float64: "its steps are of torch.float32 and torch.float64",
+    written_while_scaled: "written in place",
+    running_statistics: "keeps running statistics",
+    norm_alone: None,
+    gated_unit: None,
+    padding_masked: None,
+    subtracted: None,
+}
+
+
+@pytest.mark.parametrize("form", LEFT, ids=lambda form: form.__name__)
+def test_conditioning_that_nearly_matches_stays_as_it_is(form):
+    _, inputs = made(form, {"x": (B, T, C), "c": (C, C), "w": (C,)})
+    graph_module = torch.fx.symbolic_trace(form)
+    before = functions(graph_module)
+    report = dropin.rewrite(graph_module, *inputs)
+    assert functions(graph_module) == before
+    assert [LEFT[form] in found.reason for found in report] == [True] * (LEFT[form] is not None)
+
+
+def test_compiled_blocks_train_with_other_sizes(reports):
+    model, inputs = made(*CONDITIONED["block"][:2])
+    compiled = torch.compile(model, backend=dropin.backend("aot_eager", reports.append), fullgraph=True)
+    for b, t in ((B, T), (3, 9), (4, 7)):
+        inputs = [torch.randn(shape, requires_grad=True) for shape in ((b, t, C), (b, t, C), (b, C))]
+        expected = answers(model, inputs, parameters(model))
+        torch.testing.assert_close(answers(compiled, inputs, parameters(model)), expected)
+    assert [len(report.replaced) for report in reports] == [2, 2]

@@ -27,6 +27,14 @@ _SIGNATURES = {
         "leaky_relu": "input negative_slope inplace",
         "silu": "input inplace",
         "gelu": "input",
+        "layer_norm": "input normalized_shape weight bias eps",
+        "rms_norm": "input normalized_shape weight eps",
+        "group_norm": "input num_groups weight bias eps",
+        "instance_norm": "input running_mean running_var weight bias use_input_stats momentum eps",
+        "conv1d": "input weight bias *others",
+        "conv2d": "input weight bias *others",
+        "conv3d": "input weight bias *others",
+        "scaled_dot_product_attention": "input *others",
         "softmax": "input dim",
         "log_softmax": "input dim",
         "dropout": "input p training",
@@ -52,7 +60,7 @@ _SIGNATURES = {
     }.items()
 }
 _OF_METHODS = {"where": ("input", "condition", "other")}
-_SAME = {"self": "input", "mat2": "other", "axis": "dim"}
+_SAME = {"self": "input", "mat2": "other", "axis": "dim", "train": "training"}
 
 
 def _functions() -> dict[Any, str]:
@@ -67,10 +75,16 @@ def _functions() -> dict[Any, str]:
         for space in (torch, F, torch._C._nn):
             if callable(function := getattr(space, name, None)):
                 found[function] = name
+    del found[torch.instance_norm]  # whose arguments are in another order than those of F.instance_norm
     return found
 
 
 _FUNCTIONS = _functions()
+
+
+def _numbers(norm: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(norm, name) for name in (*names, "eps")}
+
 
 # Modules that torch.fx calls as a whole: the operation, its numbers, its tensors.
 _MODULES: dict[type, Callable[[Any], tuple[str, dict[str, Any], tuple[str, ...]]]] = {
@@ -83,6 +97,13 @@ _MODULES: dict[type, Callable[[Any], tuple[str, dict[str, Any], tuple[str, ...]]
     nn.GELU: lambda m: ("gelu", {"approximate": m.approximate}, ()),
     nn.Softmax: lambda m: ("softmax", {"dim": m.dim}, ()),
     nn.LogSoftmax: lambda m: ("log_softmax", {"dim": m.dim}, ()),
+    nn.LayerNorm: lambda m: ("layer_norm", _numbers(m, "normalized_shape"), ("weight", "bias")),
+    nn.RMSNorm: lambda m: ("rms_norm", _numbers(m, "normalized_shape"), ("weight",)),
+    nn.GroupNorm: lambda m: ("group_norm", _numbers(m, "num_groups"), ("weight", "bias")),
+    nn.InstanceNorm1d: lambda m: ("instance_norm", _numbers(m), ("weight", "bias", "running_mean")),
+    nn.InstanceNorm2d: lambda m: ("instance_norm", _numbers(m), ("weight", "bias", "running_mean")),
+    nn.Conv1d: lambda m: ("conv1d", {}, ("weight", "bias")),
+    nn.Conv2d: lambda m: ("conv2d", {}, ("weight", "bias")),
     nn.Identity: lambda m: ("contiguous", {}, ()),
 }
 

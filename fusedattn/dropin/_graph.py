@@ -16,6 +16,12 @@ from torch import Tensor, fx
 from fusedattn.dropin._calls import Attribute, Call, Source, read, writes
 
 Labels = tuple[Any, ...]
+DISTURBED = "something is written in place, or autocast or gradients are switched, before it is computed"
+_VIEWS = ("unsqueeze", "squeeze", "view", "permute", "transpose", "expand", "select", "getitem")
+
+
+class Miss(Exception):
+    """Why something that looks like a pattern is not rewritten."""
 
 
 class Product(NamedTuple):
@@ -106,7 +112,9 @@ class Graph:
     def is_disturbed(self, nodes: Iterable[fx.Node], last: fx.Node) -> bool:
         """Whether something is written, or a mode changed, while these nodes, up to the last, are computed."""
         nodes = set(nodes)
-        first, end = min(self.order[node] for node in nodes), self.order[last]
+        # A view shows what is written into its base whenever it is taken.
+        first = min(self.order[n] for n in nodes if (call := self.call(n)) is None or call.name not in _VIEWS)
+        end = self.order[last]
         return any(first < self.order[node] < end and node not in nodes for node in self._writing)
 
     def is_written(self, node: fx.Node) -> bool:
@@ -283,21 +291,30 @@ class Graph:
         """A node for a tensor of a module."""
         return self.module.graph.get_attr(source.path) if isinstance(source, Attribute) else source
 
+    def add(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that calls a function."""
+        return self.module.graph.call_function(function, args, kwargs)
+
+    def cast(self, source: Source, node: fx.Node, like: fx.Node) -> fx.Node:
+        """What was made of a source, in the dtype of another node."""
+        known, wanted = (self.value(t).dtype for t in (source, like))  # type: ignore[union-attr]
+        return node if known == wanted else self.add(torch.Tensor.to, node, wanted)
+
     def arranged(self, source: Source, labels: Labels, wanted: Labels) -> fx.Node:
         """Nodes that lay out a tensor with these labels as ``wanted``, with 1 for those that it has not."""
-        graph, node = self.module.graph, self.node(source)
+        node = self.node(source)
         wanted = tuple(label if label in labels else None for label in wanted)
         if labels == wanted:
             return node
         if ones := tuple(d for d, label in enumerate(labels) if label is None):
-            node = graph.call_function(torch.squeeze, (node, ones))
+            node = self.add(torch.squeeze, node, ones)
         kept = [label for label in labels if label is not None]
         order = [kept.index(label) for label in wanted if label is not None]
         if order != sorted(order):
-            node = graph.call_function(torch.permute, (node, order))
+            node = self.add(torch.permute, node, order)
         for d, label in enumerate(wanted):
             if label is None:
-                node = graph.call_function(torch.unsqueeze, (node, d))
+                node = self.add(torch.unsqueeze, node, d)
         return node
 
     def replace(self, node: fx.Node, other: fx.Node) -> None:

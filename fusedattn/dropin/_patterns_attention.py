@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fusedattn.dropin._calls import Call, Source
-from fusedattn.dropin._graph import Carried, Graph, Labels, New
+from fusedattn.dropin._graph import DISTURBED, Carried, Graph, Labels, Miss, New
 from fusedattn.dropin._report import Rewrite
 from fusedattn.dropin._scores import ATTENTION, NAN_ROWS, SCORES
 from fusedattn.ops.additive_attention import additive_attention
@@ -31,11 +31,6 @@ from fusedattn.ops.additive_scores import additive_scores
 
 _ACTIVATIONS = ("tanh", "sigmoid", "relu", "leaky_relu")
 _INPUT = "input"  # the label of what a layer over a concatenation sums over
-_DISTURBED = "something is written in place, or autocast or gradients are switched, before it is computed"
-
-
-class _Miss(Exception):
-    """Why something that looks like attention is not rewritten."""
 
 
 class _Summand(NamedTuple):
@@ -113,7 +108,7 @@ def rewrite(graph: Graph, node: fx.Node) -> Rewrite | None:
             _replace_scores(graph, found)
             return Rewrite(name, SCORES, True, f"these alone: {reason}")
         return Rewrite(name, ATTENTION, True, limits=NAN_ROWS if found.rows and found.rows.masks else "")
-    except _Miss as miss:
+    except Miss as miss:
         return Rewrite(name, SCORES, False, str(miss))
 
 
@@ -157,25 +152,25 @@ def _read(graph: Graph, call: Call, chain: list[fx.Node], product: Carried) -> _
         if rows is None:
             return None
         used = isinstance(call.input, fx.Node) and len(call.input.users) > 1
-        raise _Miss(
+        raise Miss(
             f"the argument of {call.name} is used elsewhere, too"
             if used
             else f"{call.name} is not taken of the sum of a part for each key and one that keys share"
         )
     column, query, key, *_, own = splits[0]
     if any(len(n.users) > 1 for n in (*chain, *product.product.nodes[:-1])):
-        raise _Miss(f"the result of {call.name} is used elsewhere, too")
+        raise Miss(f"the result of {call.name} is used elsewhere, too")
     heads = [label for label in weight_labels if label not in (None, channel)]
     row = next((label for label in reversed(labels) if label in own - set(heads)), None)
     lead = [label for label in labels if label not in (None, channel, row, column, *heads)] + heads
     if len(lead) > 2 or column in heads:
-        raise _Miss("more dimensions than those of batch, heads, queries, keys and channels")
+        raise Miss("more dimensions than those of batch, heads, queries, keys and channels")
     if graph.is_disturbed(nodes, scores):
-        raise _Miss(_DISTURBED)
+        raise Miss(DISTURBED)
     dtype: Any = graph.value(scores)
     autocast = graph.autocast_dtype(node)
     if not dtype.is_floating_point() or (autocast is not None and dtype.dtype not in (autocast, torch.float64)):
-        raise _Miss(f"scores of {dtype.dtype}{'' if autocast is None else f' under autocast to {autocast}'}")
+        raise Miss(f"scores of {dtype.dtype}{'' if autocast is None else f' under autocast to {autocast}'}")
     options = {} if call.name == "tanh" else {"activation": call.name}
     if call.name == "leaky_relu":
         options["negative_slope"] = call.get("negative_slope", 0.01)
@@ -230,7 +225,7 @@ def _operands(graph: Graph, found: _Scores) -> tuple[fx.Node, fx.Node, fx.Node]:
     channel = found.product.summed
 
     def cast(source: Source, node: fx.Node) -> fx.Node:
-        return _cast(graph, source, node, found.node)
+        return graph.cast(source, node, found.node)
 
     def total(summands: list[_Summand], wanted: Labels) -> fx.Node:
         parts = []
@@ -240,12 +235,12 @@ def _operands(graph: Graph, found: _Scores) -> tuple[fx.Node, fx.Node, fx.Node]:
             else:
                 others = [label for label in s.labels if label != _INPUT]
                 x = graph.arranged(s.source, s.labels, (*others, _INPUT))
-                weight = _call(graph, operator.getitem, graph.node(s.weight), (slice(None), s.columns))
-                part = graph.arranged(_call(graph, F.linear, x, weight), (*others, channel), wanted)
+                weight = graph.add(operator.getitem, graph.node(s.weight), (slice(None), s.columns))
+                part = graph.arranged(graph.add(F.linear, x, weight), (*others, channel), wanted)
             parts.append(cast(s.source, part))
         first, *others = parts
         for other in others:
-            first = _call(graph, torch.add, first, other)
+            first = graph.add(torch.add, first, other)
         return first
 
     query = total(found.query, (*found.lead, found.row, channel))
@@ -255,22 +250,12 @@ def _operands(graph: Graph, found: _Scores) -> tuple[fx.Node, fx.Node, fx.Node]:
     return query, key, cast(found.product.other, weight)
 
 
-def _cast(graph: Graph, source: Source, node: fx.Node, like: fx.Node) -> fx.Node:
-    """What was made of a source, in the dtype of another node."""
-    known, wanted = (graph.value(t).dtype for t in (source, like))  # type: ignore[union-attr]
-    return node if known == wanted else _call(graph, torch.Tensor.to, node, wanted)
-
-
-def _call(graph: Graph, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    return graph.module.graph.call_function(function, args, kwargs)
-
-
 def _replace_scores(graph: Graph, found: _Scores) -> None:
     with graph.module.graph.inserting_before(found.node):
-        scores = _call(graph, additive_scores, *_operands(graph, found), **found.options)
+        scores = graph.add(additive_scores, *_operands(graph, found), **found.options)
         scores = graph.arranged(scores, found.labels, found.product.result)
         if (bias := found.product.product.bias) is not None:
-            scores = _call(graph, torch.add, scores, _cast(graph, bias, graph.node(bias), found.node))
+            scores = graph.add(torch.add, scores, graph.cast(bias, graph.node(bias), found.node))
     graph.replace(found.node, scores)
     graph.erase(found.nodes)
 
@@ -392,7 +377,7 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
         return f"scores, weights and values are of {' and '.join(sorted(map(str, dtypes)))}"
     end = product.product.node
     if graph.is_disturbed(nodes, end) or graph.is_written(softmax) or graph.is_written(end):
-        return f"of the context, {_DISTURBED}"
+        return f"of the context, {DISTURBED}"
     others = [user for user in softmax.users if user is not context.first]
     inputs = [*found.sources(), product.other, *(mask for mask, *_ in rows.masks)]
     ready = max(graph.order.get(t, 0) for t in inputs if isinstance(t, fx.Node))
@@ -402,7 +387,7 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
     with graph.module.graph.inserting_before(place):
         query, key, weight = _operands(graph, found)
         if (bias := found.product.product.bias) is not None:  # cancelled: a gradient of zero, but not None
-            weight = _call(graph, torch.add, weight, _cast(graph, bias, graph.node(bias), found.node), alpha=0)
+            weight = graph.add(torch.add, weight, graph.cast(bias, graph.node(bias), found.node), alpha=0)
         width = new[0] if new else None
         value = graph.arranged(product.other, product.other_labels, (*found.lead, found.column, width))
         options = dict(found.options)
@@ -410,17 +395,17 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
             options["scale"] = rows.scale
         for mask, labels, hides in rows.masks:
             visible = graph.arranged(mask, labels, found.labels)
-            visible = _call(graph, torch.logical_not, visible) if hides else visible
+            visible = graph.add(torch.logical_not, visible) if hides else visible
             options["mask"] = (
-                _call(graph, torch.logical_and, options["mask"], visible) if "mask" in options else visible
+                graph.add(torch.logical_and, options["mask"], visible) if "mask" in options else visible
             )
         if others:
             options["return_weights"] = True
-        result = _call(graph, additive_attention, query, key, value, weight, **options)
-        attended = _call(graph, operator.getitem, result, 0) if others else result
+        result = graph.add(additive_attention, query, key, value, weight, **options)
+        attended = graph.add(operator.getitem, result, 0) if others else result
         attended = graph.arranged(attended, (*found.lead, found.row, width), product.result)
         if others:
-            weights = _call(graph, operator.getitem, result, 1)
+            weights = graph.add(operator.getitem, result, 1)
             weights = graph.arranged(weights, found.labels, rows.labels)
     graph.replace(end, attended)
     graph.erase(context.nodes)

@@ -6,19 +6,25 @@ from typing import Any
 
 from torch import fx
 
-from fusedattn.dropin import _patterns_attention
+from fusedattn.dropin import _patterns_attention, _patterns_conditioning
 from fusedattn.dropin._graph import Graph
 from fusedattn.dropin._report import GraphReport
 
-_PATTERNS = (_patterns_attention.rewrite,)
+# In the order in which they are looked for: what a norm takes with it is no longer a layer's.
+_PATTERNS = (
+    _patterns_attention.rewrite,
+    _patterns_conditioning.rewrite_norm,
+    _patterns_conditioning.rewrite_layer,
+)
 
 
 def rewrite(graph_module: fx.GraphModule, *example_inputs: Any) -> GraphReport:
-    """Makes additive attention in a traced graph fused, in place, whatever module it is in, and reports.
+    """Makes attention and conditioning in a traced graph fused, in place, whatever module it is in, and reports.
 
-    What is looked for is ``softmax(activation(a + b) @ w) @ x`` in every way to write it, with scale and masks of
-    -inf, and where more stands between, the scores ``activation(a + b) @ w`` alone. What else uses an intermediate
-    result keeps it, and the pattern stays. Parameters and results are those before.
+    Additive attention is ``softmax(activation(a + b) @ w) @ x`` in every way to write it, with scale and masks of
+    -inf; where more stands between, the scores ``activation(a + b) @ w`` alone. Conditioning is a norm that is
+    scaled and shifted, or a layer, ``activation(n * (1 + s) + b) + r``, with the gated residual before the norm.
+    What else uses an intermediate result keeps it, and the pattern stays. Parameters and results are those before.
 
     Args:
         graph_module: of ``torch.fx.symbolic_trace``, of ``torch.export.export(...).module()``, or what a backend
