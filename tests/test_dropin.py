@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrizations
 
 import fusedattn
 from fusedattn import dropin
+from fusedattn.dropin import _small, gnmt
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +31,13 @@ def attention(**options):
 def inputs(batch=2):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(batch, n, width, generator=generator) for n, width in ((3, 4), (6, 3))]
+
+
+@pytest.fixture(autouse=True)
+def always_fused():
+    """What is tested here is small."""
+    with _small.always_fused():
+        yield
 
 
 def is_fused(module):
@@ -148,6 +157,26 @@ def test_what_a_module_is_made_of_does_not_hide_how_it_answers(where):
     if where == "tied":
         module(*inputs())[0].sum().backward()
         assert module.linear_att.grad is not None
+
+
+def test_small_calls_are_the_originals(monkeypatch):
+    """On the CPU, where a fused one would be slower; compiled code has no such calls."""
+    module, calls, scores = attention(), [], gnmt.scores
+    monkeypatch.setattr(gnmt, "scores", lambda *args: calls.append("fused") or scores(*args))
+    monkeypatch.setattr(_small, "_IS_OFF", ContextVar("always_fused", default=False))
+    assert "below 32,768 elements on the CPU, 65,536 in training, the original" in str(dropin.replace(module))
+
+    def are_fused(method, *lengths):
+        for Tk in lengths:  # (1, 64, Tk, 5) elements
+            calls.clear()
+            method(torch.randn(1, 64, 5), torch.randn(1, Tk, 5))
+            yield bool(calls)
+
+    assert list(are_fused(module.calc_score, 204, 205)) == [False, True]
+    with torch.no_grad():
+        assert list(are_fused(module.calc_score, 102, 103)) == [False, True]
+    compiled = torch.compile(module.calc_score, backend="eager", fullgraph=True)
+    assert list(are_fused(compiled, 2)) == [True]
 
 
 # What is not replaced, and why

@@ -17,6 +17,7 @@ from tolerance import assert_close_to_reference
 from torch.utils import _pytree
 
 from fusedattn import dropin
+from fusedattn.dropin import _small
 
 # Where the packages keep the classes that tests/originals has as formulas.
 PACKAGES = {
@@ -31,6 +32,13 @@ PACKAGES = {
     "torch_geometric": "torch_geometric.nn.conv.film_conv",
     "torchmil": "torchmil.nn.attention.attention_pool",
 }
+
+
+@pytest.fixture(autouse=True)
+def always_fused():
+    """Cases are small, which would leave most of them to the originals."""
+    with _small.always_fused():
+        yield
 
 
 @dataclass

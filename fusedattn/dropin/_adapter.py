@@ -14,6 +14,11 @@ Sizes = dict[str, int]
 Shape = tuple[str | int, ...]
 
 
+def largest(*tensors: Tensor) -> int:
+    """The elements of the largest of them."""
+    return max([t.numel() for t in tensors])
+
+
 def no_reasons(module: nn.Module) -> list[str]:
     return []
 
@@ -40,6 +45,9 @@ class Adapter:
         limits: where answers differ from the original's. Printed with the report.
         state: attributes that ``fused`` keeps on the module; the module's ``reset()`` and ``restore`` drop them.
         tolerance: of the probe, which is in float64; larger where the original turns to float32 inside.
+        work: the size of a call, from the tensors given to the method; that of the largest by default.
+        least: the smallest such size that is worth a fused call on the CPU, doubled where gradients are recorded;
+            below it the original runs (``_small.py``), but not where there is ``state``.
     """
 
     name: str
@@ -54,6 +62,8 @@ class Adapter:
     limits: str = ""
     state: tuple[str, ...] = ()
     tolerance: float = 1e-8
+    work: Callable[..., int] = largest
+    least: int = 1 << 16
 
     @property
     def package(self) -> str:

@@ -12,6 +12,7 @@ from fusedattn.ops.norm_film import norm_film
 
 FUSES = "norm, scale and shift in one pass"
 FUSES_BLOCK = "norms, modulation, gates and residuals, each group in one pass"
+LEAST_OF_FILM = 1 << 17  # elements; without a norm there is less to save (_small.py)
 
 
 def in_result_dtype(x: Tensor, *others: Tensor | None) -> Any:

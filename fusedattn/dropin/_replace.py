@@ -17,6 +17,7 @@ from fusedattn._dispatch import UnsupportedError
 from fusedattn.dropin import _probe
 from fusedattn.dropin._adapter import Adapter, descendant, has_hooks, match, renamed, resembles
 from fusedattn.dropin._report import Entry, Report
+from fusedattn.dropin._small import always_fused, is_small
 
 Selection = str | type | Iterable[str | type] | None
 
@@ -37,8 +38,9 @@ def fused_class(module: nn.Module, adapter: Adapter) -> Any:
 def _fused_class(cls: Any, adapter: Adapter, inside: tuple[type, ...]) -> Any:
     """The subclass whose instances run ``adapter.fused``.
 
-    They run the method of ``cls`` where children whose work is done without them have hooks, or are no longer of
-    the classes ``inside``: given an adapter of low rank, synchronised over processes, quantised.
+    They run the method of ``cls`` where a call is small, and where children whose work is done without them have
+    hooks, or are no longer of the classes ``inside``: given an adapter of low rank, synchronised over processes,
+    quantised.
     """
     method = getattr(cls, adapter.method)
     children = tuple(zip(adapter.inside, inside, strict=True))
@@ -46,6 +48,8 @@ def _fused_class(cls: Any, adapter: Adapter, inside: tuple[type, ...]) -> Any:
 
     @functools.wraps(method)  # its signature
     def fused(self, *args, **kwargs):
+        if is_small(adapter, args, kwargs):
+            return method(self, *args, **kwargs)
         for name, known in children:
             child = descendant(self, name)
             if _original(child) is not known or has_hooks(child):
@@ -169,7 +173,8 @@ class _Judge:
         except Exception as error:  # whatever is in a module that only looks like the known one
             return f"it fails on a probe: {type(error).__name__}: {error}"
         try:
-            found = _probe.answers(module, adapter, sizes, fused_class(module, adapter))
+            with always_fused():
+                found = _probe.answers(module, adapter, sizes, fused_class(module, adapter))
         except Exception as error:
             return f"fused, it fails on a probe: {type(error).__name__}: {error}"
         return _probe.difference(expected, found, adapter.tolerance)

@@ -67,7 +67,16 @@ class Report:
             text = entry.adapter.fuses + note if entry.replaced else entry.reason
             lines.append((entry.replaced, entry.name, f"{entry.adapter.name}: {text}"))
         limits = {e.adapter.name: e.adapter.limits for e in self.replaced if e.adapter.limits}
-        return _table(f"{len(self.replaced)} of {len(self.entries)} known modules are fused", lines, limits)
+        title = f"{len(self.replaced)} of {len(self.entries)} known modules are fused"
+        return _table(title, lines, limits | self._small_calls())
+
+    def _small_calls(self) -> dict[str, str]:
+        """Which calls remain the originals', by the names of adapters."""
+        names: dict[int, list[str]] = {}
+        for adapter in dict.fromkeys(entry.adapter for entry in self.replaced if not entry.adapter.state):
+            names.setdefault(adapter.least, []).append(adapter.name)
+        text = "below {:,} elements on the CPU, {:,} in training, the original runs, which is faster there"
+        return {", ".join(names[least]): text.format(least, 2 * least) for least in sorted(names)}
 
 
 @dataclass(frozen=True)

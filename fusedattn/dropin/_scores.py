@@ -17,6 +17,7 @@ from fusedattn.ops.location_attention import attend as attend_located
 from fusedattn.ops.location_attention import prepared
 
 SCORES = "scores without the (B, Tq, Tk, D) tensor"
+LEAST = 1 << 15  # (B, Tq, Tk, D) elements: smaller calls are the originals' (_small.py)
 ATTENTION = "scores, softmax and context in one pass"
 STEPS = f"{ATTENTION}; the gradients of keys once for all steps"
 LOCATED = f"location features, {STEPS}"
@@ -28,6 +29,11 @@ KEPT = "_fusedattn_keys"  # the attribute that holds what steps share
 def scores(query: Tensor, key: Tensor, weight: Tensor, **options: Any) -> Tensor:
     """(B, Tq, Tk) of query (B, Tq, D), key (B, Tk, D) and weight (D,)."""
     return additive_scores(query, key, beside(query, weight), **options)
+
+
+def pairs(query: Tensor, key: Tensor, *others: Tensor) -> int:
+    """The size of the (B, Tq, Tk, D) tensor that (B, Tq, D) and (B, Tk, D) would make."""
+    return query.shape[-2] * key.numel()
 
 
 def score_weight(linear: nn.Linear) -> Tensor:

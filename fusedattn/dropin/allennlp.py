@@ -5,7 +5,7 @@ stays the original's, whose rows without a valid key are 0.
 """
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import SCORES, scores
+from fusedattn.dropin._scores import LEAST, SCORES, scores
 
 
 def _forward_internal(self, vector, matrix):
@@ -22,6 +22,7 @@ ADAPTERS = (
         name="allennlp.AdditiveAttention",
         source="allenai/allennlp, allennlp/modules/attention/additive_attention.py",
         fuses=SCORES,
+        least=LEAST,
         shapes={"_w_matrix": ("D", "D"), "_u_matrix": ("K", "D"), "_v_vector": ("D", 1)},
         method="_forward_internal",
         fused=_forward_internal,

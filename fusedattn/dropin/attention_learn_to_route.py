@@ -5,7 +5,7 @@ returned beside the scores (B, S). With ``use_tanh`` these are C tanh(u).
 """
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import SCORES, scores
+from fusedattn.dropin._scores import LEAST, SCORES, scores
 
 
 def _forward(self, query, ref):
@@ -32,6 +32,7 @@ ADAPTERS = (
         name="attention_learn_to_route.Attention",
         source="wouterkool/attention-learn-to-route, nets/pointer_network.py",
         fuses=SCORES,
+        least=LEAST,
         shapes={
             "project_query.weight": ("D", "D"),
             "project_query.bias": ("D",),

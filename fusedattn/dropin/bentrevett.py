@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import SCORES, score_weight, scores
+from fusedattn.dropin._scores import LEAST, SCORES, score_weight, scores
 
 
 def _fused(attn, v):
@@ -42,6 +42,7 @@ def _adapter(name, attn, v):
         name=name,
         source="bentrevett/pytorch-seq2seq, notebook 3, legacy 3 and legacy 4",
         fuses=SCORES,
+        least=LEAST,
         shapes={f"{attn}.weight": ("D", "W"), f"{attn}.bias": ("D",), f"{v}.weight": (1, "D")},
         fused=_fused(attn, v),
         probe=_probe,

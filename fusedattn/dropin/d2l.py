@@ -7,7 +7,7 @@ attends to all keys alike. The weights before dropout stay on the module, the dr
 import torch
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import SCORES, score_weight, scores
+from fusedattn.dropin._scores import LEAST, SCORES, pairs, score_weight, scores
 
 
 def _forward(self, queries, keys, values, valid_lens):
@@ -31,6 +31,8 @@ ADAPTERS = (
         name="d2l.AdditiveAttention",
         source="d2l-ai/d2l-en, d2l/torch.py",
         fuses=SCORES,
+        work=pairs,
+        least=LEAST,
         shapes={"W_q.weight": ("D", "Q"), "W_k.weight": ("D", "K"), "w_v.weight": (1, "D")},
         fused=_forward,
         probe=_probe,

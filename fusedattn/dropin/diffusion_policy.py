@@ -5,7 +5,7 @@ a bias alone, of which nothing can be fused.
 """
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._modulate import in_result_dtype
+from fusedattn.dropin._modulate import LEAST_OF_FILM, in_result_dtype
 from fusedattn.ops.film import film
 
 
@@ -40,6 +40,7 @@ def _adapter(name, source, fused, blocks, flag):
         name=name,
         source=source,
         fuses="scale and shift in one pass",
+        least=LEAST_OF_FILM,
         shapes={
             f"{first}.block.0.weight": ("C", "I", "K"),
             f"{first}.block.*": None,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._modulate import in_result_dtype, modulated
+from fusedattn.dropin._modulate import LEAST_OF_FILM, in_result_dtype, modulated
 from fusedattn.ops.film import film
 
 _SOURCE = "ethanjperez/film, vr/models/filmed_net.py"
@@ -60,6 +60,7 @@ ADAPTERS = (
         name="film.FiLM",
         source=_SOURCE,
         fuses="scale and shift in one pass",
+        least=LEAST_OF_FILM,
         shapes={},
         fused=_film,
         probe=_probe,

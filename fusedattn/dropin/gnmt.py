@@ -6,7 +6,7 @@ module (True at padding, filled with -65504), the softmax and the context.
 """
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import SCORES, scores
+from fusedattn.dropin._scores import LEAST, SCORES, pairs, scores
 
 
 def _calc_score(self, att_query, att_keys):
@@ -27,6 +27,8 @@ ADAPTERS = (
         name="gnmt.BahdanauAttention",
         source="NVIDIA/DeepLearningExamples, PyTorch/Translation/GNMT/seq2seq/models/attention.py",
         fuses=SCORES,
+        work=pairs,
+        least=LEAST,
         shapes={
             "linear_q.weight": ("D", "Q"),
             "linear_k.weight": ("D", "K"),

@@ -5,7 +5,7 @@ channels count alike. Masks, causality, dropout and what is returned stay the or
 """
 
 from fusedattn.dropin._adapter import Adapter, original
-from fusedattn.dropin._scores import SCORES, scores
+from fusedattn.dropin._scores import LEAST, SCORES, pairs, scores
 
 
 def _calculate_scores(self, query, key):
@@ -25,6 +25,8 @@ ADAPTERS = (
         name="keras.AdditiveAttention",
         source="keras-team/keras 3, keras/src/layers/attention/additive_attention.py",
         fuses=SCORES,
+        work=pairs,
+        least=LEAST,
         shapes={"_torch_params.*": ("D",)},
         method="_calculate_scores",
         fused=_calculate_scores,

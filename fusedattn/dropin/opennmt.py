@@ -5,7 +5,7 @@ context stay the original's.
 """
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._scores import SCORES, score_weight, scores
+from fusedattn.dropin._scores import LEAST, SCORES, pairs, score_weight, scores
 
 
 def _score(self, h_t, h_s):
@@ -26,6 +26,8 @@ ADAPTERS = (
         name="opennmt.GlobalAttention",
         source="OpenNMT/OpenNMT-py, onmt/modules/global_attention.py",
         fuses=SCORES,
+        work=pairs,
+        least=LEAST,
         shapes={
             "linear_context.weight": ("D", "D"),
             "linear_query.weight": ("D", "D"),

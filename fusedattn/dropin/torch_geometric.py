@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fusedattn.dropin._adapter import Adapter
-from fusedattn.dropin._modulate import in_result_dtype
+from fusedattn.dropin._modulate import LEAST_OF_FILM, in_result_dtype
 from fusedattn.ops.film import film
 
 _ACTIVATIONS = {
@@ -41,6 +41,7 @@ ADAPTERS = (
         name="torch_geometric.FiLMConv",
         source="pyg-team/pytorch_geometric 2.8, torch_geometric/nn/conv/film_conv.py",
         fuses="scale, shift and activation of messages in one pass",
+        least=LEAST_OF_FILM,
         shapes={
             "lins.0.weight": ("C", "I"),
             "lins.*.weight": ("C", "I"),
