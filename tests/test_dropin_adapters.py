@@ -122,7 +122,7 @@ def with_agent(module, states, first, second, out_prev):
 
 def speech_steps(module, states, first, second):
     module.reset()
-    lengths = torch.tensor([6.0, 3.5])
+    lengths = torch.tensor([6.0, 3.5], dtype=states.dtype)
     found = [module(states, lengths, first)]
     found.append(module(states, lengths, second + found[0][0].sum()))
     return [*found, module(2 * states, lengths, second), module.mask]
@@ -139,6 +139,25 @@ def tacotron_steps(module, states, memory):
         total = total + weights
         found += [context, weights]
     return found
+
+
+def coqui(**options):
+    known = {"location_attention": True, "windowing": False, "norm": "softmax", "forward_attn": False}
+    options = known | {"trans_agent": False, "forward_attn_mask": False} | options
+    sizes = {"attention_location_n_filters": 2, "attention_location_kernel_size": 3}
+    return lambda c: c.OriginalAttention(4, 3, 5, **sizes, **options)
+
+
+def coqui_steps(module, states, memory):
+    """Two, and what they keep; the package makes its first weights in float32."""
+    module.init_states(memory)
+    for name in ("attention_weights", "attention_weights_cum", "alpha", "u"):
+        if hasattr(module, name):
+            setattr(module, name, getattr(module, name).to(memory.dtype))
+    processed, found = module.preprocess_inputs(memory), []
+    for state in states:
+        found += [module(state, memory, processed, lengths_mask((6, 4), 6)), module.attention_weights]
+    return found, getattr(module, "attention_weights_cum", None), getattr(module, "u", None), module.win_idx
 
 
 CASES = {
@@ -193,6 +212,17 @@ CASES = {
         )
     },
     "captioning.Attention": {"step": Case(lambda c: c.Attention(3, 4, 5), ((2, 6, 3), (2, 4)))},
+    "coqui.OriginalAttention": {
+        "location": Case(coqui(), ((2, 2, 4), (2, 6, 3)), coqui_steps),
+        "sigmoid-forward-agent": Case(
+            coqui(norm="sigmoid", forward_attn=True, trans_agent=True, forward_attn_mask=True),
+            ((2, 2, 4), (2, 6, 3)),
+            coqui_steps,
+        ),
+        "content-windows": Case(
+            coqui(location_attention=False, windowing=True), ((2, 2, 4), (2, 6, 3)), coqui_steps
+        ),
+    },
     "clam.Attn_Net": {"heads": Case(lambda c: c.Attn_Net(3, 4, True, 2), ((6, 3),))},
     "clam.Attn_Net_Gated": {
         "heads": Case(lambda c: c.Attn_Net_Gated(3, 4, False, 2), ((6, 3),)),
@@ -405,6 +435,14 @@ CASES = {
     "speechbrain.ContentBasedAttention": {
         "steps": Case(
             lambda c: c.ContentBasedAttention(3, 4, 5, 2, scaling=1.5), ((2, 6, 3), (2, 4), (2, 4)), speech_steps
+        ),
+    },
+    "speechbrain.LocationAwareAttention": {
+        "steps": Case(
+            lambda c: c.LocationAwareAttention(3, 4, 5, 2, 2, 1, scaling=1.5),
+            ((2, 6, 3), (2, 4), (2, 4)),
+            speech_steps,
+            std=0.5,
         ),
     },
     "tacotron2.Attention": {

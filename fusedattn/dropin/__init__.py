@@ -41,6 +41,7 @@ _FILES = (
     "biggan",
     "captioning",
     "clam",
+    "coqui",
     "d2l",
     "diffusers",
     "diffusers_blocks",
