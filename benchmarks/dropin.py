@@ -130,7 +130,7 @@ class ReplacedLoop(ReplacedCase):
         return 3 * self.itemsize * self.B * self.T * self.D * (1 if mode == "forward" else self.steps)
 
     def reduced(self) -> "ReplacedLoop":
-        return replace(self, B=2, T=min(self.T, 50), steps=3)
+        return replace(self, B=3, steps=3)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class ReplacedPool(ReplacedCase):
         return self.normal(1, self.K, seed=99)
 
     def reduced(self) -> "ReplacedPool":
-        return replace(self, T=min(self.T, 200))
+        return replace(self, T=min(self.T, 500))
 
 
 class FirstOf(nn.Module):

@@ -47,7 +47,7 @@ class Adapter:
         tolerance: of the probe, which is in float64; larger where the original turns to float32 inside.
         work: the size of a call, from the tensors given to the method; that of the largest by default.
         least: the smallest such size that is worth a fused call on the CPU, doubled where gradients are recorded;
-            below it the original runs (``_small.py``), but not where there is ``state``.
+            below it the original runs (``_small.py``).
     """
 
     name: str

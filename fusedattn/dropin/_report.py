@@ -73,7 +73,7 @@ class Report:
     def _small_calls(self) -> dict[str, str]:
         """Which calls remain the originals', by the names of adapters."""
         names: dict[int, list[str]] = {}
-        for adapter in dict.fromkeys(entry.adapter for entry in self.replaced if not entry.adapter.state):
+        for adapter in dict.fromkeys(entry.adapter for entry in self.replaced):
             names.setdefault(adapter.least, []).append(adapter.name)
         text = "below {:,} elements on the CPU, {:,} in training, the original runs, which is faster there"
         return {", ".join(names[least]): text.format(least, 2 * least) for least in sorted(names)}

@@ -2,8 +2,8 @@
 
 A fused call saves passes over memory, and costs more in Python than the operators that it stands for: on the
 CPU that decides below some ten thousand elements, with gradients below twice as many. ``python -m
-benchmarks.crossover`` measures where; an adapter says it in ``least``. Compiled code has no such costs, on GPUs it
-was not measured, and a loop that keeps something on the module is fused at any size.
+benchmarks.crossover`` measures where; an adapter says it in ``least``. Compiled code has no such costs, and on GPUs
+it was not measured.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ def always_fused() -> Iterator[None]:
 
 def is_small(adapter: Adapter, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the original is as fast at these arguments of the method."""
-    if adapter.state or torch.compiler.is_compiling() or _IS_OFF.get():
+    if torch.compiler.is_compiling() or _IS_OFF.get():
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not tensors or tensors[0].device.type != "cpu":
