@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from fusedattn import _autograd
-from fusedattn._dispatch import NO_REASONS, fail
+from fusedattn._dispatch import fail
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import SCORE_ACTIVATIONS
 
@@ -33,13 +33,6 @@ def of_sum(z: Tensor, weight: Tensor, options) -> Tensor:
     activated = _ACTIVATIONS[options.activation](z, options.negative_slope)
     scores = (activated * weight[..., None, None, :]).sum(-1) * options.scale
     return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores
-
-
-def unable(activation: str) -> dict[str, str]:
-    """Backends without kernels for an activation, and why."""
-    if activation == "tanh":
-        return NO_REASONS
-    return {"cuda": f"there are no kernels for activation={activation!r} in CUDA C++"}
 
 
 def numbers(

@@ -8,13 +8,14 @@ import functools
 import math
 
 import pytest
+import test_activations as activations
 import test_additive_attention as cases
 import test_additive_attention_window as windows
 import test_masked_keys as masked
 import torch
 from cuda_emulator.arrays import array, name, poisoned
 from pairwise import in_dtypes, pairwise
-from test_additive_attention import DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape
+from test_additive_attention import ACTIVATIONS, DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape
 from tolerance import TF32_EPS
 from torch.autograd import Function
 
@@ -106,6 +107,8 @@ def emulated_attention(
     window_center=None,
     scale=1.0,
     softcap=None,
+    activation="tanh",
+    negative_slope=0.2,
     return_weights=True,
     return_lse=True,
     keep_scores=True,
@@ -117,7 +120,7 @@ def emulated_attention(
     window = _windows.sides("emulated_attention", window_size, window_center, is_causal)
     if window_center is not None:
         window_center = _windows.centers("emulated_attention", window_center, query.shape[:-1], query.device)
-    options = Options(*window, *_scores.numbers(scale, softcap, "tanh", 0.0))
+    options = Options(*window, *_scores.numbers(scale, softcap, activation, negative_slope))
     others = (mask, key_lengths, window_center, options, keep_scores, chunk, tf32)
     return EmulatedAttention.apply(module, query, key, value, weight, *others)[:3]
 
@@ -212,9 +215,12 @@ def test_masks_and_their_combinations(module, sizes, kind, lengths, is_causal):
     places=masked.PLACES,
     special=masked.SPECIALS,
     keep_scores=[True, False],
+    activation=["tanh", "relu", "leaky_relu"],
 )
-def test_what_a_hidden_key_holds_does_not_matter(module, sizes, dtype, form, places, special, keep_scores):
-    kernel = functools.partial(emulated_attention, module, keep_scores=keep_scores)
+def test_what_a_hidden_key_holds_does_not_matter(
+    module, sizes, dtype, form, places, special, keep_scores, activation
+):
+    kernel = functools.partial(emulated_attention, module, keep_scores=keep_scores, activation=activation)
     masked.check_absent(sizes, dtype, form, places, special, kernel)
 
 
@@ -269,10 +275,34 @@ def test_lengths_out_of_range_are_clamped(module):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pairwise(scale=[1.0, -1.5], softcap=[None, 0.3, 5.0], dtype=DTYPES)
-def test_scale_and_softcap(module, scale, softcap, dtype):
-    inputs = make_inputs(shape(2, 9, 35, 24, 9), dtype)
-    check(module, inputs, keep_scores=False, scale=scale, softcap=softcap, key_lengths=torch.tensor([35, 6]))
+@pytest.mark.sanitized
+@pairwise(
+    scale=[1.0, -1.5],
+    softcap=[None, 0.3, 5.0],
+    dtype=DTYPES,
+    activation=ACTIVATIONS,
+    queries=[(1, True), (9, True), (9, False), (19, False)],
+)
+def test_what_a_score_is_made_of(module, scale, softcap, dtype, activation, queries):
+    Tq, keep_scores = queries
+    inputs = make_inputs(shape(2, Tq, 35, 24, 9), dtype)
+    options = {"scale": scale, "softcap": softcap, "activation": activation, "key_lengths": torch.tensor([35, 6])}
+    check(module, inputs, keep_scores, **options)
+
+
+@pytest.mark.parametrize("Tq, negative_slope", [(1, 0.0), (3, -0.5), (18, 3.0)])
+def test_negative_slopes_and_kinks(module, Tq, negative_slope):
+    query, key, value, weight = make_inputs(shape(1, Tq, 19, 5, 3), torch.float64)
+    inputs = [query.round(), key.round(), value, weight]  # q + k is 0 here and there
+    check(module, inputs, activation="leaky_relu", negative_slope=negative_slope)
+    check(module, inputs, activation="relu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("Tq", [1, 5, 20])
+def test_magnitudes_without_exponentials(module, Tq, opposite, activation):
+    activations.check_magnitudes(Tq, opposite, activation, functools.partial(emulated_attention, module))
 
 
 def check_tf32(module, sizes):
@@ -357,12 +387,15 @@ def test_magnitudes_of_the_weight(module, size):
 
 
 @pairwise(
-    sizes=[shape(2, 3, 9, 5, 4), shape(2, 20, 75, 40, 18)], of=INPUTS, special=[math.nan, math.inf, -math.inf]
+    sizes=[shape(2, 3, 9, 5, 4), shape(2, 20, 75, 40, 18)],
+    of=INPUTS,
+    special=[math.nan, math.inf, -math.inf],
+    activation=ACTIVATIONS,
 )
-def test_nan_and_infinity_behave_as_in_the_reference(module, sizes, of, special):
+def test_nan_and_infinity_behave_as_in_the_reference(module, sizes, of, special, activation):
     inputs = make_inputs(sizes)
     inputs[INPUTS.index(of)].view(-1)[1] = special
-    cases.check_infinite(inputs, functools.partial(emulated_attention, module))
+    cases.check_infinite(inputs, functools.partial(emulated_attention, module), activation=activation)
 
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(3, 9), (20, 75), (3, 700)])

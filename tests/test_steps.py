@@ -104,12 +104,8 @@ MASKS = {
 }
 
 
-on_tanh_alone = not_on_the_standin("it has the kernels of tanh alone, as CUDA C++")
-KINDS = [pytest.param(kind, marks=on_tanh_alone if "activation" in of else ()) for kind, of in DECODERS.items()]
-
-
 @pytest.mark.parametrize("masked", MASKS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_gradients_are_those_step_by_step(kind, masked, monkeypatch):
     decoder, (state, memory), options = Decoder(**DECODERS[kind]), data(), MASKS[masked]()
     if kind == "heads" and "mask" in options:

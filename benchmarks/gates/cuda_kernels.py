@@ -17,7 +17,8 @@ from .occupancy import SHARED_RESERVED, occupancy
 ARCHITECTURES = (75, 80, 90, 100, 120)
 FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
 LAUNCHES = Path(__file__).with_name("launches.cpp")
-DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "half"}
+# In names of kernels. Those of tanh do not say so.
+SHORT = {"__nv_bfloat16": "bfloat16", "__half": "half", ", Tanh": ""}
 
 
 def sources() -> list[Path]:
@@ -68,7 +69,7 @@ def short_name(demangled: str) -> str:
     name = re.sub(r"^(?:void|static) ", "", demangled[:end])
     name = re.sub(r"\([^()<>]*\)(?=[\w-])", "", name)  # casts of template arguments: (int)4
     name = re.sub(r"(?:\w+|\(anonymous namespace\))::", "", name)
-    for long, short in DTYPES.items():
+    for long, short in SHORT.items():
         name = name.replace(long, short)
     return name
 

@@ -46,7 +46,7 @@ void film(int64_t M, int64_t C, int64_t N) {
 }
 
 template <typename S>
-void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
+void attention(ScoreActivation activation, int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   using T = gpu::Arithmetic<S>;
   AttentionProblem<S> p = {};
   p.B = B, p.H = 1, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = D;
@@ -56,6 +56,7 @@ void attention(int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
   p.mask = somewhere<bool>();
   p.mask_stride[0] = p.mask_stride[1] = Tq * Tk, p.mask_stride[2] = Tk, p.mask_stride[3] = 1;
   p.center = somewhere<int64_t>();
+  p.options.activation = activation;
   for (bool tf32 : {false, true})
     launch_additive_attention_fwd<S>(p, somewhere<S>(), somewhere<T>(), somewhere<T>(), somewhere<S>(),
                                      somewhere<T>(), nullptr, tf32);
@@ -73,11 +74,13 @@ void all() {
   film<S>(4096, 256, 1);
   film<S>(4096, 8, 1);
   film<S>(4096, 7, 1);
-  attention<S>(4, 512, 512, 256);
-  attention<S>(64, 1, 1024, 512);
-  attention<S>(128, 10, 128, 1024);
-  attention<S>(64, 8, 1024, 512);
-  attention<S>(4, 0, 512, 256);
+  for (ScoreActivation activation : {ScoreActivation::TANH, ScoreActivation::RELU}) {
+    attention<S>(activation, 4, 512, 512, 256);
+    attention<S>(activation, 64, 1, 1024, 512);
+    attention<S>(activation, 128, 10, 128, 1024);
+    attention<S>(activation, 64, 8, 1024, 512);
+    attention<S>(activation, 4, 0, 512, 256);
+  }
 }
 
 }  // namespace

@@ -6,6 +6,13 @@
 #include "cuda_inputs.h"
 
 namespace fusedattn {
+
+// in cuda_bwd_linear.cu
+FUSEDATTN_LINEAR_BWD(extern, float)
+FUSEDATTN_LINEAR_BWD(extern, double)
+FUSEDATTN_LINEAR_BWD(extern, __half)
+FUSEDATTN_LINEAR_BWD(extern, __nv_bfloat16)
+
 namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
 }
 
 // A tile of g and p, or, if `only_scores`, of scores in the place of p.
-template <typename S>
+template <typename S, typename Phi>
 __global__ void __launch_bounds__(ATTENTION_BLOCK)
     additive_attention_bwd_kernel_scores(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                          const BackwardChunk<gpu::Arithmetic<S>> chunk,
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   T score[TILE_Q][TILE_K];
   const int64_t row = tile * BLOCK_Q + tile_row(), column = column0 + tile_column(), j_first = j0 + tile_column();
   if (scores.data == nullptr) {
-    const WeightScale<T> weight(p, at, memory.reduce);
-    score_tile(p, at, weight, i0, j0, keys.end, memory, score);
+    const WeightScale<T> weight(p, at, memory.reduce, Phi{});
+    score_tile<Phi>(p, at, weight, i0, j0, keys.end, memory, score);
   } else {
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i)
@@ -237,9 +237,12 @@ struct JointSums {
   T query[TILE_Q], weight;
 };
 
-// The staged keys. q: exp(2q) if `exponentials`, else q, and so the staged keys.
-template <bool exponentials, typename T>
-FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE_Q], JointSums<T>& sums) {
+// Of the staged keys and q: exponentials, or themselves.
+enum class JointForm { PRODUCT, SUM, RELU, LEAKY_RELU };
+
+template <JointForm form, typename T>
+FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE_Q], const Factors<T>& by,
+                                 JointSums<T>& sums) {
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   const T *g_of_warp = memory.g + warp * TILE_Q, *k_of_lane = memory.k + lane;
   T* part = memory.parts + warp * BACKWARD_KEYS<T> * BACKWARD_CHANNELS + lane;
@@ -252,20 +255,31 @@ FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE
       const auto g = gpu::load_pack<4>(g_of_warp + key * BLOCK_Q + half);
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        T r[2];
-        if constexpr (exponentials) {
-          const T t1 = gpu::fma(q[half + e], k, T(1)), t2 = gpu::fma(q[half + e + 1], k, T(1));
-          paired_reciprocal(t1, t2, r[0], r[1]);
-        } else {
-          r[0] = reciprocal_of_sum(q[half + e] + k);
-          r[1] = reciprocal_of_sum(q[half + e + 1] + k);
-        }
+        if constexpr (form == JointForm::RELU || form == JointForm::LEAKY_RELU) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const T u = gpu::fma(-r[n], r[n], r[n]);
-          sums.query[half + e + n] = gpu::fma(g.element[e + n], u, sums.query[half + e + n]);
-          sum = gpu::fma(g.element[e + n], u, sum);
-          sums.weight = gpu::fma(g.element[e + n], r[n], sums.weight);
+          for (int n = 0; n < 2; ++n) {
+            constexpr bool leaky = form == JointForm::LEAKY_RELU;
+            const T h =
+                linear_gradient<leaky>(q[half + e + n] + k, g.element[e + n], by.negative_slope, sums.weight);
+            sums.query[half + e + n] += h;
+            sum += h;
+          }
+        } else {
+          T r[2];
+          if constexpr (form == JointForm::PRODUCT) {
+            const T t1 = gpu::fma(q[half + e], k, T(1)), t2 = gpu::fma(q[half + e + 1], k, T(1));
+            paired_reciprocal(t1, t2, r[0], r[1]);
+          } else {
+            r[0] = reciprocal_of_sum(by.argument * (q[half + e] + k));
+            r[1] = reciprocal_of_sum(by.argument * (q[half + e + 1] + k));
+          }
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const T u = gpu::fma(-r[n], r[n], r[n]);
+            sums.query[half + e + n] = gpu::fma(g.element[e + n], u, sums.query[half + e + n]);
+            sum = gpu::fma(g.element[e + n], u, sum);
+            sums.weight = gpu::fma(g.element[e + n], r[n], sums.weight);
+          }
         }
       }
     }
@@ -273,8 +287,12 @@ FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE
   }
 }
 
-template <typename S>
-__global__ void __launch_bounds__(BACKWARD_BLOCK, sizeof(S) < 8 ? 3 : 0)
+// Blocks on a multiprocessor that registers must leave room for; 0: as the compiler likes.
+template <typename S, typename Phi>
+constexpr int JOINT_OCCUPANCY = TAKES_EXPONENTIALS<Phi> ? (sizeof(S) < 8 ? 3 : 0) : (sizeof(S) < 8 ? 2 : 1);
+
+template <typename S, typename Phi>
+__global__ void __launch_bounds__(BACKWARD_BLOCK, JOINT_OCCUPANCY<S, Phi>)
     additive_attention_bwd_kernel_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                          const BackwardChunk<gpu::Arithmetic<S>> chunk) {
   using T = gpu::Arithmetic<S>;
@@ -296,11 +314,16 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK, sizeof(S) < 8 ? 3 : 0)
       q[i] = f(exists ? gpu::to_arithmetic(p.query.row(at.b, at.h, first_row + i)[d]) : T(0));
     }
   };
-  load_queries([&](T x) {
-    bound = gpu::max(bound, gpu::abs(x));
-    return exp_of_twice(x);
-  });
-  bound = block_reduce(bound, memory.reduce, [](T a, T b) { return gpu::max(a, b); });
+  const auto same = [](T x) { return x; };
+  if constexpr (TAKES_EXPONENTIALS<Phi>) {
+    load_queries([&](T x) {
+      bound = gpu::max(bound, gpu::abs(x));
+      return exponential(x, p.by);
+    });
+    bound = block_reduce(bound, memory.reduce, [](T a, T b) { return gpu::max(a, b); });
+  } else {
+    load_queries(same);
+  }
 
   // What the thread stages and sums: 4 channels of a key, if there are as many, and packs of g.
   constexpr int KEYS = BACKWARD_KEYS<T>;
@@ -330,24 +353,30 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK, sizeof(S) < 8 ? 3 : 0)
     for (int e = 0; e < PACK; ++e) {
       const T x = gpu::to_arithmetic(keys.element[e]);
       key_bound = gpu::max(key_bound, gpu::abs(x));
-      pack.element[e] = exp_of_twice(x);
+      pack.element[e] = TAKES_EXPONENTIALS<Phi> ? exponential(x, p.by) : x;
     }
     const auto store_keys = [&] {
       if (stages) gpu::store_pack(memory.k + key * BACKWARD_CHANNELS + channel, pack);
     };
     store_keys();
-    if (!__syncthreads_or(!(bound + key_bound <= ScoreRange<T>::PAIR))) {
-      if (raw) load_queries([](T x) { return exp_of_twice(x); });
+    if constexpr (!TAKES_EXPONENTIALS<Phi>) {
+      __syncthreads();
+      if (p.options.activation == ScoreActivation::LEAKY_RELU)
+        joint_keys<JointForm::LEAKY_RELU>(memory, q, p.by, sums);
+      else
+        joint_keys<JointForm::RELU>(memory, q, p.by, sums);
+    } else if (!__syncthreads_or(!(bound + key_bound <= p.by.range))) {
+      if (raw) load_queries([&](T x) { return exponential(x, p.by); });
       raw = false;
-      joint_keys<true>(memory, q, sums);
+      joint_keys<JointForm::PRODUCT>(memory, q, p.by, sums);
     } else {
 #pragma unroll
       for (int e = 0; e < PACK; ++e) pack.element[e] = gpu::to_arithmetic(keys.element[e]);
       store_keys();
-      if (!raw) load_queries([](T x) { return x; });
+      if (!raw) load_queries(same);
       raw = true;
       __syncthreads();
-      joint_keys<false>(memory, q, sums);
+      joint_keys<JointForm::SUM>(memory, q, p.by, sums);
     }
     __syncthreads();
     if (!stages) continue;
@@ -368,7 +397,8 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK, sizeof(S) < 8 ? 3 : 0)
 #pragma unroll
     for (int i = 0; i < TILE_Q; ++i)
       if (first_row + i < p.Tq)
-        grads.grad_query[(at.n * p.Tq + first_row + i) * p.D + d] = gpu::to_storage<S>(4 * w * sums.query[i]);
+        grads.grad_query[(at.n * p.Tq + first_row + i) * p.D + d] =
+            gpu::to_storage<S>(p.by.slope * w * sums.query[i]);
   }
   g_sum = block_reduce(g_sum, memory.reduce, [](T a, T b) { return a + b; });
   memory.parts[threadIdx.x] = sums.weight;
@@ -376,7 +406,8 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK, sizeof(S) < 8 ? 3 : 0)
   if (warp == 0) {
     T sum = 0;
     for (int w = 0; w < BACKWARD_WARPS; ++w) sum += memory.parts[w * gpu::WARP + lane];
-    chunk.weight_parts[(at.n * p.query_tiles() + chunk.first_tile + tile) * chunk.channels + d] = g_sum - 2 * sum;
+    chunk.weight_parts[(at.n * p.query_tiles() + chunk.first_tile + tile) * chunk.channels + d] =
+        p.by.total * g_sum + p.by.sum * sum;
   }
 }
 
@@ -409,7 +440,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
         sum += chunk.key_parts[((head * chunk.tiles + tile) * chunk.keys + column) * chunk.channels + d];
     }
     if (chunk.last)
-      grad_key[to] = gpu::to_storage<S>(4 * p.weight_of(at.h, d) * sum);
+      grad_key[to] = gpu::to_storage<S>(p.by.slope * p.weight_of(at.h, d) * sum);
     else
       chunk.key_sums[to] = sum;
   }
@@ -417,7 +448,7 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
 
 // A tile of dx: 64 keys x 64 columns.
 template <typename S>
-__global__ void __launch_bounds__(ATTENTION_BLOCK)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2 : 0)
     additive_attention_bwd_kernel_values(const AttentionProblem<S> p, const RowsOf<S> grad_context,
                                          const BackwardChunk<gpu::Arithmetic<S>> chunk, S* grad_value) {
   using T = gpu::Arithmetic<S>;
@@ -492,6 +523,33 @@ int64_t additive_attention_bwd_workspace(const AttentionProblem<S>& p, const Att
   return whole_packs(planned) + seen_workspace(p);
 }
 
+// Compiled for Phi as launch_tiles of cuda_fwd.cuh is.
+template <typename Phi, typename S>
+void launch_scores(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                   const BackwardChunk<gpu::Arithmetic<S>>& chunk, const ScoreRows<gpu::Arithmetic<S>>& scores,
+                   bool only_scores, cudaStream_t stream) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_scores<S, Phi>),
+                   chunk.heads * chunk.tiles * (chunk.keys / BLOCK_K), ATTENTION_BLOCK,
+                   ScoreMemory<T>::SIZE * sizeof(T), stream, p, grads, chunk, scores, only_scores);
+}
+template <typename Phi, typename S>
+void launch_inputs(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                   const BackwardChunk<gpu::Arithmetic<S>>& chunk, cudaStream_t stream) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_inputs<S, Phi>),
+                   chunk.heads * chunk.tiles * (chunk.channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
+                   JointMemory<T>::SIZE * sizeof(T), stream, p, grads, chunk);
+}
+#define FUSEDATTN_LINEAR_BWD(keyword, S)                                                                    \
+  keyword template void launch_scores<Linear>(const AttentionProblem<S>&, const AttentionGradients<S>&,     \
+                                              const BackwardChunk<gpu::Arithmetic<S>>&,                     \
+                                              const ScoreRows<gpu::Arithmetic<S>>&, bool, cudaStream_t);    \
+  keyword template void launch_inputs<Linear>(const AttentionProblem<S>&, const AttentionGradients<S>&,     \
+                                              const BackwardChunk<gpu::Arithmetic<S>>&, cudaStream_t);      \
+  keyword template void launch_few_inputs<Linear>(const AttentionProblem<S>&, const AttentionGradients<S>&, \
+                                                  const FewParts<gpu::Arithmetic<S>>&, cudaStream_t);
+
 template <typename S>
 void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const AttentionGradients<S>& grads,
                                    gpu::Arithmetic<S>* workspace, cudaStream_t stream,
@@ -499,7 +557,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
   using T = gpu::Arithmetic<S>;
   const int64_t planned =
       additive_attention_bwd_workspace(problem, grads, chunk_elements) - seen_workspace(problem);
-  const auto p = with_seen_keys<true>(problem, workspace + planned, stream);
+  const auto p = prepared<true>(problem, workspace + planned, stream);
   const auto zero = [&](auto* x, int64_t n) {
     if (n > 0 && x != nullptr)
       FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<std::remove_pointer_t<decltype(x)>>,
@@ -557,20 +615,18 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
 
       ScoreRows<T> scores = {grads.scores, p.Tq * p.Tk, p.Tk, false};
       if (scores.data != nullptr) scores.data += head * scores.stride_head + tile * BLOCK_Q * scores.stride_row;
-      const int64_t score_blocks = chunk.heads * chunk.tiles * (chunk.keys / BLOCK_K);
-      const size_t score_memory = ScoreMemory<T>::SIZE * sizeof(T);
+      const auto launch_score_tiles = [&](bool only_scores) {
+        with_phi(p.options.activation,
+                 [&](auto phi) { launch_scores<decltype(phi)>(p, grads, chunk, scores, only_scores, stream); });
+      };
       if (scores.data == nullptr && grads.grad_weights != nullptr) {  // the rows need all scores first
-        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
-                         stream, p, grads, chunk, scores, true);
+        launch_score_tiles(true);
         scores = {chunk.p, chunk.rows() * chunk.keys, chunk.keys, true};
       }
       launch_rows(scores);
-      FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_scores<S>, score_blocks, ATTENTION_BLOCK, score_memory,
-                       stream, p, grads, chunk, scores, false);
+      launch_score_tiles(false);
       if (p.D > 0) {
-        FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_inputs<S>,
-                         chunk.heads * chunk.tiles * (plan.channels / BACKWARD_CHANNELS), BACKWARD_BLOCK,
-                         JointMemory<T>::SIZE * sizeof(T), stream, p, grads, chunk);
+        with_phi(p.options.activation, [&](auto phi) { launch_inputs<decltype(phi)>(p, grads, chunk, stream); });
         const int64_t key_blocks = gpu::ceil_div(chunk.heads * p.Tk * p.D, BACKWARD_BLOCK);
         if (grads.grad_key != nullptr)
           FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_keys<S>, key_blocks < 65536 ? key_blocks : 65536,

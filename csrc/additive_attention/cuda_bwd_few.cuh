@@ -177,6 +177,17 @@ template <typename T, int QUERIES>
 struct FewSums {
   T query[QUERIES][PACK], weight[PACK];
 
+  // Of a pair, linear on either side of zero.
+  template <bool leaky>
+  FUSEDATTN_DEVICE void add_linear(int i, T g, const T (&z)[PACK], T negative_slope, T (&dk)[PACK]) {
+#pragma unroll
+    for (int e = 0; e < PACK; ++e) {
+      const T h = linear_gradient<leaky>(z[e], g, negative_slope, weight[e]);
+      query[i][e] += h;
+      dk[e] += h;
+    }
+  }
+
   // A pair's; dk of its key, too.
   FUSEDATTN_DEVICE void add(int i, T g, const T (&r)[PACK], T (&dk)[PACK]) {
 #pragma unroll
@@ -189,7 +200,7 @@ struct FewSums {
   }
 };
 
-template <typename S, int QUERIES>
+template <typename S, typename Phi, int QUERIES>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8 ? 10 : 0)
     additive_attention_bwd_kernel_few_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                              const FewParts<gpu::Arithmetic<S>> parts) {
@@ -197,7 +208,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
-  T *const q = shared, *const w = q + QUERIES * SPLIT_CHANNELS;  // [i][channel], exp(2q); 4w; later dq and dw
+  T *const q = shared, *const w = q + QUERIES * SPLIT_CHANNELS;  // [i][channel], exp(2q) or q; 4w; then dq and dw
   T* const reduce = w + SPLIT_CHANNELS;
   const int64_t strips = parts.channels / SPLIT_CHANNELS, d0 = blockIdx.x % strips * SPLIT_CHANNELS;
   const int64_t split = blockIdx.x / strips % parts.splits;
@@ -212,11 +223,11 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8
     const bool exists = i < p.Tq && channel < p.D;
     const T x = exists ? gpu::to_arithmetic(p.query.row(at.b, at.h, i)[channel]) : T(0);
     q_bound = gpu::max(q_bound, gpu::abs(x));
-    q[n] = exp_of_twice(x);
+    q[n] = TAKES_EXPONENTIALS<Phi> ? exponential(x, p.by) : x;
   }
   const int64_t own = d0 + threadIdx.x;
-  w[threadIdx.x] = own < p.D ? 4 * p.weight_of(at.h, own) : T(0);
-  const T k_limit = ScoreRange<T>::PAIR - block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
+  w[threadIdx.x] = own < p.D ? p.by.slope * p.weight_of(at.h, own) : T(0);
+  const T k_limit = p.by.range - block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
 
   FewSums<T, QUERIES> sums = {};
   const int Tq = static_cast<int>(p.Tq);
@@ -243,9 +254,26 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8
     T bound = gpu::abs(k[0]);
 #pragma unroll
     for (int e = 1; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[e]));
-    if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+    if constexpr (!TAKES_EXPONENTIALS<Phi>) {
+      // Keys that no query sees may hold NaN, and 0 NaN is NaN.
+      const bool seen = p.sees(at.b, at.h, (g_of_key - g_of(0)) / QUERIES);
+      const auto add = [&](auto leaky) {
 #pragma unroll
-      for (int e = 0; e < PACK; ++e) k[e] = exp_of_twice(k[e]);
+        for (int i = 0; i < QUERIES; ++i) {
+          if ((i == 4 || i == 8) && i >= Tq) break;
+          const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
+#pragma unroll
+          for (int e = 0; e < PACK; ++e) r[e] = query.element[e] + (seen ? k[e] : T(0));
+          sums.template add_linear<leaky.value>(i, g.element[i], r, p.by.negative_slope, dk);
+        }
+      };
+      if (p.options.activation == ScoreActivation::LEAKY_RELU)
+        add(std::true_type{});
+      else
+        add(std::false_type{});
+    } else if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) k[e] = exponential(k[e], p.by);
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i) {
         if ((i == 4 || i == 8) && i >= Tq) break;  // g is 0 from Tq on, so 4, 8 or 16 are summed
@@ -264,7 +292,9 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8
         const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
 #pragma unroll
         for (int e = 0; e < PACK; ++e)
-          r[e] = g.element[i] == 0 ? T(0) : reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[e]);
+          r[e] = g.element[i] == 0
+                     ? T(0)
+                     : reciprocal_of_sum(p.by.argument * (gpu::to_arithmetic(query.element[e]) + k[e]));
         sums.add(i, g.element[i], r, dk);
       }
     }
@@ -296,7 +326,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8
   const int64_t part = at.n * parts.splits + split;
   for (int i = 0; i < Tq; ++i)
     parts.query[(part * p.Tq + i) * parts.channels + own] = q[i * SPLIT_CHANNELS + threadIdx.x];
-  parts.weight[part * parts.channels + own] = parts.g_sums[part] - 2 * w[threadIdx.x];
+  parts.weight[part * parts.channels + own] = p.by.total * parts.g_sums[part] + p.by.sum * w[threadIdx.x];
 }
 
 static_assert(ATTENTION_BLOCK == SPLIT_CHANNELS, "a thread loads the weight of a channel and writes its sums");
@@ -322,7 +352,23 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   if (warp != 0 || d >= p.D) return;
   for (int other = 1; other < WARPS; ++other) sum += shared[other * gpu::WARP + lane];
   const T w = p.weight_of(at.h, d);
-  grad_query[row * p.D + d] = gpu::to_storage<S>(4 * w * sum);
+  grad_query[row * p.D + d] = gpu::to_storage<S>(p.by.slope * w * sum);
+}
+
+// Compiled for Phi as launch_tiles of cuda_fwd.cuh is.
+template <typename Phi, typename S>
+void launch_few_inputs(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                       const FewParts<gpu::Arithmetic<S>>& parts, cudaStream_t stream) {
+  const int64_t blocks = p.heads() * parts.splits * (parts.channels / SPLIT_CHANNELS);
+  const auto memory = [](int queries) {
+    return sizeof(gpu::Arithmetic<S>) * ((queries + 1) * SPLIT_CHANNELS + ATTENTION_BLOCK / gpu::WARP);
+  };
+  if (p.Tq == 1)
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, Phi, 1>), blocks, ATTENTION_BLOCK, memory(1),
+                     stream, p, grads, parts);
+  else
+    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, Phi, FEW_QUERIES<S>>), blocks, ATTENTION_BLOCK,
+                     memory(FEW_QUERIES<S>), stream, p, grads, parts);
 }
 
 // dq, dk and dx, and the parts of dw; row_terms are there.
@@ -332,13 +378,9 @@ void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const Atten
   using T = gpu::Arithmetic<S>;
   const int64_t splits = p.heads() * parts.splits;
   const int64_t value_blocks = splits;
-  const int64_t input_blocks = splits * (parts.channels / SPLIT_CHANNELS);
   const int64_t query_blocks = p.heads() * p.Tq * (parts.channels / gpu::WARP);
   const auto value_memory = [](int queries) {
     return sizeof(T) * ATTENTION_BLOCK / gpu::WARP * (FEW_KEYS * queries + 1);
-  };
-  const auto input_memory = [](int queries) {
-    return sizeof(T) * ((queries + 1) * SPLIT_CHANNELS + ATTENTION_BLOCK / gpu::WARP);
   };
   if (p.Tq == 1)
     FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, 1>), value_blocks, ATTENTION_BLOCK,
@@ -347,12 +389,7 @@ void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const Atten
     FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, FEW_QUERIES<S>>), value_blocks, ATTENTION_BLOCK,
                      value_memory(FEW_QUERIES<S>), stream, p, grads, parts);
   if (p.D == 0) return;
-  if (p.Tq == 1)
-    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, 1>), input_blocks, ATTENTION_BLOCK,
-                     input_memory(1), stream, p, grads, parts);
-  else
-    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_inputs<S, FEW_QUERIES<S>>), input_blocks, ATTENTION_BLOCK,
-                     input_memory(FEW_QUERIES<S>), stream, p, grads, parts);
+  with_phi(p.options.activation, [&](auto phi) { launch_few_inputs<decltype(phi)>(p, grads, parts, stream); });
   FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_few_query<S>, query_blocks, ATTENTION_BLOCK,
                    ATTENTION_BLOCK * sizeof(T), stream, p, parts, grads.grad_query);
 }

@@ -6,6 +6,13 @@
 #include "cuda_inputs.h"
 
 namespace fusedattn {
+
+// in cuda_fwd_linear.cu
+FUSEDATTN_LINEAR_FWD(extern, float)
+FUSEDATTN_LINEAR_FWD(extern, double)
+FUSEDATTN_LINEAR_FWD(extern, __half)
+FUSEDATTN_LINEAR_FWD(extern, __nv_bfloat16)
+
 namespace {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;

@@ -249,7 +249,7 @@ FUSEDATTN_DEVICE void context_step(const AttentionProblem<S>& p, const Attention
   } while (v0 < p.Dv);
 }
 
-template <typename S, bool tensor_cores>
+template <typename S, typename Phi, bool tensor_cores>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
     additive_attention_fwd_kernel(const AttentionProblem<S> p, const AttentionOutputs<S> out,
                                   int64_t query_tiles) {
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
   const Head at(p, blockIdx.x / query_tiles);
   const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q;
   const KeyRange keys = p.keys_of_tile(at.b, at.h, i0);
-  const WeightScale<T> weight(p, at, memory.score.reduce);
+  const WeightScale<T> weight(p, at, memory.score.reduce, Phi{});
   if (threadIdx.x < BLOCK_Q) {
     memory.row_max[threadIdx.x] = -INFINITE<T>;
     memory.row_sum[threadIdx.x] = 0;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
 
   for (int64_t j0 = keys.first; j0 < keys.end; j0 += BLOCK_K) {
     T score[TILE_Q][TILE_K];
-    score_tile(p, at, weight, i0, j0, keys.end, memory.score, score);
+    score_tile<Phi>(p, at, weight, i0, j0, keys.end, memory.score, score);
     if (out.scores != nullptr) {
 #pragma unroll
       for (int i = 0; i < TILE_Q; ++i)
@@ -326,7 +326,7 @@ void launch_additive_attention_weights(const AttentionProblem<S>& p, const gpu::
 }
 
 // Elements of working memory: the sums of the context in half precision, or the parts of few queries; then what
-// with_seen_keys takes.
+// prepared takes.
 template <typename S>
 int64_t additive_attention_fwd_sums(const AttentionProblem<S>& p) {
   const SplitPlan<S> plan(p);
@@ -345,6 +345,28 @@ bool context_on_tensor_cores(bool tf32) {
   return std::is_same_v<S, __half> || gpu::architecture() >= gpu::SM_80;
 }
 
+// Launches of kernels that are compiled for Phi. Those of Linear are, in the extension, in a file of their own.
+template <typename Phi, typename S>
+void launch_tiles(const AttentionProblem<S>& p, const AttentionOutputs<S>& out, bool tensor_cores,
+                  cudaStream_t stream) {
+  using T = gpu::Arithmetic<S>;
+  const int64_t tiles = p.query_tiles(), blocks = p.heads() * tiles;
+  if constexpr (!std::is_same_v<S, double>)
+    if (tensor_cores)
+      FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, Phi, true>), blocks, ATTENTION_BLOCK,
+                       (ForwardMemory<S, true>::SIZE * sizeof(T)), stream, p, out, tiles);
+  if constexpr (!std::is_same_v<S, __half>)
+    if (!tensor_cores)
+      FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, Phi, false>), blocks, ATTENTION_BLOCK,
+                       (ForwardMemory<S, false>::SIZE * sizeof(T)), stream, p, out, tiles);
+}
+#define FUSEDATTN_LINEAR_FWD(keyword, S)                                                                        \
+  keyword template void launch_tiles<Linear>(const AttentionProblem<S>&, const AttentionOutputs<S>&, bool,      \
+                                             cudaStream_t);                                                     \
+  keyword template void launch_split_scores<Linear>(const AttentionProblem<S>&, const SplitPlan<S>&,            \
+                                                    const SplitParts<gpu::Arithmetic<S>>&, gpu::Arithmetic<S>*, \
+                                                    cudaStream_t);
+
 // context (B, H, Tq, Dv), lse (B, H, Tq), scores (B, H, Tq, Tk) or null, weights like scores or null (they need
 // scores). tf32: whether the product p . x of float32 may round its factors to TF32; few queries never do, which
 // would gain nothing where memory is the bound.
@@ -353,10 +375,8 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& problem, S* contex
                                    gpu::Arithmetic<S>* scores, S* weights, gpu::Arithmetic<S>* workspace,
                                    cudaStream_t stream, bool tf32 = false) {
   using T = gpu::Arithmetic<S>;
-  const int64_t tiles = problem.query_tiles(), blocks = problem.heads() * tiles;
-  if (blocks == 0) return;
-  const auto p =
-      with_seen_keys<false>(problem, workspace + whole_packs(additive_attention_fwd_sums(problem)), stream);
+  if (problem.heads() * problem.Tq == 0) return;
+  const auto p = prepared<false>(problem, workspace + whole_packs(additive_attention_fwd_sums(problem)), stream);
   const SplitPlan<S> plan(p);
   if (plan.splits > 0) {
     launch_additive_attention_split(p, plan, context, lse, scores, workspace, stream);
@@ -364,15 +384,8 @@ void launch_additive_attention_fwd(const AttentionProblem<S>& problem, S* contex
     T* sums = workspace;
     if constexpr (sizeof(S) == sizeof(T)) sums = context;
     const AttentionOutputs<S> out{context, lse, scores, sums};
-    const bool tensor_cores = context_on_tensor_cores<S>(tf32);
-    if constexpr (!std::is_same_v<S, double>)
-      if (tensor_cores)
-        FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, true>), blocks, ATTENTION_BLOCK,
-                         (ForwardMemory<S, true>::SIZE * sizeof(T)), stream, p, out, tiles);
-    if constexpr (!std::is_same_v<S, __half>)
-      if (!tensor_cores)
-        FUSEDATTN_LAUNCH((additive_attention_fwd_kernel<S, false>), blocks, ATTENTION_BLOCK,
-                         (ForwardMemory<S, false>::SIZE * sizeof(T)), stream, p, out, tiles);
+    with_phi(p.options.activation,
+             [&](auto phi) { launch_tiles<decltype(phi)>(p, out, context_on_tensor_cores<S>(tf32), stream); });
   }
   if (weights != nullptr) launch_additive_attention_weights(p, scores, lse, weights, stream);
 }

@@ -39,8 +39,6 @@ struct AttentionInputs {
         key_lengths(key_lengths_),
         window_center(window_center),
         options(options) {
-    STD_TORCH_CHECK(options.activation == ScoreActivation::TANH,
-                    "additive_attention: activation: the CUDA kernels have tanh alone");
     STD_TORCH_CHECK(!dropout_seed, "additive_attention: dropout_seed: the CUDA kernels have no dropout");
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");

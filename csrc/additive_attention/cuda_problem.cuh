@@ -15,6 +15,9 @@
 //
 // Range: the largest |q| and |k| of the staged channels are reduced over the block. If their sum may overflow the
 // product of two denominators, the block stages q and k themselves and takes the exponential of the sum.
+//
+// sigmoid is tanh of half the arguments, with other factors. relu and leaky_relu have loops of their own over q
+// and k as they are: an addition, a maximum or a choice of two weights, and an FMA.
 #pragma once
 
 #include <type_traits>
@@ -44,6 +47,41 @@ constexpr T NOT_A_NUMBER = static_cast<T>(__builtin_nan(""));
 // a row of masked ones is zero.
 template <typename T>
 constexpr T VISIBLE_MINUS_INF = sizeof(T) == 4 ? T(-3.402823466e38) : T(-1.7976931348623157e308);
+
+// What score loops are compiled for: tanh and sigmoid by exponentials, or what is linear on either side of zero.
+struct Tanh {};
+struct Linear {};
+template <typename Phi>
+constexpr bool TAKES_EXPONENTIALS = std::is_same_v<Phi, Tanh>;
+
+// body(Tanh{}) or body(Linear{})
+template <typename Body>
+void with_phi(ScoreActivation activation, const Body& body) {
+  if (takes_exponentials(activation))
+    body(Tanh{});
+  else
+    body(Linear{});
+}
+
+// ScoreFactors (formula.h) in the type of the arithmetic, and what follows from them.
+template <typename T>
+struct Factors {
+  T total, sum, slope, argument;
+  T range;           // of |q| + |k|, for the product of two denominators
+  T rate, rate_low;  // e = exp(2 argument x): 2 argument; in float times log2 e, to twice the precision
+  T negative_slope;
+
+  Factors() = default;
+  explicit Factors(const AttentionOptions& options) {
+    const ScoreFactors f = factors_of(options.activation);
+    total = T(f.total), sum = T(f.sum), slope = T(f.slope), argument = T(f.argument);
+    range = ScoreRange<T>::PAIR / argument;
+    constexpr double LOG2E = 2.8853900817779268;
+    rate = T(sizeof(T) == 4 ? LOG2E : 2) * argument;
+    rate_low = T(sizeof(T) == 4 ? LOG2E - T(LOG2E) : 0) * argument;
+    negative_slope = T(options.negative_slope);
+  }
+};
 
 // Elements of working memory are counted in whole packs, so that what follows is aligned for any type.
 inline int64_t whole_packs(int64_t elements) { return gpu::ceil_div(elements, PACK) * PACK; }
@@ -82,7 +120,8 @@ struct AttentionProblem {
   const int64_t* center;       // (B, H, Tq): that of each query's window; null: i, and without windows
   int64_t center_stride[3];
   AttentionOptions options;
-  // Set by with_seen_keys (cuda_seen.cuh). (B, H, Tk): whether mask and windows let some query see a key, or null.
+  Factors<gpu::Arithmetic<S>> by;  // set by prepared (cuda_seen.cuh), as what follows
+  // (B, H, Tk): whether mask and windows let some query see a key, or null.
   // What else a key or its value holds is not looked at: it may be NaN.
   const bool* seen = nullptr;
   int64_t seen_stride[3] = {};
@@ -154,15 +193,15 @@ FUSEDATTN_DEVICE int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
 FUSEDATTN_DEVICE int tile_row() { return static_cast<int>(threadIdx.x) / ROW_LANES * TILE_Q; }
 FUSEDATTN_DEVICE int tile_column() { return static_cast<int>(threadIdx.x) % ROW_LANES * TILE_K; }
 
-// exp(2x), 3 ulp. 2x log2 e is kept to twice the precision: its rounding would be a relative error of |x| units.
-FUSEDATTN_DEVICE float exp_of_twice(float x) {
-  constexpr float LOG2E = 2.8853900817779268f, LOW = static_cast<float>(2.8853900817779268 - double{LOG2E});
-  const float high = x * LOG2E;
-  const float low = gpu::fma(x, LOW, gpu::fma(x, LOG2E, -high));
+// exp(2 argument x), 3 ulp. 2x log2 e is kept to twice the precision: its rounding would be a relative error of
+// |x| units.
+FUSEDATTN_DEVICE float exponential(float x, const Factors<float>& by) {
+  const float high = x * by.rate;
+  const float low = gpu::fma(x, by.rate_low, gpu::fma(x, by.rate, -high));
   const float y = gpu::exp2_approx(high);
   return gpu::fma(y, low * 0.693147181f, y);
 }
-FUSEDATTN_DEVICE double exp_of_twice(double x) { return gpu::exp(2 * x); }
+FUSEDATTN_DEVICE double exponential(double x, const Factors<double>& by) { return gpu::exp(by.rate * x); }
 
 // 1 / (1 + exp(2s)) for any s; NaN stays NaN.
 template <typename T>
@@ -177,6 +216,28 @@ FUSEDATTN_DEVICE void paired_reciprocal(T t1, T t2, T& r1, T& r2) {
   const T both = gpu::rcp_approx(t1 * t2);
   r1 = t2 * both;
   r2 = t1 * both;
+}
+
+// sum += w phi(z), linear on either side of zero. sloped: w times the negative slope
+template <bool leaky, typename T>
+FUSEDATTN_DEVICE void add_linear(T w, T sloped, T z, T& sum) {
+  if constexpr (leaky)
+    sum = gpu::fma(z > 0 ? w : sloped, z, sum);
+  else
+    sum = gpu::fma(w, gpu::relu(z), sum);
+}
+
+// The gradients of a pair: what z adds to those of q and k is returned, what it adds to that of w added.
+template <bool leaky, typename T>
+FUSEDATTN_DEVICE T linear_gradient(T z, T g, T negative_slope, T& weight) {
+  if constexpr (leaky) {
+    const T h = g * (z > 0 ? T(1) : negative_slope);
+    weight = gpu::fma(h, z, weight);
+    return h;
+  } else {
+    weight = gpu::fma(g, gpu::relu(z), weight);
+    return z <= 0 ? T(0) : g;
+  }
 }
 
 // Four elements of a row from d on, zeros from `width` on.
@@ -313,22 +374,26 @@ FUSEDATTN_DEVICE T block_reduce(T x, T* shared, const Combine& combine) {
 }
 
 // Weights of a head are divided by their largest magnitude: products of denominators and weights stay in range.
+// Without denominators they are what they are.
 template <typename T>
 struct WeightScale {
   T top, sum;   // the largest magnitude, or 1; the sum of w / top
   bool finite;  // else scores are sums of w tanh: the sum over r would cancel infinities
 
-  template <typename S>
-  FUSEDATTN_DEVICE WeightScale(const AttentionProblem<S>& p, const Head& at, T* shared) {
-    T largest = 0;
-    for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x)
-      largest = gpu::max(largest, gpu::abs(p.weight_of(at.h, d)));
-    top = block_reduce(largest, shared, [](T a, T b) { return gpu::max(a, b); });
-    if (!(top > 0) || !(top < INFINITE<T>) || !(1 / top < INFINITE<T>)) top = 1;
-    T total = 0;
-    for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x) total += p.weight_of(at.h, d) / top;
-    sum = block_reduce(total, shared, [](T a, T b) { return a + b; });
-    finite = sum - sum == 0;
+  template <typename S, typename Phi>
+  FUSEDATTN_DEVICE WeightScale(const AttentionProblem<S>& p, const Head& at, T* shared, Phi)
+      : top(1), sum(0), finite(true) {
+    if constexpr (TAKES_EXPONENTIALS<Phi>) {
+      T largest = 0;
+      for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x)
+        largest = gpu::max(largest, gpu::abs(p.weight_of(at.h, d)));
+      top = block_reduce(largest, shared, [](T a, T b) { return gpu::max(a, b); });
+      if (!(top > 0) || !(top < INFINITE<T>) || !(1 / top < INFINITE<T>)) top = 1;
+      T total = 0;
+      for (int64_t d = threadIdx.x; d < p.D; d += blockDim.x) total += p.weight_of(at.h, d) / top;
+      sum = block_reduce(total, shared, [](T a, T b) { return a + b; });
+      finite = sum - sum == 0;
+    }
   }
 };
 
@@ -370,7 +435,8 @@ FUSEDATTN_DEVICE void score_channels(const ScoreMemory<T>& memory, T (&acc)[TILE
 
 // As score_channels, of channels staged as they are: any value of q + k; w tanh where the weights are not finite.
 template <typename T>
-FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, bool finite, T (&acc)[TILE_Q][TILE_K]) {
+FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, const Factors<T>& by, bool finite,
+                                             T (&acc)[TILE_Q][TILE_K]) {
 #pragma unroll 1
   for (int d = 0; d < BLOCK_D<T>; ++d) {
     const T *q = memory.q + d * LEADING + tile_row(), *k = memory.k + d * LEADING + tile_column();
@@ -379,17 +445,38 @@ FUSEDATTN_DEVICE void score_channels_of_sums(const ScoreMemory<T>& memory, bool 
     for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
       for (int j = 0; j < TILE_K; ++j) {
-        const T r = reciprocal_of_sum(q[i] + k[j]);
-        acc[i][j] = gpu::fma(w, finite ? r : 1 - 2 * r, acc[i][j]);
+        const T r = reciprocal_of_sum(by.argument * (q[i] + k[j]));
+        acc[i][j] = gpu::fma(w, finite ? r : 1 + by.sum * r, acc[i][j]);
       }
   }
 }
 
-// The scaled score from the sum over its channels, w - 2 w r or w tanh. Multiplied last: it may be finite where
+// acc += sum over the staged channels of w phi, linear on either side of zero.
+template <bool leaky, typename T>
+FUSEDATTN_DEVICE void score_channels_linearly(const ScoreMemory<T>& memory, T negative_slope,
+                                              T (&acc)[TILE_Q][TILE_K]) {
+  const T *q = memory.q + tile_row(), *k = memory.k + tile_column();
+#pragma unroll 2
+  for (int d = 0; d < BLOCK_D<T>; ++d) {
+    const auto above = gpu::load_pack<TILE_Q / 2>(q + d * LEADING);
+    const auto below = gpu::load_pack<TILE_Q / 2>(q + d * LEADING + TILE_Q / 2);
+    const auto keys = gpu::load_pack<TILE_K>(k + d * LEADING);
+    const T w = memory.w[d], sloped = negative_slope * w;
+#pragma unroll
+    for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+      for (int j = 0; j < TILE_K; ++j) {
+        const T query = i < TILE_Q / 2 ? above.element[i] : below.element[i - TILE_Q / 2];
+        add_linear<leaky>(w, sloped, query + keys.element[j], acc[i][j]);
+      }
+  }
+}
+
+// The scaled score from the sum over its channels, w - 2 w r or w phi. Multiplied last: it may be finite where
 // neither term is.
 template <typename T>
-FUSEDATTN_DEVICE T scaled_score(const WeightScale<T>& weight, T scale, T sum) {
-  return scale * weight.top * gpu::fma(weight.finite ? T(-2) : T(1), sum, weight.finite ? weight.sum : T(0));
+FUSEDATTN_DEVICE T scaled_score(const WeightScale<T>& weight, const Factors<T>& by, T scale, T sum) {
+  return scale * weight.top * gpu::fma(weight.finite ? by.sum : T(1), sum, weight.finite ? weight.sum : T(0));
 }
 
 // Scores of the thread's pairs, scaled, capped and masked, from the sums over their channels; -inf where
@@ -400,7 +487,7 @@ FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i)
 #pragma unroll
-    for (int j = 0; j < TILE_K; ++j) score[i][j] = scaled_score(weight, T(p.options.scale), score[i][j]);
+    for (int j = 0; j < TILE_K; ++j) score[i][j] = scaled_score(weight, p.by, T(p.options.scale), score[i][j]);
   if (p.options.softcap != 0) {
     const T cap = T(p.options.softcap), inverse = 1 / cap;
 #pragma unroll
@@ -443,7 +530,7 @@ FUSEDATTN_DEVICE void finish_scores(const AttentionProblem<S>& p, const Head& at
 
 // score[i][j] of the thread's pairs in the tile at (i0, j0). Begins with a barrier, so whoever used the memory
 // before may have finished late; ends without one.
-template <typename S, typename T>
+template <typename Phi, typename S, typename T>
 FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, const WeightScale<T>& weight,
                                  int64_t i0, int64_t j0, int64_t keys_end, const ScoreMemory<T>& memory,
                                  T (&score)[TILE_Q][TILE_K]) {
@@ -459,40 +546,50 @@ FUSEDATTN_DEVICE void score_tile(const AttentionProblem<S>& p, const Head& at, c
       const int64_t d = d0 + threadIdx.x;
       memory.w[threadIdx.x] = d < p.D ? p.weight_of(at.h, d) / weight.top : T(0);
     }
-    T q_bound = 0, k_bound = 0;
-    stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, [&](T x) {
-      q_bound = gpu::max(q_bound, gpu::abs(x));
-      return exp_of_twice(x);
-    });
-    const auto stage_keys = [&](const auto& f) {
-      stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, f, SeenRows<S>{p, at});
+    const auto stage = [&](const auto& of_query, const auto& of_key) {
+      stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, of_query);
+      stage_transposed(p.key, at, j0, keys_end, d0, p.D, memory.k, of_key, SeenRows<S>{p, at});
     };
-    stage_keys([&](T x) {
-      k_bound = gpu::max(k_bound, gpu::abs(x));
-      return exp_of_twice(x);
-    });
-    q_bound = gpu::warp_max(q_bound);
-    k_bound = gpu::warp_max(k_bound);
-    constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
-    if (threadIdx.x % gpu::WARP == 0) {
-      memory.reduce[threadIdx.x / gpu::WARP] = q_bound;
-      memory.reduce[WARPS + threadIdx.x / gpu::WARP] = k_bound;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) {
-      q_bound = gpu::max(q_bound, memory.reduce[warp]);
-      k_bound = gpu::max(k_bound, memory.reduce[WARPS + warp]);
-    }
-    if (weight.finite && q_bound + k_bound <= ScoreRange<T>::PAIR) {
-      score_channels(memory, score);
+    const auto same = [](T x) { return x; };
+    if constexpr (!TAKES_EXPONENTIALS<Phi>) {
+      stage(same, same);
+      __syncthreads();
+      if (p.options.activation == ScoreActivation::LEAKY_RELU)
+        score_channels_linearly<true>(memory, p.by.negative_slope, score);
+      else
+        score_channels_linearly<false>(memory, p.by.negative_slope, score);
     } else {
+      T q_bound = 0, k_bound = 0;
+      stage(
+          [&](T x) {
+            q_bound = gpu::max(q_bound, gpu::abs(x));
+            return exponential(x, p.by);
+          },
+          [&](T x) {
+            k_bound = gpu::max(k_bound, gpu::abs(x));
+            return exponential(x, p.by);
+          });
+      q_bound = gpu::warp_max(q_bound);
+      k_bound = gpu::warp_max(k_bound);
+      constexpr int WARPS = ATTENTION_BLOCK / gpu::WARP;
+      if (threadIdx.x % gpu::WARP == 0) {
+        memory.reduce[threadIdx.x / gpu::WARP] = q_bound;
+        memory.reduce[WARPS + threadIdx.x / gpu::WARP] = k_bound;
+      }
       __syncthreads();
-      const auto same = [](T x) { return x; };
-      stage_transposed(p.query, at, i0, queries_end, d0, p.D, memory.q, same);
-      stage_keys(same);
-      __syncthreads();
-      score_channels_of_sums(memory, weight.finite, score);
+#pragma unroll
+      for (int warp = 0; warp < WARPS; ++warp) {
+        q_bound = gpu::max(q_bound, memory.reduce[warp]);
+        k_bound = gpu::max(k_bound, memory.reduce[WARPS + warp]);
+      }
+      if (weight.finite && q_bound + k_bound <= p.by.range) {
+        score_channels(memory, score);
+      } else {
+        __syncthreads();
+        stage(same, same);
+        __syncthreads();
+        score_channels_of_sums(memory, p.by, weight.finite, score);
+      }
     }
     d0 += BLOCK_D<T>;
   } while (d0 < p.D);
@@ -536,7 +633,7 @@ FUSEDATTN_DEVICE T finished_score(const AttentionProblem<S>& p, const Head& at, 
   if (p.mask != nullptr &&
       !p.mask[at.b * p.mask_stride[0] + at.h * p.mask_stride[1] + i * p.mask_stride[2] + j * p.mask_stride[3]])
     return -INFINITE<T>;
-  T score = scaled_score(weight, T(p.options.scale), sum);
+  T score = scaled_score(weight, p.by, T(p.options.scale), sum);
   if (p.options.softcap != 0) score = T(p.options.softcap) * gpu::tanh(score * (1 / T(p.options.softcap)));
   return score == -INFINITE<T> ? VISIBLE_MINUS_INF<T> : score;
 }

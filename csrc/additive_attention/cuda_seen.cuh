@@ -59,19 +59,18 @@ __global__ void __launch_bounds__(SEEN_BLOCK)
   const int64_t n = blockIdx.x / key_tiles, j0 = blockIdx.x % key_tiles * gpu::WARP, j = j0 + lane;
   const int64_t b = n / heads, h = n % heads;
   const bool* mask = p.mask + b * p.mask_stride[0] + h * p.mask_stride[1] + j * p.mask_stride[3];
-  const bool masked = p.mask != nullptr, windows = has_window(p.options);
-  const QueryRange queries = p.queries_of({j0, j0 + gpu::WARP});
   int found = 0;
-  if (j < p.Tk)
+  if (j < p.Tk && !has_window(p.options)) {
 #pragma unroll 8
+    for (int64_t i = warp; i < p.Tq; i += WARPS) found |= mask[i * p.mask_stride[2]];
+  } else if (j < p.Tk) {
+    const QueryRange queries = p.queries_of({j0, j0 + gpu::WARP});
+#pragma unroll 2
     for (int64_t i = queries.first + warp; i < queries.end; i += WARPS) {
-      int sees = masked ? mask[i * p.mask_stride[2]] : true;
-      if (windows) {
-        const KeyRange keys = p.keys_of(b, h, i);
-        sees &= (j >= keys.first) & (j < keys.end);
-      }
-      found |= sees;
+      const KeyRange keys = p.keys_of(b, h, i);
+      found |= j >= keys.first && j < keys.end && (p.mask == nullptr || mask[i * p.mask_stride[2]]);
     }
+  }
   shared[threadIdx.x] = found;
   __syncthreads();
   if (warp != 0 || j >= p.Tk) return;
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(SEEN_BLOCK)
   seen[n * p.Tk + j] = found != 0;
 }
 
-// Elements of working memory that with_seen_keys takes: hulls, then bytes.
+// Elements of working memory that prepared takes: hulls, then bytes.
 template <typename S>
 int64_t hulls_workspace(const AttentionProblem<S>& p) {
   const int64_t tiles = p.center == nullptr || p.Tq == 1 ? 0 : p.heads() * p.query_tiles();
@@ -92,9 +91,10 @@ int64_t seen_workspace(const AttentionProblem<S>& p) {
   return hulls_workspace(p) + gpu::ceil_div(bytes, sizeof(gpu::Arithmetic<S>));
 }
 
-// p, knowing them. The window of a single query is the hull, and all that it sees.
+// p with its factors and which keys are seen. The window of a single query is the hull, and all that it sees.
 template <bool backward, typename S>
-AttentionProblem<S> with_seen_keys(AttentionProblem<S> p, gpu::Arithmetic<S>* workspace, cudaStream_t stream) {
+AttentionProblem<S> prepared(AttentionProblem<S> p, gpu::Arithmetic<S>* workspace, cudaStream_t stream) {
+  p.by = Factors<gpu::Arithmetic<S>>(p.options);
   const Masks<S> masks(p);
   const int64_t hulls = hulls_workspace(p), tiles = p.heads() * p.query_tiles();
   const int64_t key_tiles = gpu::ceil_div(p.Tk, gpu::WARP), blocks = masks.batches * masks.heads * key_tiles;

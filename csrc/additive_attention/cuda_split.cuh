@@ -69,11 +69,12 @@ FUSEDATTN_DEVICE void add_quotients(const gpu::Pack<T, PACK>& w, const T (&t)[PA
   }
 }
 
-// sums[key QUERIES + i] over the lane's channels: of w r, or of w tanh where the weights are not finite.
+// sums[key QUERIES + i] over the lane's channels: of w r, or of w phi where the weights are not finite, or phi is
+// linear on either side of zero.
 // rows: of the keys, at the lane's first channel
 // step: w and then exp(2q) of each query, SPLIT_CHANNELS of them; those of the next channels lie `stride` further
 // k_limit: largest |k| at which pairs may share a reciprocal; negative where the weights are not finite
-template <int KEYS, int QUERIES, typename S, typename T>
+template <typename Phi, int KEYS, int QUERIES, typename S, typename T>
 FUSEDATTN_DEVICE void score_keys(const AttentionProblem<S>& p, const Head& at, bool finite, T k_limit,
                                  const S* (&rows)[KEYS], const T* step, int stride, T (&sums)[KEYS * QUERIES]) {
   const int Tq = static_cast<int>(p.Tq);
@@ -104,11 +105,29 @@ FUSEDATTN_DEVICE void score_keys(const AttentionProblem<S>& p, const Head& at, b
       for (int e = 0; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[key][e]));
     }
     const auto weights = gpu::load_pack<PACK>(step);
-    if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+    if constexpr (!TAKES_EXPONENTIALS<Phi>) {
+      const auto add = [&](auto leaky) {
+#pragma unroll
+        for (int i = 0; i < QUERIES; ++i) {
+          if (i > 0 && i % SPLIT_STEP == 0 && i >= Tq) break;
+          const auto query = gpu::load_pack<PACK>(step + (i + 1) * SPLIT_CHANNELS);
+#pragma unroll
+          for (int key = 0; key < KEYS; ++key)
+#pragma unroll
+            for (int e = 0; e < PACK; ++e)
+              add_linear<leaky.value>(weights.element[e], p.by.negative_slope * weights.element[e],
+                                      query.element[e] + k[key][e], sums[key * QUERIES + i]);
+        }
+      };
+      if (p.options.activation == ScoreActivation::LEAKY_RELU)
+        add(std::true_type{});
+      else
+        add(std::false_type{});
+    } else if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
 #pragma unroll
       for (int key = 0; key < KEYS; ++key)
 #pragma unroll
-        for (int e = 0; e < PACK; ++e) k[key][e] = exp_of_twice(k[key][e]);
+        for (int e = 0; e < PACK; ++e) k[key][e] = exponential(k[key][e], p.by);
 #pragma unroll
       for (int i = 0; i < QUERIES; ++i) {
         if (i > 0 && i % SPLIT_STEP == 0 && i >= Tq) break;
@@ -130,9 +149,9 @@ FUSEDATTN_DEVICE void score_keys(const AttentionProblem<S>& p, const Head& at, b
         for (int key = 0; key < KEYS; ++key)
 #pragma unroll
           for (int e = 0; e < PACK; ++e) {
-            const T r = reciprocal_of_sum(gpu::to_arithmetic(query.element[e]) + k[key][e]);
+            const T r = reciprocal_of_sum(p.by.argument * (gpu::to_arithmetic(query.element[e]) + k[key][e]));
             sums[key * QUERIES + i] =
-                gpu::fma(weights.element[e], finite ? r : 1 - 2 * r, sums[key * QUERIES + i]);
+                gpu::fma(weights.element[e], finite ? r : 1 + p.by.sum * r, sums[key * QUERIES + i]);
           }
       }
     }
@@ -175,7 +194,7 @@ FUSEDATTN_DEVICE uint64_t seen_in_split(const AttentionProblem<S>& p, const Head
   return bits;
 }
 
-template <typename S, int QUERIES>
+template <typename S, typename Phi, int QUERIES>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
                                                    : QUERIES == 1 ? 6
                                                                   : 4)
@@ -196,7 +215,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
   const KeyRange visible = p.keys_of_tile(at.b, at.h, 0);
   const int64_t first_key = lower(end, higher(begin, visible.first)), keys_end = lower(end, visible.end);
 
-  const WeightScale<T> weight(p, at, reduce);
+  const WeightScale<T> weight(p, at, reduce, Phi{});
   T q_bound = 0;
   T* to = steps + threadIdx.x;
   for (int64_t d = threadIdx.x; d < plan.channels; d += SPLIT_CHANNELS) {
@@ -205,7 +224,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
     for (int i = 0; i < queries; ++i, to += SPLIT_CHANNELS) {
       const T x = i < Tq && d < p.D ? gpu::to_arithmetic(p.query.row(at.b, at.h, i)[d]) : T(0);
       q_bound = gpu::max(q_bound, gpu::abs(x));
-      *to = exp_of_twice(x);
+      *to = TAKES_EXPONENTIALS<Phi> ? exponential(x, p.by) : x;
     }
   }
   if (static_cast<int>(threadIdx.x) < Tq) {
@@ -213,7 +232,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
     row_sum[threadIdx.x] = 0;
   }
   q_bound = block_reduce(q_bound, reduce, [](T a, T b) { return gpu::max(a, b); });
-  const T k_limit = weight.finite ? ScoreRange<T>::PAIR - q_bound : T(-1);
+  const T k_limit = weight.finite ? p.by.range - q_bound : T(-1);
 
   if (scores != nullptr)
     for (int i = warp; i < Tq; i += WARPS) {
@@ -235,7 +254,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
       for (int n = 0; n < KEYS; ++n)
         rows[n] = p.key.row(at.b, at.h, j0 + key + (!first || (n > 0 && second))) + lane * PACK;
       T key_sums[SUMS];
-      score_keys<KEYS, QUERIES>(p, at, weight.finite, k_limit, rows, steps, stride, key_sums);
+      score_keys<Phi, KEYS, QUERIES>(p, at, weight.finite, k_limit, rows, steps, stride, key_sums);
       const T sum = lane_sums<gpu::WARP>(key_sums);
       const int n = lane / (gpu::WARP / SUMS), own = key + n / QUERIES, i = n % QUERIES;
       if (lane % (gpu::WARP / SUMS) == 0 && own < scored && i < Tq) weights[i * SPLIT_KEYS + own] = sum;
@@ -343,6 +362,20 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   if (blockIdx.x % column_tiles == 0 && lane == 0) lse[row] = log_sum_exp(top, total);
 }
 
+// Compiled for Phi as launch_tiles of cuda_fwd.cuh is.
+template <typename Phi, typename S>
+void launch_split_scores(const AttentionProblem<S>& p, const SplitPlan<S>& plan,
+                         const SplitParts<gpu::Arithmetic<S>>& parts, gpu::Arithmetic<S>* scores,
+                         cudaStream_t stream) {
+  const int64_t blocks = p.heads() * plan.splits;
+  if (p.Tq == 1)
+    FUSEDATTN_LAUNCH((additive_attention_fwd_kernel_split<S, Phi, 1>), blocks, ATTENTION_BLOCK, plan.shared,
+                     stream, p, plan, parts, scores);
+  else
+    FUSEDATTN_LAUNCH((additive_attention_fwd_kernel_split<S, Phi, SPLIT_QUERIES>), blocks, ATTENTION_BLOCK,
+                     plan.shared, stream, p, plan, parts, scores);
+}
+
 // parts: plan.size(p) elements.
 template <typename S>
 void launch_additive_attention_split(const AttentionProblem<S>& p, const SplitPlan<S>& plan, S* context,
@@ -351,13 +384,8 @@ void launch_additive_attention_split(const AttentionProblem<S>& p, const SplitPl
   using T = gpu::Arithmetic<S>;
   const int64_t rows = p.heads() * plan.splits * p.Tq;
   const SplitParts<T> parts{workspace, workspace + rows * p.Dv, workspace + rows * (p.Dv + 1)};
-  const int64_t blocks = p.heads() * plan.splits;
-  if (p.Tq == 1)
-    FUSEDATTN_LAUNCH((additive_attention_fwd_kernel_split<S, 1>), blocks, ATTENTION_BLOCK, plan.shared, stream, p,
-                     plan, parts, scores);
-  else
-    FUSEDATTN_LAUNCH((additive_attention_fwd_kernel_split<S, SPLIT_QUERIES>), blocks, ATTENTION_BLOCK, plan.shared,
-                     stream, p, plan, parts, scores);
+  with_phi(p.options.activation,
+           [&](auto phi) { launch_split_scores<decltype(phi)>(p, plan, parts, scores, stream); });
   const int64_t tiles = p.Dv == 0 ? 1 : gpu::ceil_div(p.Dv, gpu::WARP);
   FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_merge<S>, p.heads() * p.Tq * tiles, ATTENTION_BLOCK,
                    2 * ATTENTION_BLOCK * sizeof(T), stream, parts, plan.splits, p.Tq, p.Dv, tiles, context, lse);

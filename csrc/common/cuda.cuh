@@ -265,6 +265,17 @@ FUSEDATTN_DEVICE double abs(double x) { return ::fabs(x); }
 // The other argument where one is NaN.
 FUSEDATTN_DEVICE float max(float a, float b) { return ::fmaxf(a, b); }
 FUSEDATTN_DEVICE double max(double a, double b) { return ::fmax(a, b); }
+// max(x, 0), but NaN stays.
+FUSEDATTN_DEVICE float relu(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x <= 0 ? 0 : x;
+#endif
+}
+FUSEDATTN_DEVICE double relu(double x) { return x <= 0 ? 0 : x; }
 FUSEDATTN_DEVICE float min(float a, float b) { return ::fminf(a, b); }
 FUSEDATTN_DEVICE double min(double a, double b) { return ::fmin(a, b); }
 

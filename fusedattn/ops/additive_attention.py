@@ -43,6 +43,7 @@ from torch import Tensor
 
 from fusedattn import _autograd, _nested, _normalizers, _philox, _scores, _steps, _windows
 from fusedattn._dispatch import (
+    NO_REASONS,
     autocast,
     autocast_enabled,
     choose,
@@ -259,12 +260,9 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
-def unable(activation: str, seed: Tensor | None) -> dict[str, str]:
+def _unable(seed: Tensor | None) -> dict[str, str]:
     """Backends without kernels for these options, and why."""
-    unable = _scores.unable(activation)
-    if seed is None:
-        return unable
-    return {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"} | unable
+    return NO_REASONS if seed is None else {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"}
 
 
 def is_traced() -> bool:
@@ -536,7 +534,7 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        unable(activation, seed),
+        _unable(seed),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)

@@ -292,13 +292,13 @@ def additive_attention_varlen(
         left, right = _windows.sides(OP, window_size, None, is_causal)
         numbers = _scores.numbers(scale, softcap, activation, negative_slope)
         options = Options(max_seqlen_q, max_seqlen_k, left, right, *numbers)
-        context, lse = _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, backend, activation)
+        context, lse = _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, backend)
     context, lse = context.squeeze(0), lse.squeeze(0)
     context = context.transpose(0, 1) if heads else context
     return (context, lse) if return_lse else context
 
 
-def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, backend, activation):
+def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, backend):
     """(context, lse) of rows (1, [H,] total, width)."""
     backend = choose(
         OP,
@@ -306,7 +306,6 @@ def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, back
         query.device,
         query.dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        dense.unable(activation, None),
     )
     if backend in ("cpu", "reference"):
         tensors = (query, key, value, weight, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())

@@ -161,7 +161,7 @@ def additive_scores(
         device,
         query.dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}",
-        _scores.unable(activation) | _UNABLE,
+        _UNABLE,
     )
     options = Options(*_scores.numbers(scale, softcap, activation, negative_slope))
     return SCORES(backend, (query, key, weight), options)

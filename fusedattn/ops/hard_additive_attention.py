@@ -217,7 +217,7 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _scores.unable(activation) | _UNABLE,
+        _UNABLE,
     )
     visible = None
     if mask is not None or key_lengths is not None or is_causal:
