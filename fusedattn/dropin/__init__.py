@@ -35,6 +35,7 @@ __all__ = [
 
 # The files that hold adapters, each in a tuple ADAPTERS.
 _FILES = (
+    "abmil",
     "allennlp",
     "attention_learn_to_route",
     "bentrevett",
@@ -52,6 +53,7 @@ _FILES = (
     "film",
     "gnmt",
     "guided_diffusion",
+    "han",
     "keras",
     "multiple_style_transfer",
     "ncsn",

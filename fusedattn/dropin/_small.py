@@ -2,8 +2,8 @@
 
 A fused call saves passes over memory, and costs more in Python than the operators that it stands for: on the
 CPU that decides below some ten thousand elements, with gradients below twice as many. ``python -m
-benchmarks.crossover`` measures where; an adapter says it in ``least``. Compiled code has no such costs, and on GPUs
-it was not measured.
+benchmarks.crossover`` measures where; an adapter says it in ``least``. Compiled code has no such costs, and on
+GPUs it was not measured.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
