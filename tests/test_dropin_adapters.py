@@ -141,6 +141,15 @@ def tacotron_steps(module, states, memory):
     return found
 
 
+def fewer_and_fewer(module, features, state):
+    """A decoder whose captions end, of features that something else has made."""
+    features, found = 2 * features, []
+    for images in (3, 3, 2, 1):
+        context, weights = module(features[:images], state[:images] + sum(t.sum() for t in found))
+        found += [context, weights]
+    return found
+
+
 def coqui(**options):
     known = {"location_attention": True, "windowing": False, "norm": "softmax", "forward_attn": False}
     options = known | {"trans_agent": False, "forward_attn_mask": False} | options
@@ -213,7 +222,10 @@ CASES = {
             lambda m, hidden, outputs: m(hidden, outputs, lengths_mask((5, 2, 0), 5)),
         )
     },
-    "captioning.Attention": {"step": Case(lambda c: c.Attention(3, 4, 5), ((2, 6, 3), (2, 4)))},
+    "captioning.Attention": {
+        "step": Case(lambda c: c.Attention(3, 4, 5), ((2, 6, 3), (2, 4))),
+        "steps": Case(lambda c: c.Attention(3, 4, 5), ((3, 6, 3), (3, 4)), fewer_and_fewer),
+    },
     "coqui.OriginalAttention": {
         "location": Case(coqui(), ((2, 2, 4), (2, 6, 3)), coqui_steps),
         "sigmoid-forward-agent": Case(
@@ -604,6 +616,35 @@ def test_steps_leave_the_gradients_of_keys_to_one_node_and_copies_are_without_th
     (adapter,) = [entry.adapter for entry in dropin.replace(module).replaced]
     assert adapter.state[0] in module.__dict__
     assert adapter.state[0] not in pickle.loads(pickle.dumps(module)).__dict__
+
+
+def test_features_are_projected_once_for_the_steps_of_a_loop_and_anew_where_something_changed(monkeypatch):
+    module, linear, called = formula("captioning.Attention"), torch.nn.functional.linear, []
+    dropin.replace(module, strict=True)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *layer: called.append(x) or linear(x, *layer))
+    features, state = torch.randn(2, 6, 3), torch.randn(2, 4)
+
+    def projections(*memories):
+        called.clear()
+        loss = sum(module(memory, state[: len(memory)])[0].sum() for memory in memories)
+        return loss, sum(x.dim() == 3 for x in called)
+
+    loss, count = projections(features[:2], features, features[:1])
+    assert count == 1
+    loss.backward()  # with the graph of the projection goes what was kept
+    loss, count = projections(features, features[:1])
+    assert count == 1
+    loss.backward()
+    assert projections(features, features[1:], features[:, :3])[1] == 3
+    assert projections(features)[1] == 1 and projections(features)[1] == 0
+    for t in (features, module.encoder_att.weight):
+        with torch.no_grad():
+            t += 1
+        assert projections(features)[1] == 1
+    with torch.no_grad():
+        assert projections(features)[1] == 1 and projections(features[:1])[1] == 0
+    module.encoder_att.register_forward_hook(lambda *_: None)
+    assert projections(features, features)[1] == 2
 
 
 @pytest.mark.parametrize("name", ["dit.DiTBlock", "espnet.AttAdd"])

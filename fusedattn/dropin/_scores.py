@@ -1,6 +1,7 @@
 """What adapters of attention share: scores alone, or a step of a decoder over keys that stay."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from fusedattn._dispatch import beside
 from fusedattn._dtypes import accumulation_dtype
-from fusedattn._steps import are_recorded, version
+from fusedattn._steps import are_recorded, is_eager, version
+from fusedattn.dropin._adapter import has_hooks
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import attend
 from fusedattn.ops.additive_scores import additive_scores
@@ -73,6 +75,53 @@ def kept_keys(
         keys, is_loop = kept.keys.with_exponentials(), True
     setattr(module, KEPT, _Kept(sources, versions, keys, is_loop))
     return keys
+
+
+class _Projected(NamedTuple):
+    base: Tensor  # whose view the memory is
+    layer: nn.Module
+    state: tuple
+    keys: ProjectedKeys
+
+
+def projected_keys(module: nn.Module, memory: Tensor, layer: nn.Module) -> ProjectedKeys:
+    """Memory (B, T, K) and ``layer`` of it, which steps share that come with the same memory or its first batch
+    elements, views of one tensor: a decoder that projects its memory in every step does so once.
+
+    They stay on the module until a gradient has come back to them, another memory comes, or memory or layer were
+    edited.
+    """
+    is_plain = type(layer) is nn.Linear and "forward" not in layer.__dict__ and not has_hooks(layer)
+    if not is_plain or not is_eager() or memory.is_inference():
+        return ProjectedKeys(layer(memory), memory)
+    parameters: Any = [t for t in (layer.weight, layer.bias) if t is not None]
+    device = memory.device.type
+    state = (
+        (memory.shape[1:], memory.stride(), memory.storage_offset(), version(memory), memory.requires_grad),
+        *((t.data_ptr(), version(t), t.requires_grad) for t in parameters),
+        (torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+    )
+    base = memory if memory._base is None else memory._base
+    kept: _Projected | None = getattr(module, KEPT, None)
+    if (
+        kept is None
+        or kept.base is not base
+        or kept.layer is not layer
+        or kept.state != state
+        or len(kept.keys.key) < len(memory)
+    ):
+        keys = ProjectedKeys(layer(memory), memory)
+        if keys.key.requires_grad:
+            keys.key.register_hook(functools.partial(_forget, weakref.ref(module)))
+        setattr(module, KEPT, _Projected(base, layer, state, keys))
+        return keys
+    return kept.keys if len(kept.keys.key) == len(memory) else kept.keys[: len(memory)]
+
+
+def _forget(module: weakref.ref, _: Tensor) -> None:
+    """The graph of what is kept is gone with its backward pass."""
+    if (found := module()) is not None:
+        found.__dict__.pop(KEPT, None)
 
 
 def summed(context: Tensor, value: Tensor, weights: Tensor) -> Tensor:
