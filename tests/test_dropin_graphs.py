@@ -1,5 +1,7 @@
 """Patterns in graphs: what is rewritten answers as before, in values and gradients; what nearly matches stays."""
 
+import copy
+import functools
 import math
 import operator
 
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_close_to_reference
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fusedattn import dropin
 from fusedattn.ops.additive_attention import additive_attention
@@ -155,6 +158,9 @@ def answers(function, inputs, parameters=()):
 
 def parameters(model):
     return list(model.parameters()) if isinstance(model, nn.Module) else []
+
+
+fused = functools.partial(dropin.backend, always=True)
 
 
 def functions(graph_module):
@@ -338,7 +344,7 @@ def reports():
 
 
 def test_compiled_functions_take_other_sizes_without_more_compilations(reports):
-    compiled = torch.compile(sums_of_a_step, backend=dropin.backend("aot_eager", reports.append), fullgraph=True)
+    compiled = torch.compile(sums_of_a_step, backend=fused("aot_eager", report=reports.append), fullgraph=True)
     for b, tk in ((2, 5), (3, 9), (4, 7)):
         inputs = [torch.randn(shape, requires_grad=True) for shape in ((b, D), (b, tk, D), (b, tk, DV), (D,))]
         torch.testing.assert_close(answers(compiled, inputs), answers(sums_of_a_step, inputs))
@@ -359,7 +365,7 @@ def test_modes_that_are_switched_are_noticed(reports):
 
     _, inputs = made(pairs, PAIRS)
     for function in (no_gradient_of_the_weights, autocast_in_part):
-        compiled = torch.compile(function, backend=dropin.backend("aot_eager", reports.append))
+        compiled = torch.compile(function, backend=fused("aot_eager", report=reports.append))
         torch.testing.assert_close(answers(compiled, inputs), answers(function, inputs))
     reasons = [found.reason for report in reports for found in report if not found.replaced]
     assert len(reasons) == 2 and "gradients are switched" in reasons[0] and "under autocast" in reasons[1]
@@ -375,7 +381,7 @@ def test_under_autocast(inside, reports):
         with autocast:
             return model(*inputs)
 
-    compile = torch.compile(backend=dropin.backend("aot_eager", reports.append))
+    compile = torch.compile(backend=fused("aot_eager", report=reports.append))
     compiled = compile(function) if inside else compile(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
         found = answers(compiled, inputs, parameters(model))
@@ -389,9 +395,7 @@ def test_inductor_compiles_what_was_rewritten_and_trains_it():
     torch.compiler.reset()
     _, inputs = made(sums_of_a_step, STEP)
     # A graph of nothing but the operators: no C++ is compiled.
-    compiled = torch.compile(
-        sums_of_a_step, backend=dropin.inductor, fullgraph=True, options={"max_autotune": False}
-    )
+    compiled = torch.compile(sums_of_a_step, backend=fused(), fullgraph=True, options={"max_autotune": False})
     torch.testing.assert_close(answers(compiled, inputs), answers(sums_of_a_step, inputs))
     torch.compiler.reset()
 
@@ -542,9 +546,63 @@ def test_conditioning_that_nearly_matches_stays_as_it_is(form):
 
 def test_compiled_blocks_train_with_other_sizes(reports):
     model, inputs = made(*CONDITIONED["block"][:2])
-    compiled = torch.compile(model, backend=dropin.backend("aot_eager", reports.append), fullgraph=True)
+    compiled = torch.compile(model, backend=fused("aot_eager", report=reports.append), fullgraph=True)
     for b, t in ((B, T), (3, 9), (4, 7)):
         inputs = [torch.randn(shape, requires_grad=True) for shape in ((b, t, C), (b, t, C), (b, C))]
         expected = answers(model, inputs, parameters(model))
         torch.testing.assert_close(answers(compiled, inputs, parameters(model)), expected)
     assert [len(report.replaced) for report in reports] == [2, 2]
+
+
+class BatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+
+    def forward(self, x, c):
+        gamma, beta = c[:, :, None, None].chunk(2, 1)
+        return F.relu(self.norm(self.layer(x)) * (1 + gamma) + beta, inplace=True)
+
+
+def test_a_batch_norm_keeps_its_running_statistics(reports):
+    model, inputs = made(BatchNorm, {"x": MAP, "c": (B, 2 * C)})
+    original = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=fused("aot_eager", report=reports.append), fullgraph=True)
+    for training in (True, True, False):
+        model.train(training), original.train(training)
+        expected = answers(original, inputs, parameters(original))
+        torch.testing.assert_close(answers(compiled, inputs, parameters(model)), expected)
+        torch.testing.assert_close(model.state_dict(), original.state_dict())
+    assert [found.replaced for report in reports for found in report] == [True, True]
+
+
+def test_what_is_checkpointed_is_rewritten(reports):
+    model, inputs = made(*CONDITIONED["block"][:2])
+
+    def checkpointed(*inputs):
+        return checkpoint(model, *inputs, use_reentrant=False)
+
+    compiled = torch.compile(checkpointed, backend=fused("aot_eager", report=reports.append), fullgraph=True)
+    found = answers(compiled, inputs, parameters(model))
+    torch.testing.assert_close(found, answers(model, inputs, parameters(model)))
+    assert [str(report) for report in reports] == [
+        "fusedattn.dropin: 2 of 2 patterns are fused\n"
+        "  fused  norm (layer_norm)  norm, scale and shift in one pass\n"
+        "  fused  layer (linear_1)   scale, shift and what follows in one pass"
+    ]
+
+
+def test_what_inductor_does_as_well_is_left_to_it_where_the_size_is_known(reports):
+    model, inputs = made(*CONDITIONED["block"][:2])
+    _, step = made(sums_of_a_step, STEP)
+
+    def both(*inputs):
+        return model(*inputs[:3]), *sums_of_a_step(*inputs[3:])
+
+    for dynamic in (False, True):
+        backend = dropin.backend("eager", report=reports.append)
+        compiled = torch.compile(both, backend=backend, dynamic=dynamic)
+        torch.testing.assert_close(compiled(*inputs, *step), both(*inputs, *step))
+    small, unknown = reports
+    assert [(found.replaced, "as fast" in found.reason) for found in small] == [(False, True)] * 2
+    assert [found.replaced for found in unknown] == [True, True]

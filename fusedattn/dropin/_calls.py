@@ -31,6 +31,7 @@ _SIGNATURES = {
         "rms_norm": "input normalized_shape weight eps",
         "group_norm": "input num_groups weight bias eps",
         "instance_norm": "input running_mean running_var weight bias use_input_stats momentum eps",
+        "batch_norm": "input running_mean running_var weight bias training momentum eps",
         "conv1d": "input weight bias *others",
         "conv2d": "input weight bias *others",
         "conv3d": "input weight bias *others",
@@ -75,7 +76,8 @@ def _functions() -> dict[Any, str]:
         for space in (torch, F, torch._C._nn):
             if callable(function := getattr(space, name, None)):
                 found[function] = name
-    del found[torch.instance_norm]  # whose arguments are in another order than those of F.instance_norm
+    for function in (torch.instance_norm, torch.batch_norm):  # whose arguments are in another order than in F
+        del found[function]
     return found
 
 
@@ -204,4 +206,6 @@ def writes(node: fx.Node, module: nn.Module) -> bool:
     if name.startswith(("_enter_", "_exit_", "_set_grad", "set_grad")) or name.endswith("_mode"):
         return True
     call = read(node, module)
-    return node.kwargs.get("out") is not None or bool(node.kwargs.get("inplace") or (call and call.in_place))
+    if call is not None and (call.in_place or (call.name == "batch_norm" and call.get("training"))):
+        return True
+    return node.kwargs.get("out") is not None or bool(node.kwargs.get("inplace"))

@@ -6,6 +6,7 @@ that tracers leave on nodes. A dimension is followed by its label; None stands f
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from fusedattn.dropin._calls import Attribute, Call, Source, read, writes
 
 Labels = tuple[Any, ...]
 DISTURBED = "something is written in place, or autocast or gradients are switched, before it is computed"
+SMALL = "a compiler's own code is as fast at this size"
 _VIEWS = ("unsqueeze", "squeeze", "view", "permute", "transpose", "expand", "select", "getitem")
 
 
@@ -78,9 +80,9 @@ class Graph:
 
     def __init__(self, module: fx.GraphModule):
         self.module = module
-        self.number()
+        self.renumber()
 
-    def number(self) -> None:
+    def renumber(self) -> None:
         """Notes the order of nodes, once after each change."""
         self.order = {node: n for n, node in enumerate(self.module.graph.nodes)}
         self._writing = [node for node in self.order if writes(node, self.module)]
@@ -101,6 +103,21 @@ class Graph:
     def shape(self, source: Any) -> tuple:
         value = self.value(source)
         return () if value is None else tuple(value.shape)
+
+    def number(self, argument: Any) -> Any:
+        """An argument as a plain number; where Dynamo takes it for one that changes (``dynamic=True``), a guard
+        on what it is now comes with that."""
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = argument.meta.get("example_value", argument.meta.get("val"))
+        if not isinstance(value, (torch.SymFloat, torch.SymInt)):
+            raise Miss(f"{argument.name} is not known as a number")
+        return float(value) if isinstance(value, torch.SymFloat) else int(value)
+
+    def is_small(self, node: fx.Node, least: int) -> bool:
+        """Whether a node on the CPU is known to have fewer elements; elsewhere it was not measured."""
+        value, size = self.value(node), math.prod(self.shape(node))
+        return value is not None and value.device.type == "cpu" and isinstance(size, int) and size < least
 
     def labels(self, source: Any) -> Labels:
         """A label for each dimension: its number."""
@@ -144,7 +161,7 @@ class Graph:
     def name(self, node: fx.Node) -> str:
         """Where a node is: the module that computes it, and its name."""
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", str(stack[-1][0])) if stack else ""
+        path = re.sub(r"^[LG]\['\w+'\]\.?", "", str(stack[-1][0])) if stack else ""
         return f"{path} ({node.name})" if path else node.name
 
     # What becomes of dimensions
@@ -155,9 +172,11 @@ class Graph:
         None is a dimension that was added, or in which one element is repeated.
         """
         call = self.call(node)
-        if call is None or call.in_place or self.value(call.input) is None or self.value(node) is None:
+        if call is None or call.in_place or (source := self.value(call.input)) is None:
             return None
-        before, after = self.shape(call.input), self.shape(node)
+        if (result := self.value(node)) is None or result.dtype != source.dtype:  # as of view(dtype)
+            return None
+        before, after = tuple(source.shape), tuple(result.shape)
         rank = len(before)
         origins: Sequence[int | None] | None = None
         if call.name == "contiguous" or (call.name == "dropout" and call.get("training") in (False, 0)):
@@ -327,4 +346,4 @@ class Graph:
         for node in sorted(set(nodes), key=self.order.__getitem__, reverse=True):
             if not node.users and node.op != "placeholder":
                 self.module.graph.erase_node(node)
-        self.number()
+        self.renumber()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fusedattn.dropin._calls import Call, Source
-from fusedattn.dropin._graph import DISTURBED, Carried, Graph, Labels, Miss, New
+from fusedattn.dropin._graph import DISTURBED, SMALL, Carried, Graph, Labels, Miss, New
 from fusedattn.dropin._report import Rewrite
 from fusedattn.dropin._scores import ATTENTION, NAN_ROWS, SCORES
 from fusedattn.ops.additive_attention import additive_attention
@@ -84,8 +84,11 @@ class _Scores(NamedTuple):
             yield self.product.product.bias
 
 
-def rewrite(graph: Graph, node: fx.Node) -> Rewrite | None:
-    """What became of the activation at ``node``; None where it is in nothing like additive attention."""
+def rewrite(graph: Graph, node: fx.Node, least: int = 0) -> Rewrite | None:
+    """What became of the activation at ``node``; None where it is in nothing like additive attention.
+
+    ``least``: where a compiler comes after, the number of elements from which more than its own code is needed.
+    """
     call = graph.call(node)
     if call is None or call.name not in _ACTIVATIONS or graph.value(node) is None:
         return None
@@ -103,6 +106,8 @@ def rewrite(graph: Graph, node: fx.Node) -> Rewrite | None:
         found = _read(graph, call, chain, product)
         if found is None:
             return None
+        if graph.is_small(node, least):
+            raise Miss(SMALL)
         reason = _replace_all(graph, found)
         if reason:
             _replace_scores(graph, found)
@@ -173,7 +178,7 @@ def _read(graph: Graph, call: Call, chain: list[fx.Node], product: Carried) -> _
         raise Miss(f"scores of {dtype.dtype}{'' if autocast is None else f' under autocast to {autocast}'}")
     options = {} if call.name == "tanh" else {"activation": call.name}
     if call.name == "leaky_relu":
-        options["negative_slope"] = call.get("negative_slope", 0.01)
+        options["negative_slope"] = graph.number(call.get("negative_slope", 0.01))
     leading = (None,) * (max(1, 2 * len(heads)) - len(lead)) + tuple(lead)
     return _Scores(product, query, key, weight_labels, leading, row, column, options, nodes, rows)
 

@@ -3,7 +3,7 @@
 What is looked for, each part but the first and one more optional::
 
     h = r + g * x           what a transformer block adds before the next norm
-    n = norm(h)             layer, RMS, group or instance norm; or h of a linear layer, a convolution, a product
+    n = norm(h)             layer, RMS, group, instance or batch norm; or a linear layer, a convolution, a product
     z = n * (1 + s) + b     or n * s + b, with factors that are broadcast along n
     y = activation(z) + u
 
@@ -20,12 +20,18 @@ from torch import fx
 
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.dropin._calls import Call, Source
-from fusedattn.dropin._graph import DISTURBED, Graph, Labels, Miss
+from fusedattn.dropin._graph import DISTURBED, SMALL, Graph, Labels, Miss
 from fusedattn.dropin._report import Rewrite
 from fusedattn.ops.film import film
 from fusedattn.ops.norm_film import norm_film
 
-_NORMS = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "group", "instance_norm": "instance"}
+_NORMS = {
+    "layer_norm": "layer",
+    "rms_norm": "rms",
+    "group_norm": "group",
+    "instance_norm": "instance",
+    "batch_norm": "batch",
+}
 # Whose results are in memory before anything is done with them.
 _LAYERS = ("linear", "matmul", "bmm", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention")
 _OF_ROWS = ("layer", "rms")
@@ -53,15 +59,20 @@ class _Chain:
         return pairs + ([] if self.residual is None else [self.residual])
 
 
-def rewrite_norm(graph: Graph, node: fx.Node) -> Rewrite | None:
-    """What became of the norm at ``node``; None where nothing scales, shifts or activates it."""
+def rewrite_norm(graph: Graph, node: fx.Node, least: int = 0) -> Rewrite | None:
+    """What became of the norm at ``node``; None where nothing scales, shifts or activates it.
+
+    ``least``: where a compiler comes after, the number of elements from which more than its own code is needed.
+    """
     call = graph.call(node)
     if call is None or call.name not in _NORMS or len(graph.shape(node)) < 2:
         return None
     norm = _NORMS[call.name]
     chain = _chain(graph, node, len(graph.shape(node)) - 1 if norm in _OF_ROWS else 1)
-    if chain.gamma is None and chain.beta is None and (norm in _OF_ROWS or chain.activation is None):
+    if chain.gamma is None and chain.beta is None and (norm in _OF_ROWS or chain.activation is None or least):
         return None
+    if graph.is_small(node, least):
+        return Rewrite(graph.name(node), _NORM_FUSES, False, SMALL)
     return _reported(graph, chain, _NORM_FUSES, lambda: _replace_norm(graph, call, norm, chain))
 
 
@@ -211,7 +222,7 @@ def _replace_layer(graph: Graph, chain: _Chain) -> None:
 
 def _norm_options(graph: Graph, call: Call, norm: str) -> dict[str, Any]:
     """What a norm has beside its input."""
-    eps = call.get("eps", None if norm == "rms" else 1e-5)
+    eps = graph.number(call.get("eps", None if norm == "rms" else 1e-5))
     if norm in _OF_ROWS and len(call.get("normalized_shape")) != 1:
         raise Miss("the norm is over several dimensions")
     if eps is None:
@@ -220,7 +231,12 @@ def _norm_options(graph: Graph, call: Call, norm: str) -> dict[str, Any]:
         raise Miss("the norm keeps running statistics")
     options: dict[str, Any] = {"norm": norm, "eps": eps}
     if norm == "group":
-        options["num_groups"] = call.get("num_groups")
+        options["num_groups"] = graph.number(call.get("num_groups"))
+    if norm == "batch":
+        running = {name: call.get(name) for name in ("running_mean", "running_var")}
+        options |= {name: graph.node(t) for name, t in running.items() if t is not None}
+        momentum = graph.number(call.get("momentum", 0.1))
+        options |= {"training": bool(call.get("training", False)), "momentum": momentum}
     return options
 
 
