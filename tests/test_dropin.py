@@ -365,10 +365,17 @@ atexit.register(lambda: print([m for m in ("diffusers", "keras", "espnet", "spee
     assert found.stdout.splitlines() == [*str(dropin.replace(attention())).splitlines(), "[]"]
 
 
-def test_the_example_trains_alike_before_and_after(capsys):
-    runpy.run_path(str(ROOT / "examples" / "dropin_translation.py"))["main"](width=8, steps=2)
+@pytest.mark.parametrize(
+    "example, sizes, known",
+    [
+        ("dropin_translation", {"width": 8}, "gnmt.BahdanauAttention"),
+        ("dropin_diffusers", {"width": 32, "heads": 1, "layers": 1, "size": 4, "batch": 2}, "Block: norms"),
+    ],
+)
+def test_the_examples_train_alike_before_and_after(example, sizes, known, capsys):
+    runpy.run_path(str(ROOT / "examples" / f"{example}.py"))["main"](**sizes, steps=2)
     *report, before, after = capsys.readouterr().out.splitlines()
-    assert "gnmt.BahdanauAttention" in report[-1]
+    assert known in "".join(report)
     assert re.search("loss (.*),.*ms", before).group(1) == re.search("loss (.*),.*ms", after).group(1)
 
 
