@@ -185,6 +185,96 @@ class ReplacedPool(ReplacedCase):
         return replace(self, T=min(self.T, 500))
 
 
+# Networks: blocks that are conditioned
+
+
+class Transformer(nn.Module):
+    """Four of the blocks that diffusers' DiTTransformer2DModel has, six heads each."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        block = originals("diffusers").BasicTransformerBlock
+        options = {"num_embeds_ada_norm": 16, "norm_type": "ada_norm_zero"}
+        self.blocks = nn.ModuleList([block(C, 6, C // 6, **options) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(len(x))
+        for block in self.blocks:
+            x = block(x, timestep=steps, class_labels=steps)
+        return x
+
+
+class UNet(nn.Module):
+    """One level down and up again, of guided-diffusion's residual blocks."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        block = originals("guided_diffusion").ResBlock
+        options = {"emb_channels": 4 * C, "dropout": 0.0, "use_scale_shift_norm": True}
+        down = [block(C, out_channels=C, **options), block(C, out_channels=2 * C, **options)]
+        up = [block(2 * C, out_channels=2 * C, up=True, **options), block(2 * C, out_channels=C, **options)]
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for block in self.down:
+            x = block(x, emb)
+        x = nn.functional.avg_pool2d(x, 2)
+        for block in self.up:
+            x = block(x, emb)
+        return x
+
+
+class FilmedResNet(nn.Module):
+    def __init__(self, C: int):
+        super().__init__()
+        self.blocks = nn.ModuleList([originals("film").FiLMedResBlock(C) for _ in range(4)])
+        for block in self.blocks:  # running statistics would keep float32 beside the reference's float64
+            block.bn1 = nn.BatchNorm2d(C, affine=False, track_running_stats=False)
+
+    def forward(self, x: Tensor, conditions: Tensor) -> Tensor:
+        made = conditions.unflatten(1, (4, 2, -1)).permute(1, 2, 0, 3)
+        for block, (gammas, betas) in zip(self.blocks, made, strict=True):
+            x = block(x, gammas, betas)
+        return x
+
+
+NETWORKS = {
+    "diffusers.BasicTransformerBlock": Transformer,
+    "guided_diffusion.ResBlock": UNet,
+    "film.FiLMedResBlock": FilmedResNet,
+}
+
+
+@dataclass(frozen=True)
+class ReplacedNetwork(ReplacedCase):
+    """Blocks with all that is in them."""
+
+    adapter: str  # one of NETWORKS
+    C: int
+    shape: tuple[int, ...]
+    condition: int = 0  # its width
+
+    @property
+    def name(self) -> str:
+        return f"dropin {self.adapter} {self.shape}, 4 blocks {self.dtype}"
+
+    def module(self) -> nn.Module:
+        return NETWORKS[self.adapter](self.C)
+
+    def stripped(self, module: nn.Module) -> nn.Module:
+        """Without biases that a softmax or a norm cancels: by a gradient that is 0 no error can be measured."""
+        for name, layer in module.named_modules():
+            if name.endswith((".to_k", ".conv1")):
+                layer.bias = None
+        return module
+
+    def data(self) -> tuple[tuple[int, ...], ...]:
+        return (self.shape, (self.shape[0], self.condition)) if self.condition else (self.shape,)
+
+    def reduced(self) -> "ReplacedNetwork":
+        return replace(self, shape=(2, *self.shape[1:]))
+
+
 class FirstOf(nn.Module):
     """The first of what a module returns."""
 

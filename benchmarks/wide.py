@@ -10,7 +10,7 @@ from rich.console import Console
 
 from . import contenders, fresh, machine, measure, memory, sizing
 from .blocks import DiTBlock, FiLMedResNetBlock
-from .dropin import ReplacedCase, ReplacedLoop, ReplacedPool, ReplacedTranslation
+from .dropin import ReplacedCase, ReplacedLoop, ReplacedNetwork, ReplacedPool, ReplacedTranslation
 from .location import LocationStep
 from .machine import GIB
 from .measure import Job
@@ -120,6 +120,9 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", ReplacedLoop, "captioning", "captioning.Attention", 8, 196, 2048, 512, 512, 10),
         *_in("f", ReplacedTranslation, "GNMT", 32, 40, 40, 1024),
         *_in("f", ReplacedPool, "slide of 10,000 patches", 10_000, 512, 128),
+        *_in("f", ReplacedNetwork, "DiT-S/2", "diffusers.BasicTransformerBlock", 384, (4, 256, 384)),
+        *_in("f", ReplacedNetwork, "diffusion U-Net", "guided_diffusion.ResBlock", 128, (2, 128, 32, 32), 512),
+        *_in("f", ReplacedNetwork, "FiLMed ResNet", "film.FiLMedResBlock", 128, (32, 128, 14, 14), 1024),
     ],
 }
 WITH_BYTES = ("wide pool", "wide norm", "wide gated")  # groups of which the bytes that must be moved are known

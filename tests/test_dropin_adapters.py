@@ -280,11 +280,13 @@ CASES = {
             lambda c: c.BasicTransformerBlock(6, 1, 6, cross_attention_dim=4, norm_type="ada_norm_single"),
             ((2, 5, 6), (2, 3, 4), (2, 36)),
             lambda m, x, context, timestep: m(x, None, context, timestep=timestep),
+            std=0.3,
         ),
         "single-self": Case(
             lambda c: c.BasicTransformerBlock(6, 1, 6, norm_type="ada_norm_single"),
             ((2, 5, 6), (2, 36)),
             lambda m, x, timestep: m(x, timestep=timestep),
+            std=0.3,
         ),
     },
     "diffusers.FluxSingleTransformerBlock": {

@@ -142,10 +142,11 @@ class ResnetBlock2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """With one head; where ``added``, of two sequences to both of them."""
+    """Where ``added``, of two sequences to both of them."""
 
-    def __init__(self, dim, context_dim=None, added=False):
+    def __init__(self, dim, context_dim=None, added=False, heads=1):
         super().__init__()
+        self.heads = heads
         self.to_q, self.to_k, self.to_v = (
             nn.Linear(n, dim) for n in (dim, context_dim or dim, context_dim or dim)
         )
@@ -156,12 +157,14 @@ class Attention(nn.Module):
         if self.added:
             x = context = torch.cat([hidden_states, encoder_hidden_states], 1)
         context = x if context is None else context
-        y = F.scaled_dot_product_attention(self.to_q(x), self.to_k(context), self.to_v(context))
+        made = (self.to_q(x), self.to_k(context), self.to_v(context))
+        heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in made)
+        y = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         return y.split([hidden_states.shape[1], x.shape[1] - hidden_states.shape[1]], 1) if self.added else y
 
 
 def feed_forward(dim):
-    return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
 
 
 def plain_norm(dim, affine=False):
@@ -177,7 +180,7 @@ class BasicTransformerBlock(nn.Module):
         self.pos_embed = self._chunk_size = self.attn2 = self.norm2 = None
         zero = norm_type == "ada_norm_zero"
         self.norm1 = AdaLayerNormZero(dim, num_embeds_ada_norm) if zero else plain_norm(dim, True)
-        self.attn1, self.ff = Attention(dim), feed_forward(dim)
+        self.attn1, self.ff = Attention(dim, heads=heads), feed_forward(dim)
         if cross_attention_dim is not None:
             self.attn2 = Attention(dim, cross_attention_dim)
         if cross_attention_dim is not None or not zero:

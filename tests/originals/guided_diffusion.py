@@ -15,7 +15,7 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def norm(channels):
-    return GroupNorm32(2, channels)
+    return GroupNorm32(min(32, channels // 2), channels)
 
 
 class ResBlock(nn.Module):
