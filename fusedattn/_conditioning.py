@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import autocast, fail
+from fusedattn._dispatch import autocast, check_layout, fail
 
 Parameter = Tensor | tuple[Tensor, Tensor] | None
 HALF = (torch.float16, torch.bfloat16)
@@ -110,8 +110,7 @@ def check_dense(op: str, name: str, t: Tensor | None, wanted: str) -> None:
     """``wanted``: what else the argument may be, in words."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name}: expected {wanted}, got {type(t).__name__}")
-    if t.layout is not torch.strided or t.is_nested:
-        fail(op, name, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
+    check_layout(op, name, t)
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor, wanted: str, wider: bool = False) -> None:

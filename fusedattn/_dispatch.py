@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -26,6 +27,11 @@ class UnsupportedError(ValueError):
 def fail(op: str, argument: str, expected: str, received: Any) -> NoReturn:
     """Every error of an argument names the op, the argument, what was expected and what was received."""
     raise ValueError(f"{op}: {argument}: expected {expected}, got {received}")
+
+
+def check_layout(op: str, argument: str, t: Tensor) -> None:
+    if t.layout is not torch.strided or t.is_nested:
+        fail(op, argument, "a dense Tensor", f"a nested one of layout {t.layout}" if t.is_nested else t.layout)
 
 
 NO_REASONS: dict[str, str] = {}
@@ -228,6 +234,11 @@ def autocast_enabled(device: torch.device) -> bool:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # the quickest to ask
         return False
     return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For what is to compute in the dtype of its inputs. Some kinds of device have no autocast, like meta."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def beside(x: Tensor, t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from fusedattn import _autograd
-from fusedattn._dispatch import fail
+from fusedattn._dispatch import check_layout, fail
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import SCORE_ACTIVATIONS
 
@@ -114,6 +114,12 @@ def require_tensors(op: str, **tensors) -> None:
             raise TypeError(f"{op}: {argument}: expected a Tensor, got {type(t).__name__}")
 
 
+def require_dense(op: str, **tensors) -> None:
+    require_tensors(op, **tensors)
+    for argument, t in tensors.items():
+        check_layout(op, argument, t)
+
+
 def check_integers(op: str, argument: str, t) -> None:
     if not isinstance(t, Tensor) or t.dtype not in INTEGER_DTYPES:
         fail(op, argument, "a Tensor of integers", getattr(t, "dtype", type(t).__name__))
@@ -176,9 +182,7 @@ def _check_inputs(op, query, key, weight, value) -> tuple:
     device, dtype = query.device, query.dtype
     rows = [("query", query), ("key", key)] + ([] if value is None else [("value", value)])
     for argument, t in (*rows, ("weight", weight)):
-        if t.layout != torch.strided or t.is_nested:
-            received = f"a nested one of layout {t.layout}" if t.is_nested else t.layout
-            fail(op, argument, "a dense Tensor", received)
+        check_layout(op, argument, t)
     if not dtype.is_floating_point:
         fail(op, "query", "a floating-point dtype", dtype)
     for argument, t in rows[1:]:

@@ -1,9 +1,9 @@
 """Of the cases of a test, few: where the same test has run in full elsewhere, and this run asks one thing more.
 
 On the stand-in that is which device tensors are made on; at CPU levels below the best (``FUSEDATTN_TESTS=values``,
-as `make test` sets it there) whether the kernels of the level compute the same. `make sanitize` runs all cases at
-every level, `make test-all` all everywhere. Triton's interpreter runs all but the repetitions of ``machinery``:
-tests marked so ask PyTorch more than our kernels, and take seconds; their first case is enough here.
+as `make test` and `make sanitize` set it there) whether the kernels of the level compute the same.
+`make test-all` and `FUSEDATTN_TESTS=all make sanitize` run all. Triton's interpreter runs all but the repetitions
+of ``machinery``: tests marked so ask PyTorch more than our kernels, and take seconds; one case is enough here.
 """
 
 import os

@@ -194,6 +194,7 @@ shapes_of_all_kinds = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.machinery
 @shapes_of_all_kinds
 def test_derivatives(shapes):
     leaves = [None if t is None else t.requires_grad_() for t in tensors([*shapes, shapes[0]])]

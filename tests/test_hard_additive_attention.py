@@ -258,9 +258,9 @@ def test_the_score_function_estimator_has_the_gradient_of_the_expectation():
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_and_reference_sample_the_same_keys(dtype):
-    inputs = make_inputs(2, 37, 150, 4, 2, H=2, dtype=dtype)
+    inputs = make_inputs(1, 37, 70, 4, 2, H=2, dtype=dtype)
     found, expected = (sampled(f, inputs) for f in (hard_additive_attention, hard_additive_attention_ref))
-    assert (found.index != expected.index).sum() <= 1  # of 148, where two perturbed scores are next to equal
+    assert (found.index != expected.index).sum() <= 1  # of 74, where two perturbed scores are next to equal
     assert not torch.equal(found.index, sampled(hard_additive_attention, inputs, seed=6).index)
 
 

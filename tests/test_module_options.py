@@ -4,7 +4,22 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations, parametrize
 
-from fusedattn import AdditiveAttention, BahdanauAttention, FiLM, additive_attention, film
+from fusedattn import (
+    AdditiveAttention,
+    BahdanauAttention,
+    ConcatAttention,
+    CoverageAttention,
+    FiLM,
+    ForwardAttention,
+    GatedAttentionPool,
+    HardAttention,
+    LocationSensitiveAttention,
+    MultiHopAttention,
+    PointerAttention,
+    SpatialAttention,
+    additive_attention,
+    film,
+)
 
 BAD_OPTIONS = {
     "num_heads": (lambda: AdditiveAttention(5, 6, 8, num_heads=0), "AdditiveAttention: num_heads: .*got 0"),
@@ -121,6 +136,41 @@ def test_symbolic_trace():
     torch.testing.assert_close(traced(*inputs), model(*inputs))
     with pytest.raises(ValueError, match=r"query: expected shape \(B, Tq, 5\)"):
         traced(inputs[1], *inputs[1:])
+
+
+STATE, MEMORY, MAP = (2, 5), (2, 4, 6), (2, 6, 2, 2)
+BY_SIZES = {  # modules whose way depends on sizes
+    "concat": (lambda: ConcatAttention(5, 6, 8), STATE, MEMORY),
+    "coverage": (lambda: CoverageAttention(5, 6, 8), STATE, MEMORY),
+    "forward": (lambda: ForwardAttention(5, 6, 8), STATE, MEMORY, (2, 4)),
+    "hard": (lambda: HardAttention(5, 6, 8).eval(), STATE, MAP),
+    "location": (lambda: LocationSensitiveAttention(5, 6, 8), STATE, MEMORY),
+    "hops": (lambda: MultiHopAttention(6, 6, 8, 2), (2, 6), MEMORY),
+    "pointer": (lambda: PointerAttention(5, 6, 8), STATE, MEMORY),
+    "pool": (lambda: GatedAttentionPool(6, 8), MEMORY),
+    "spatial": (lambda: SpatialAttention(5, 6, 8), STATE, MAP),
+}
+
+
+class Reader(torch.nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, y, z):
+        return self.attention(*(t for t in (x, y, z) if t is not None))
+
+
+@pytest.mark.parametrize("name", BY_SIZES)
+def test_symbolic_trace_of_a_model_with(name):
+    torch.manual_seed(0)
+    make, *shapes = BY_SIZES[name]
+    model, inputs = Reader(make()), [torch.rand(shape) for shape in shapes]
+    inputs += [None] * (3 - len(inputs))
+    traced = torch.fx.symbolic_trace(
+        model, {name: None for name, t in zip("xyz", inputs, strict=True) if t is None}
+    )
+    torch.testing.assert_close(traced(*inputs), model(*inputs))
 
 
 class Tagged(torch.Tensor):

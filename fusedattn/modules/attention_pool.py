@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fusedattn._dispatch import beside, check_backend, not_scriptable
 from fusedattn.ops.attention_pool import attention_pool
 
+torch.fx.wrap("beside")  # recorded by torch.fx.symbolic_trace, which cannot follow what depends on dtypes
+
 
 class GatedAttentionPool(nn.Module):
     """Gated attention over the instances of a bag (Ilse et al. 2018, arXiv:1802.04712, equation 9).
@@ -73,7 +75,7 @@ class GatedAttentionPool(nn.Module):
         gate = None if self.gate_proj is None else self.gate_proj(x)
         return attention_pool(  # type: ignore[return-value]
             hidden,
-            x if x.dtype == hidden.dtype else x.to(hidden.dtype),
+            x.to(hidden.dtype),
             beside(hidden, self.weight),
             gate,
             lengths=lengths,

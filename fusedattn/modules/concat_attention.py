@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusedattn import _normalizers
 from fusedattn._dtypes import accumulation_dtype
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 
@@ -135,6 +136,7 @@ class ConcatAttention(BahdanauAttention):
         return_weights: Literal[False],
         **options: Unpack[HidingOptions],
     ) -> Tensor: ...
+    @recorded_whole
     def forward(
         self,
         query: Tensor,

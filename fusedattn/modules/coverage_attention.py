@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedattn._dtypes import accumulation_dtype
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _cast, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 
@@ -50,6 +51,7 @@ class CoverageAttention(BahdanauAttention):
         device, dtype = options.get("device"), options.get("dtype")
         self.coverage_proj = nn.Linear(1, attention_dim, bias=False, device=device, dtype=dtype)
 
+    @recorded_whole
     def forward(  # type: ignore[override]  # with the coverage
         self,
         query: Tensor,

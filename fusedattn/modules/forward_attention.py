@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _normalizers
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 
@@ -38,6 +39,7 @@ class ForwardAttention(BahdanauAttention):
         rows = memory.key if isinstance(memory, ProjectedKeys) else memory
         return F.pad(rows.new_ones(rows.shape[0], 1), (0, rows.shape[1] - 1))
 
+    @recorded_whole
     def forward(  # type: ignore[override]  # with the alignment of the step before
         self,
         query: Tensor,

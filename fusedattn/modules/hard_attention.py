@@ -11,6 +11,7 @@ from torch import Tensor
 from fusedattn._dispatch import beside
 from fusedattn._philox import draw_seed
 from fusedattn._scores import check_generator
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import _cast, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.modules.spatial_attention import SpatialAttention
@@ -79,6 +80,7 @@ class HardAttention(SpatialAttention):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, expectation_prob={self.expectation_prob}"
 
+    @recorded_whole
     def forward(  # type: ignore[override]  # what was sampled, not weights
         self,
         query: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusedattn._dispatch import beside
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._steps import are_recorded
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.location_attention import attend, prepared
@@ -95,6 +96,7 @@ class LocationSensitiveAttention(BahdanauAttention):
             parts.append(f"window={self.window}")
         return ", ".join(parts)
 
+    @recorded_whole
     def forward(  # type: ignore[override]  # with the state
         self,
         query: Tensor,

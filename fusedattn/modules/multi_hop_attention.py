@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _check
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class MultiHopAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"hops={self.hops}, update={self.update!r}"
 
+    @recorded_whole
     def forward(
         self,
         query: Tensor,

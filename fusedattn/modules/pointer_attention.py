@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedattn import _scores
 from fusedattn._dispatch import beside
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _cast, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_scores import additive_scores
@@ -53,6 +54,7 @@ class PointerAttention(BahdanauAttention):
             raise ValueError(f"PointerAttention: clip: expected a positive number or None, got {clip}")
         super().__init__(query_dim, key_dim, attention_dim, bias=bias, softcap=clip, **options)
 
+    @recorded_whole
     def forward(  # type: ignore[override]  # without values
         self,
         query: Tensor,

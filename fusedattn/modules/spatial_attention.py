@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusedattn.modules._tracing import recorded_whole
 from fusedattn.modules.attention import BahdanauAttention, _check, _for_one_query
 from fusedattn.modules.projected_keys import ProjectedKeys
 
@@ -84,6 +85,7 @@ class SpatialAttention(BahdanauAttention):
             raise ValueError(f"SpatialAttention: mask: expected shape ({shape}), got {tuple(mask.shape)}")
         return mask.flatten(1)
 
+    @recorded_whole
     def forward(  # type: ignore[override]  # a map in place of keys and values
         self,
         query: Tensor,

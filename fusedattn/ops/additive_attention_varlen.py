@@ -26,6 +26,7 @@ from fusedattn._dispatch import (
     fail,
     overridable,
     tf32_allowed,
+    without_autocast,
 )
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionVarlenOptions as Options
@@ -275,14 +276,14 @@ def additive_attention_varlen(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    _scores.require_tensors(OP, query=query, key=key, value=value, weight=weight)
+    _scores.require_dense(OP, query=query, key=key, value=value, weight=weight)
     device = query.device
     if autocast_enabled(device):
         query, key, value, weight = (autocast(t) for t in (query, key, value, weight))
     _check_rows(query, key, value)
     heads = query.dim() == 3
     rows = [(t.transpose(0, 1) if heads else t).unsqueeze(0) for t in (query, key, value)]
-    with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
+    with without_autocast(device):
         query, key, weight, value = _scores.broadcast(OP, rows[0], rows[1], weight, rows[2])
         _scores.check_numbers(OP, scale, softcap, activation, negative_slope)
         _check_offsets("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, query.shape[-2], device)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import autocast, autocast_enabled, choose, fail, overridable
+from fusedattn._dispatch import autocast, autocast_enabled, choose, fail, overridable, without_autocast
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AttentionPoolOptions as Options
-from fusedattn._scores import of_visible, require_tensors, shape_text
+from fusedattn._scores import of_visible, require_dense, shape_text
 
 OP = "attention_pool"
 
@@ -161,7 +161,7 @@ def attention_pool(
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
     given = {"value": value, "gate": gate, "lengths": lengths}
-    require_tensors(OP, hidden=hidden, weight=weight, **{name: t for name, t in given.items() if t is not None})
+    require_dense(OP, hidden=hidden, weight=weight, **{name: t for name, t in given.items() if t is not None})
     device = hidden.device
     if autocast_enabled(device):
         hidden, weight = autocast(hidden), autocast(weight)
@@ -173,7 +173,7 @@ def attention_pool(
     heads = weight.dim() == 2
     lengths = None if lengths is None else lengths.long()
     weight = weight[None] if heads else weight[None, None]
-    with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
+    with without_autocast(device):
         context, lse, scores = ATTENTION_POOL(backend, (hidden, gate, value, weight, lengths), Options())
     found = [] if value is None else [context]
     if value is None or return_scores:

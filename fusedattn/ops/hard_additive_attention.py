@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fusedattn import _autograd, _normalizers, _philox, _scores
-from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable
+from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable, without_autocast
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import HardAdditiveAttentionOptions as Options
 from fusedattn._philox import EVERYTHING, Place, draw_seed
@@ -224,7 +224,7 @@ def attend(
         visible = _visible_keys(shape, device, mask, key_lengths, (-1, 0 if is_causal else -1))
         (key,) = _scores.without_unseen(visible, key)
     wide = accumulation_dtype(dtype)
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         scores = additive_scores(
             query.to(wide),
             key.to(wide),

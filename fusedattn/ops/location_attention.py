@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedattn import _autograd, _normalizers, _scores, _steps
-from fusedattn._dispatch import autocast, autocast_enabled, choose, fail, overridable
+from fusedattn._dispatch import autocast, autocast_enabled, choose, fail, overridable, without_autocast
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveScoresOptions as Options
 from fusedattn._scores import shape_text
@@ -261,7 +261,7 @@ def attend(
         "conv_weight": conv_weight,
         "location_weight": location_weight,
     }
-    _scores.require_tensors(OP, query=query, key=key, value=value, **tensors)
+    _scores.require_dense(OP, query=query, key=key, value=value, **tensors)
     device = query.device
     if autocast_enabled(device):
         query, key, value = autocast(query), autocast(key), autocast(value)
@@ -269,7 +269,7 @@ def attend(
         _fail("query", "shape (B, D)", tuple(query.shape))
     if weight.dim() != 1:
         _fail("weight", f"shape {shape_text(query.shape[1])}", tuple(weight.shape))
-    with torch.autocast(device.type, enabled=False):  # the reference is to compute in the dtype of its inputs
+    with without_autocast(device):
         query, key, weight, value = _scores.broadcast(OP, query.unsqueeze(1), key, weight, value)
         _scores.check_numbers(OP, scale, softcap, activation, negative_slope)
         _check(query, key, previous, conv_weight, location_weight)
@@ -304,7 +304,7 @@ def prepared(
     (N, C, K), D = conv_weight.shape, location_weight.shape[0]
     if D * C * K > N * C * K + D * N:
         return weight[None], conv_weight[None], location_weight[None]
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         return weight[None], (location_weight @ conv_weight.flatten(1)).view(1, D, C, K), None
 
 
