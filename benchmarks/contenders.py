@@ -23,12 +23,16 @@ CLONE = "clone"
 RIVALS = ("eager", "compile", IDENTITY)  # kinds: a contender's name begins with its own
 
 
-def attention_matmul(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phi=torch.tanh) -> Tensor:
-    return (phi(query[:, :, None] + key[:, None]) @ weight).softmax(-1) @ value
+def attention_matmul(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *bias: Tensor, phi=torch.tanh
+) -> Tensor:
+    return sum(bias, phi(query[:, :, None] + key[:, None]) @ weight).softmax(-1) @ value
 
 
-def attention_sum(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phi=torch.tanh) -> Tensor:
-    return (phi(query[:, :, None] + key[:, None]) * weight).sum(-1).softmax(-1) @ value
+def attention_sum(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, *bias: Tensor, phi=torch.tanh
+) -> Tensor:
+    return sum(bias, (phi(query[:, :, None] + key[:, None]) * weight).sum(-1)).softmax(-1) @ value
 
 
 def film_channels_first(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -63,12 +63,14 @@ class Attention(ModelCase):
     D: int
     heads: int | None = None
     activation: str = "tanh"  # other ones without heads
+    biased: bool = False  # a bias (Tq, Tk), without heads
 
     @property
     def name(self) -> str:
         heads = f" {self.heads} heads" if self.heads else ""
         activation = "" if self.activation == "tanh" else f" {self.activation}"
-        return f"attention ({self.B}, {self.Tq}, {self.Tk}, {self.D}){heads}{activation} {self.dtype}"
+        bias = " bias" if self.biased else ""
+        return f"attention ({self.B}, {self.Tq}, {self.Tk}, {self.D}){heads}{activation}{bias} {self.dtype}"
 
     def _rows(self, T: int, seed: int) -> Tensor:
         if self.heads is None:
@@ -78,7 +80,8 @@ class Attention(ModelCase):
     def inputs(self) -> tuple[Tensor, ...]:
         shape = (self.D,) if self.heads is None else (self.heads, self.D)
         weight = self.normal(*shape, seed=3, scale=self.D**-0.5)
-        return self._rows(self.Tq, 0), self._rows(self.Tk, 1), self._rows(self.Tk, 2), weight
+        bias = (self.normal(self.Tq, self.Tk, seed=5),) if self.biased else ()
+        return self._rows(self.Tq, 0), self._rows(self.Tk, 1), self._rows(self.Tk, 2), weight, *bias
 
     def grad_output(self) -> Tensor:
         return self._rows(self.Tq, 4)
@@ -98,7 +101,8 @@ class Attention(ModelCase):
         return {"eager": attention_of_heads}
 
     def fused(self) -> Function:
-        return partial(fusedattn.additive_attention, activation=self.activation)
+        attend = partial(fusedattn.additive_attention, activation=self.activation)
+        return (lambda *inputs: attend(*inputs[:4], bias=inputs[4])) if self.biased else attend
 
 
 def attention_of_heads(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("f", HardAttention, "long sequences", 4, 512, 512, 256),
         *_in("f", Sequences, "lengths from 1 to 512", 8, 512, 256),
         *_in("f", Sequences, "lengths from 1 to 512", 8, 512, 256, padded=True),
+        *_in("f", Attention, "long sequences", 4, 512, 512, 256, biased=True),
         *_in("f", Attention, "one key", 64, 64, 1, 256),
         *_in("f", Attention, "tiny", 1, 8, 8, 64),
         *_in("f", Attention, "narrow", 4, 256, 256, 8),

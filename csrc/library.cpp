@@ -19,24 +19,25 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
   // common/philox.h.
   m.def("philox_words(Tensor seed, Tensor like, " FUSEDATTN_PHILOX_PLACE ") -> Tensor");
 
-  // query (B,H,Tq,D), key (B,H,Tk,D), value (B,H,Tk,Dv), weight (H,D), mask (B,H,Tq,Tk) or None, or all without H,
-  // key_lengths (B,) or None, window_center (B,H,Tq) or None for i, key_exp = exp(2 key) or None, with
-  // key_bound = max|key| of one element in its dtype. dropout_seed (S,), S dividing H, or None: see
-  // common/philox.h.
+  // query (B,H,Tq,D), key (B,H,Tk,D), value (B,H,Tk,Dv), weight (H,D), bias (B,H,Tq,Tk), any size of which may be
+  // 1, or None, mask (B,H,Tq,Tk) or None, or all without H, key_lengths (B,) or None, window_center (B,H,Tq) or
+  // None for i, key_exp = exp(2 key) or None, with key_bound = max|key| of one element in its dtype. dropout_seed
+  // (S,), S dividing H, or None: see common/philox.h.
   // weights and scores are (0,) unless asked for; what scores hold at keys outside of a window is left to chance.
   // allow_tf32: GPUs may round the factors of weights x value to TF32.
   m.def(
-      "additive_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, "
+      "additive_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? mask, "
       "Tensor? key_lengths, Tensor? window_center, Tensor? key_exp, Tensor? key_bound, "
       "Tensor? dropout_seed, " FUSEDATTN_ATTENTION_OPTIONS
       ", bool return_weights, bool keep_scores, bool allow_tf32=False) "
       "-> (Tensor context, Tensor lse, Tensor weights, Tensor scores)");
   m.def(
       "additive_attention_bwd(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, Tensor query, "
-      "Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? window_center, "
-      "Tensor? key_exp, Tensor? key_bound, Tensor? dropout_seed, " FUSEDATTN_ATTENTION_OPTIONS
+      "Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? mask, Tensor? key_lengths, "
+      "Tensor? window_center, Tensor? key_exp, Tensor? key_bound, "
+      "Tensor? dropout_seed, " FUSEDATTN_ATTENTION_OPTIONS
       ", Tensor context, Tensor lse, Tensor scores, int output_mask) "
-      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)");
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)");
 
   // As above with B = 1: the rows of all segments, one after the other, from cu_seqlens[s] to cu_seqlens[s + 1],
   // int32 (segments + 1,). scores (B,H,Tq,max_seqlen_k) hold those of each segment, (queries, keys) in one piece,

@@ -42,6 +42,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     visible: Tensor | None,
     normalizer: str | Callable[[Tensor], Tensor],
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -59,9 +60,10 @@ def attend(
     if visible is not None and not unseen_are_zero:
         key, value = _scores.without_unseen(visible, key, value)
     wide = accumulation_dtype(query.dtype)
-    return _normalized(
-        op, score(query.to(wide), key.to(wide), weight.to(wide)), value, visible, normalize, query.dtype, drop
-    )
+    scores = score(query.to(wide), key.to(wide), weight.to(wide))
+    if bias is not None:
+        scores, visible = _scores.biased(scores, bias, visible)
+    return _normalized(op, scores, value, visible, normalize, query.dtype, drop)
 
 
 def apply(

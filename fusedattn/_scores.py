@@ -62,6 +62,12 @@ def of_visible(visible: Tensor, scores: Tensor) -> Tensor:
     return scores.masked_fill(hidden, float("-inf")).masked_fill(empty, 0.0)
 
 
+def biased(scores: Tensor, bias: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores with their bias, and which keys each query sees: none with a bias of -inf."""
+    seen = bias != float("-inf")
+    return scores + bias, seen if visible is None else visible & seen
+
+
 class Fold(_autograd.Fold):
     """Into the heads: N of (B, H, ...) become (B, N H, ...), or N of (B, ...) become (B, N, ...).
 
@@ -79,8 +85,11 @@ class Fold(_autograd.Fold):
     def output(self, t, dim):
         if t is None or t.dim() == 1:  # absent, or not asked for
             return t
-        t = t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
-        return self._joined(t, 1)
+        return self._joined(self.spread(t, dim), 1)
+
+    def spread(self, t, dim):
+        """With N after the batch."""
+        return t.unsqueeze(1).expand(-1, self.N, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
 
     def rows(self, n: int) -> list[Tensor]:
         """The first n tensors, of rows."""

@@ -173,8 +173,10 @@ class _Joint(Function):
             saved = record.parts()
             # Rows that a step was not given are hidden by their scores; without these, steps differ in batch.
             batch = None if saved["scores"].numel() else saved["query"].shape[0]
-            masked = saved["mask"] is not None
-            groups.setdefault((record.operators, record.options, batch, masked), []).append(record)
+            masked, bias = saved["mask"] is not None, saved.get("bias")
+            # One of its own for each step, but of as many batch elements, heads and keys.
+            sizes = None if bias is None else (bias.dtype, bias.shape[0] == 1, bias.shape[1:-2], bias.shape[-1])
+            groups.setdefault((record.operators, record.options, batch, masked, sizes), []).append(record)
         found: list[Tensor | None] = [None] * len(ctx.shared)
         for group in groups.values():
             parts = _joint_gradients(group, ctx.shared, ctx.needs_input_grad)
@@ -219,6 +221,9 @@ def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: tu
         if name in ("key", "value"):
             return key if name == "key" else value
         t = first[name]
+        if name == "bias" and t is not None:
+            rows = [p[name].expand(*p[name].shape[:-2], p["query"].shape[-2], -1) for p in parts]
+            return torch.cat(rows, row) if t.shape[0] == 1 else joined(rows)
         return (
             t
             if t is None or t.numel() == 0 or name not in _ABSENT

@@ -19,6 +19,7 @@ class AttentionOptions(TypedDict, total=False):
     """Of :func:`fusedattn.additive_attention`, but those that decide what it returns."""
 
     mask: Tensor | None
+    bias: Tensor | None
     key_lengths: Tensor | None
     is_causal: bool
     window_size: tuple[int, int] | None
@@ -132,6 +133,7 @@ class HidingOptions(TypedDict, total=False):
 class StepOptions(HidingOptions, total=False):
     """Of :meth:`fusedattn.BahdanauAttention.forward`, but ``return_weights``."""
 
+    bias: Tensor | None
     window_size: tuple[int, int] | None
     window_center: Tensor | None
 

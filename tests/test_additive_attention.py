@@ -18,12 +18,12 @@ from pairwise import in_dtypes, pairwise
 from tolerance import assert_close_to_reference
 
 from fusedattn import additive_attention, additive_attention_ref
-from fusedattn.ops.additive_attention import attend
 
 pytestmark = pytest.mark.levels
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INPUTS = ("query", "key", "value", "weight")
+BIASED = (*INPUTS, "bias")
 ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid")
 
 
@@ -52,14 +52,19 @@ def gradients_of_outputs(context_shape, keys, dtype, seed=1):
 
 
 def run(function, inputs, dtype=None, views=None, **options):
-    """Outputs by name, and the gradients of all inputs for random gradients of all outputs."""
+    """Outputs by name, and the gradients of all inputs for random gradients of all outputs.
+
+    Inputs are those of INPUTS, or of BIASED.
+    """
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
-    outputs = function(*(views(leaves) if views else leaves), return_weights=True, return_lse=True, **options)
+    query, key, value, weight, *bias = views(leaves) if views else leaves
+    options |= {"bias": bias[0]} if bias else {}
+    outputs = function(query, key, value, weight, return_weights=True, return_lse=True, **options)
     grads = gradients_of_outputs(outputs[0].shape, outputs[1].shape[-1], inputs[0].dtype)
     grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves, grads)
     named = dict(zip(("context", "weights", "lse"), outputs, strict=True))
-    return named | {f"grad_{name}": t for name, t in zip(INPUTS, gradients, strict=True)}
+    return named | {f"grad_{name}": t for name, t in zip(BIASED, gradients, strict=False)}
 
 
 def largest_activation(query, key, activation):
@@ -76,7 +81,7 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activati
     is a relative error of p = exp(score - lse), and so of all that is a sum over p.
     """
     leaves = [t.double() for t in inputs]
-    query, key, value, weight = views(leaves) if views else leaves
+    query, key, value, weight, *bias = called = views(leaves) if views else leaves
     p = exact["weights"].detach()
     dc, dp, dlse = (t.abs() for t in gradients_of_outputs(exact["context"].shape, p.shape[-1], inputs[0].dtype))
     dc = dc / (1 - dropout_p)
@@ -84,8 +89,10 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activati
     if weight.numel():
         largest = largest_activation(query, key, activation)
         noise += abs(scale) * (largest * weight.norm(dim=-1).max() + weight.sum(-1).abs().max()).item()
+    for t in bias:
+        noise += t[t.isfinite()].abs().max().item() if t.isfinite().any() else 0
     a = dc @ value.abs().transpose(-1, -2) + dp
-    g = p * (a + (p * a).sum(-1, keepdim=True) + dlse.unsqueeze(-1)) * abs(scale) * noise
+    g = p * (a + (p * a).sum(-1, keepdim=True) + dlse.unsqueeze(-1)) * noise
     w = weight.abs().unsqueeze(-2)
     sums = {
         "context": p @ value.abs() * noise / (1 - dropout_p),
@@ -96,8 +103,12 @@ def term_magnitudes(inputs, exact, views=None, scale=1.0, softcap=None, activati
         "grad_value": p.transpose(-1, -2) @ dc * noise,
         "grad_weight": 3 * largest * (g.sum((0, -1, -2)) if weight.dim() > 1 else g.sum()).reshape(-1),
     }
+    if bias:
+        sums["grad_bias"] = g.sum_to_size(bias[0].shape)
+    for name in ("grad_query", "grad_key", "grad_weight"):
+        sums[name] *= abs(scale)
     magnitudes = {name: t.max().item() if t.numel() else 0.0 for name, t in sums.items()}
-    for name, leaf, t in zip(INPUTS, leaves, (query, key, value, weight), strict=True):
+    for name, leaf, t in zip(BIASED, leaves, called, strict=False):
         magnitudes[f"grad_{name}"] *= max(t.numel(), 1) / max(
             leaf.numel(), 1
         )  # an expanded input sums its gradients
@@ -116,7 +127,7 @@ def check(inputs, kernel=additive_attention, eager=additive_attention_ref, views
     (*lead, Tq, D), Tk = inputs[0].shape, inputs[1].shape[-2]
     rows = math.prod(lead) * Tq
     # Every result has a score's D terms and the normaliser's Tk in it, the gradients below also longer sums.
-    more = {"grad_key": Tq, "grad_value": Tq, "grad_weight": rows * Tk}
+    more = {"grad_key": Tq, "grad_value": Tq, "grad_weight": rows * Tk, "grad_bias": rows * Tk}
     for name, result in actual.items():
         n = D + Tk + more.get(name, 0)
         bounds = dict(terms=n, scale=magnitudes[name], factor_eps=factor_eps)
@@ -546,38 +557,6 @@ def test_one_weight_and_keys_for_all_heads(Tq):
         return query, key.expand(-1, 3, -1, -1), value.expand(-1, 3, -1, -1), weight
 
     check([query, key[:, :1], value[:, :1], weight[0]], views=views)
-
-
-# Exponentials of keys at hand
-
-
-@pairwise(
-    sizes=[shape(2, 1, 40, 64), shape(2, 5, 17, 33), shape(1, 40, 33, 18)],
-    dtype=[torch.float32, torch.float64, torch.bfloat16],
-    query_size=[1.0, 12.0, 300.0],
-)
-def test_key_exponentials_at_hand(sizes, dtype, query_size):
-    inputs = make_inputs(sizes | {"H": 2}, dtype)
-    inputs[0] *= query_size
-    inputs[1].clamp_(-20, 20)
-
-    def kernel(query, key, value, weight, **options):
-        with torch.no_grad():
-            wide = key.to(torch.promote_types(key.dtype, torch.float32))
-            key_exp, bound = torch.exp(2 * wide), wide.abs().max()
-        return attend(query, key, value, weight, key_exp=key_exp, key_bound=bound, **options)
-
-    check(inputs, kernel)
-    check(inputs, kernel, key_lengths=torch.tensor([13, 0][: sizes["B"]]))
-
-
-@cpu_alone  # GPUs use no exponentials at hand
-@pytest.mark.parametrize("bound, used", [(20.0, True), (20.5, False), (math.nan, False)])
-def test_key_exponentials_are_used_within_a_bound(bound, used):
-    query, key, value, weight = make_inputs(shape(1, 2, 5, 8))
-    key_exp = torch.full_like(key, math.nan)
-    context = attend(query / 8, key, value, weight, key_exp=key_exp, key_bound=torch.tensor(bound))
-    assert context.isnan().all() if used else context.isfinite().all()
 
 
 def test_an_infinite_softcap_caps_nothing():

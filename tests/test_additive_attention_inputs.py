@@ -1,14 +1,17 @@
-"""Inputs of additive attention that are refused, how errors name them, and a weight wider than the others."""
+"""Inputs of additive attention that are refused, how errors name them, a weight wider than the others, and
+exponentials of keys at hand."""
 
 import math
 
 import pytest
 import torch
 from device import BACKEND, DEVICE, INTERPRETED, cpu_alone, not_on_the_standin, raw_op
+from pairwise import pairwise
 from test_additive_attention import INPUTS, check, make_inputs, shape
 
 from fusedattn import AdditiveAttention, additive_attention, additive_attention_ref
 from fusedattn._options import AdditiveAttentionOptions as Options
+from fusedattn.ops.additive_attention import attend
 
 
 def tensor(*shape, dtype=torch.float32, device=None):
@@ -59,6 +62,28 @@ BAD_INPUTS = {
         ValueError,
         "mask: expected a shape broadcastable",
     ),
+    "bias_bool": (
+        "bias",
+        tensor(3, 5, dtype=torch.bool),
+        ValueError,
+        r"bias: expected a Tensor of torch.float32, got torch.bool \(what is True .* is mask\)",
+    ),
+    "bias_integers": (
+        "bias",
+        tensor(3, 5, dtype=torch.int64),
+        ValueError,
+        "bias: expected a Tensor of torch.float32, got torch.int64",
+    ),
+    "bias_dtype": ("bias", tensor(3, 5, dtype=torch.float64), ValueError, "bias: .*float32, got torch.float64"),
+    "bias_number": ("bias", 1.0, ValueError, "bias: expected a Tensor of torch.float32, got float"),
+    "bias_shape": (
+        "bias",
+        tensor(3, 4),
+        ValueError,
+        r"bias: expected a shape broadcastable to \(2, 3, 5\), got \(3, 4\)",
+    ),
+    "bias_rank": ("bias", tensor(1, 2, 3, 5), ValueError, "bias: expected a shape broadcastable"),
+    "bias_device": ("bias", tensor(3, 5, device="meta"), ValueError, f"bias: expected a Tensor on {DEVICE}"),
     "mask_device": ("mask", tensor(3, 5, dtype=torch.bool, device="meta"), ValueError, "mask: expected"),
     "lengths_shape": (
         "key_lengths",
@@ -132,7 +157,8 @@ def test_the_reference_is_a_backend():
 
 def raw_arguments():
     query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
-    arguments = {"query": query, "key": key, "value": value, "weight": weight}
+    bias = torch.zeros(1, 2, 3, 1) if BACKEND == "triton" or DEVICE != "cuda" else None
+    arguments = {"query": query, "key": key, "value": value, "weight": weight, "bias": bias}
     arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
     arguments["window_center"] = torch.zeros(2, 2, 3, dtype=torch.int64)
     arguments |= {"key_exp": torch.exp(2 * key), "key_bound": key.abs().max().view(1)}
@@ -140,6 +166,8 @@ def raw_arguments():
 
 
 def without_its_end(t):
+    if t.dim() == 4 and t.shape[0] == 1:  # a bias may have a single one
+        return t[:, :, :2]
     return t[:, :1] if t.dim() > 1 else t[:0]
 
 
@@ -155,6 +183,7 @@ of_cpu_kernels = pytest.mark.skipif(
         "key",
         "value",
         "weight",
+        "bias",
         "mask",
         "key_lengths",
         "window_center",
@@ -267,7 +296,7 @@ def test_float32_weight_passes_opcheck():
     inputs = [t.requires_grad_() for t in (*rows, weight.float())]
     forward = raw_op("additive_attention_fwd")
     options = Options(-1, -1, 1.0, 0.0, 0, 0.2)
-    torch.library.opcheck(forward, (*inputs, *[None] * 6, *options, True, False))
+    torch.library.opcheck(forward, (*inputs, *[None] * 7, *options, True, False))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -279,3 +308,37 @@ def test_module_whose_weight_stays_float32(normalize):
     assert module.weight.grad.dtype == torch.float32 and module.query_proj.weight.grad.dtype == torch.bfloat16
     context, weights = module(query, module.project_keys(key), return_weights=True)
     assert context.dtype == weights.dtype == torch.bfloat16
+
+
+# Exponentials of keys at hand
+
+
+@pytest.mark.levels
+@pairwise(
+    sizes=[shape(2, 1, 40, 64), shape(2, 5, 17, 33), shape(1, 40, 33, 18)],
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    query_size=[1.0, 12.0, 300.0],
+)
+def test_key_exponentials_at_hand(sizes, dtype, query_size):
+    inputs = make_inputs(sizes | {"H": 2}, dtype)
+    inputs[0] *= query_size
+    inputs[1].clamp_(-20, 20)
+
+    def kernel(query, key, value, weight, **options):
+        with torch.no_grad():
+            wide = key.to(torch.promote_types(key.dtype, torch.float32))
+            key_exp, bound = torch.exp(2 * wide), wide.abs().max()
+        return attend(query, key, value, weight, key_exp=key_exp, key_bound=bound, **options)
+
+    check(inputs, kernel)
+    check(inputs, kernel, key_lengths=torch.tensor([13, 0][: sizes["B"]]))
+
+
+@pytest.mark.levels
+@cpu_alone  # GPUs use no exponentials at hand
+@pytest.mark.parametrize("bound, used", [(20.0, True), (20.5, False), (math.nan, False)])
+def test_key_exponentials_are_used_within_a_bound(bound, used):
+    query, key, value, weight = make_inputs(shape(1, 2, 5, 8))
+    key_exp = torch.full_like(key, math.nan)
+    context = attend(query / 8, key, value, weight, key_exp=key_exp, key_bound=torch.tensor(bound))
+    assert context.isnan().all() if used else context.isfinite().all()

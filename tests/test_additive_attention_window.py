@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
 from test_additive_attention import DTYPES, MASKS, check, make_inputs, run, shape
+from test_additive_attention_bias import BIASES
 
 from fusedattn import additive_attention, additive_attention_ref
 
@@ -52,6 +53,14 @@ def options_of(window, center, sizes):
     return {"window_size": size, "window_center": centers, "is_causal": bool(is_causal)}
 
 
+def bias_of(kind, sizes, dtype=torch.float32):
+    """What follows the inputs: a bias, in the dtype of the arithmetic, or nothing."""
+    if kind == "none":
+        return []
+    wide = torch.promote_types(dtype, torch.float32)
+    return [BIASES[kind](*(sizes[name] for name in ("B", "H", "Tq", "Tk"))).to(wide)]
+
+
 def in_window(sizes, window_size, window_center, is_causal):
     """bool (B, [H,] Tq, Tk), in Python's integers."""
     B, H, Tq, Tk = (sizes[name] for name in ("B", "H", "Tq", "Tk"))
@@ -67,8 +76,15 @@ def in_window(sizes, window_size, window_center, is_causal):
 
 
 @pytest.mark.interpreted
-@pairwise(sizes=SIZES, window=WINDOWS, center=CENTERS, masked=["none", "lengths", "queries_keys", "keys"])
-def test_windows(sizes, window, center, masked):
+@pairwise(
+    sizes=SIZES,
+    window=WINDOWS,
+    center=CENTERS,
+    masked=["none", "lengths", "queries_keys", "keys"],
+    bias=["none", "full", "heads_keys", "queries"],
+    softcap=[None, 1.5],
+)
+def test_windows(sizes, window, center, masked, bias, softcap):
     torch.manual_seed(1)
     options = options_of(window, center, sizes)
     visible = in_window(sizes, **options)
@@ -79,10 +95,11 @@ def test_windows(sizes, window, center, masked):
     elif masked != "none":
         options["mask"] = MASKS[masked](B, H, Tq, Tk)
         visible &= options["mask"]
-    actual = check(make_inputs(sizes), **options)
+    actual = check([*make_inputs(sizes), *bias_of(bias, sizes)], softcap=softcap, **options)
     empty = ~visible.any(-1)
     assert ((actual["weights"] != 0) <= visible).all() and (actual["context"][empty] == 0).all()
     assert (actual["lse"] == -math.inf).equal(empty) and (actual["grad_query"][empty] == 0).all()
+    assert bias != "full" or (actual["grad_bias"][~visible] == 0).all()
 
 
 @pairwise(
@@ -90,9 +107,12 @@ def test_windows(sizes, window, center, masked):
     sizes=[shape(1, 1100, 1000, 3, 2), shape(1, 33, 70000, 2, 16), shape(8, 150, 150, 2, 1, H=8)],
     center=["none", "scattered", "last"],
     window=["both", "own"],
+    bias=["none", "queries_keys", "keys", "batch"],
+    scale=[1.0, 0.7],
 )
-def test_windows_in_several_chunks(dtype, sizes, center, window):
-    check(make_inputs(sizes, dtype), **options_of(window, center, sizes))
+def test_windows_in_several_chunks(dtype, sizes, center, window, bias, scale):
+    inputs = [*make_inputs(sizes, dtype), *bias_of(bias, sizes, dtype)]
+    check(inputs, scale=scale, **options_of(window, center, sizes))
 
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
@@ -145,14 +165,15 @@ def windows(draw):
         options["window_center"] = torch.randint(-20, sizes["Tk"] + 20, (sizes["B"], sizes["Tq"]))
     if draw(st.booleans()):
         options["mask"] = MASKS[draw(st.sampled_from(sorted(MASKS)))](*(sizes[n] for n in ("B", "H", "Tq", "Tk")))
-    return sizes, draw(st.sampled_from(DTYPES)), options
+    dtype = draw(st.sampled_from(DTYPES))
+    return sizes, dtype, bias_of(draw(st.sampled_from(["none", *sorted(BIASES)])), sizes, dtype), options
 
 
 @settings(max_examples=examples(40), deadline=None, derandomize=True, database=None)
 @given(windows())
 def test_any_window_matches_the_reference(problem):
-    sizes, dtype, options = problem
-    check(make_inputs(sizes, dtype), **options)
+    sizes, dtype, bias, options = problem
+    check([*make_inputs(sizes, dtype), *bias], **options)
 
 
 def test_a_window_without_bounds_is_none():

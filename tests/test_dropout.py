@@ -56,8 +56,10 @@ def test_beside_other_options(same_seed, masked):
     sizes = SHAPES[1]
     mask = torch.rand(sizes["Tq"], sizes["Tk"]) > 0.3
     mask[:, 5], mask[1] = False, False
-    options = {"mask": mask, "activation": "relu"} if masked else {"window_size": (6, 2), "softcap": 2.0}
-    check(make_inputs(sizes), dropout_p=P, **options)
+    inputs, options = make_inputs(sizes), {"mask": mask, "activation": "relu"}
+    if not masked:
+        inputs, options = [*inputs, torch.randn(sizes["Tk"])], {"window_size": (6, 2), "softcap": 2.0}
+    check(inputs, dropout_p=P, **options)
 
 
 @pytest.mark.interpreted
@@ -121,7 +123,7 @@ def test_a_part_has_the_bits_of_the_whole(same_seed):
     value = torch.eye(21).expand(2, 4, -1, -1)
 
     def context(query, key, value, weight, *place):
-        options = (*[None] * 5, same_seed, *Options(-1, -1, 1.0, 0.0, 0, 0.2, P, *place), False, False)
+        options = (*[None] * 6, same_seed, *Options(-1, -1, 1.0, 0.0, 0, 0.2, P, *place), False, False)
         return raw_op("additive_attention_fwd")(query, key, value, weight, *options)[0]
 
     whole = context(query, key, value, weight)
@@ -260,7 +262,7 @@ def test_compiled_by_inductor():
 @not_on_the_standin("of gradients opcheck knows the devices of PyTorch alone")
 def test_opcheck(same_seed):
     inputs = make_inputs(shape(2, 3, 5, 4, 6, H=2))
-    options = (*[None] * 5, same_seed, *Options(-1, -1, 1.0, 0.0, 0, 0.2, P, 1, 4, 5, 6))
+    options = (*[None] * 6, same_seed, *Options(-1, -1, 1.0, 0.0, 0, 0.2, P, 1, 4, 5, 6))
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     torch.library.opcheck(forward, (*[t.requires_grad_() for t in inputs], *options, True, True))
     with torch.no_grad():
@@ -273,7 +275,7 @@ def test_raw_operators_refuse_seeds_that_do_not_fit():
     for seed in (torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32), torch.tensor(1)):
         with pytest.raises(RuntimeError, match="dropout_seed: expected an int64 Tensor"):
             options = Options(-1, -1, 1.0, 0.0, 0, 0.2, P)
-            raw_op("additive_attention_fwd")(*inputs, *[None] * 5, seed, *options, False, False)
+            raw_op("additive_attention_fwd")(*inputs, *[None] * 6, seed, *options, False, False)
 
 
 def test_a_step_of_a_loop_drops_as_any_call(same_seed):

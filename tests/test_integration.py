@@ -26,6 +26,7 @@ def make_inputs(B=2, Tq=3, Tk=4, D=5, Dv=3, H=None, N=(), dtype=torch.float64, r
     return [torch.randn(s, dtype=dtype, requires_grad=requires_grad) for s in shapes]
 
 
+INF = torch.inf
 CASES = {
     "plain": {},
     "softcap_causal": {"softcap": 2.0, "is_causal": True},
@@ -35,6 +36,7 @@ CASES = {
     "leaky_relu": {"activation": "leaky_relu"},
     "mask": {"mask": [[True, False, True, True], [False, True, False, False], [True] * 4]},
     "empty_row": {"mask": [[True] * 4, [False] * 4, [False, True, True, False]]},
+    "bias": {"bias": [[0.5, -1.0, 2.0, -INF], [-INF] * 4, [0.0, 0.3, -0.7, 1.0]], "softcap": 2.0},
 }
 
 
@@ -52,7 +54,7 @@ def options_of(case, H=None):
     options = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in CASES[case].items()}
     if H is not None and "window_center" in options:
         options["window_center"] = options["window_center"].unsqueeze(1)
-    return options
+    return {name: x.double() if name == "bias" else x for name, x in options.items()}
 
 
 def finite(outputs):
@@ -105,6 +107,30 @@ def test_the_reference_passes_gradcheck_to_second_order(case):
 
     inputs = make_inputs(Tq=3, Tk=4, D=2, Dv=2)
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+
+
+# By the dimensions that a bias of (B, H, Tq, Tk) has, or of (B, Tq, Tk).
+BIASES = {"all": (2, 2, 3, 4), "queries_keys": (3, 4), "keys": (4,), "queries": (3, 1), "heads": (1, 2, 1, 1)}
+
+
+def bias_of(kind, H=2, N=()):
+    sizes = BIASES[kind]
+    if H is None and len(sizes) == 4:
+        sizes = sizes[:1] + sizes[2:]
+    return torch.randn(*N, *sizes, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("kind", "H"), [*zip(BIASES, itertools.cycle((2, None)), strict=False)])
+def test_gradients_of_a_bias(kind, H):
+    def function(bias, *inputs):
+        return additive_attention(*inputs, bias=bias, softcap=2.0, **EVERYTHING)
+
+    inputs = [bias_of(kind, H).requires_grad_(), *make_inputs(H=H, D=2, Dv=2)]
+    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+    alone = (inputs[0], *(t.detach() for t in inputs[1:]))
+    actual = torch.autograd.grad(function(*alone)[0].sin().sum(), alone[0])
+    expected = torch.autograd.grad(function(*inputs)[0].sin().sum(), inputs[0])
+    torch.testing.assert_close(actual, expected)
 
 
 def test_third_derivative():
@@ -220,6 +246,29 @@ def test_vmap(dims, case, H):
     actual = torch.vmap(function, in_dims=DIMS[dims])(*args)
     expected = [torch.stack(outputs) for outputs in zip(*(function(*inputs) for inputs in singles), strict=True)]
     torch.testing.assert_close(actual, tuple(expected))
+
+
+@pytest.mark.parametrize("dim", [None, 0, -1])
+@pytest.mark.parametrize(("kind", "H"), [*zip(BIASES, itertools.cycle((2, None)), strict=False)])
+def test_vmap_with_a_bias(kind, H, dim):
+    query, *inputs = make_inputs(H=H, requires_grad=False)
+    queries = torch.stack([query, 2 * query, -query])
+    biases, centers = bias_of(kind, H, N=(3,)), torch.randint(0, 4, (3, *query.shape[:-1]))
+    lengths = torch.tensor([[4, 2], [1, 3], [0, 4]])
+
+    def gradients(function):
+        def loss(query, bias, center, lengths):
+            options = {"window_size": (1, 1), "window_center": center, "key_lengths": lengths, "scale": 0.7}
+            return function(query, *inputs, bias=bias, **options).sin().sum()
+
+        return torch.func.grad(loss, (0, 1))
+
+    bias = biases[0] if dim is None else biases.movedim(0, dim)
+    mapped = torch.vmap(gradients(additive_attention), in_dims=(0, dim, 0, 0))
+    actual = mapped(queries, bias, centers, lengths)
+    own = [biases[0 if dim is None else n] for n in range(3)]
+    expected = list(map(gradients(additive_attention_ref), queries, own, centers, lengths))
+    torch.testing.assert_close(actual, tuple(torch.stack(g) for g in zip(*expected, strict=True)))
 
 
 @pytest.mark.parametrize("dims", DIMS)
@@ -503,6 +552,17 @@ def test_autocast(dtype, backend):
     assert all(g.dtype == torch.float32 for g in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_leaves_a_float32_bias(dtype):
+    inputs, bias = make_inputs(dtype=torch.float32), torch.randn(3, 4, dtype=dtype, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        context = additive_attention(*inputs, bias=bias)
+    used = bias if dtype == torch.float32 else bias.bfloat16()
+    expected = additive_attention(*(t.bfloat16() for t in inputs), bias=used)
+    torch.testing.assert_close(context, expected, rtol=0, atol=0)
+    assert torch.autograd.grad(context.sum(), bias)[0].dtype == dtype
+
+
 def test_autocast_of_mixed_dtypes():
     query, key, value, weight = make_inputs(dtype=torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -524,22 +584,23 @@ def test_autocast_of_mixed_dtypes():
 def test_opcheck(kept, dtype, H):
     query, key, value, weight = make_inputs(H=H, dtype=dtype, requires_grad=False)
     mask = (torch.rand(3, 4) > 0.3).expand(2, H, 3, 4)
+    bias = torch.randn(2, 1, 3, 1, dtype=dtype) if kept and DEVICE != "cuda" else None
     center = torch.randint(0, 4, (2, H, 3))
-    options = (mask, torch.tensor([4, 2]), center, None, None, None, *Options(1, 0, 0.5, 3.0, 1, 0.2))
+    options = (bias, mask, torch.tensor([4, 2]), center, None, None, None, *Options(1, 0, 0.5, 3.0, 1, 0.2))
     forward, backward = raw_op("additive_attention_fwd"), raw_op("additive_attention_bwd")
     inputs = (query, key, value, weight, *options)
     torch.library.opcheck(forward.default, (*inputs, kept, kept))
     context, lse, weights, scores = forward(*inputs, kept, kept)
     grads = (torch.randn_like(context), torch.randn_like(lse) if kept else None, torch.randn_like(weights))
     saved = (context, lse, scores)
-    for output_mask in (0b1111, 0b0001, 0b1110):
+    for output_mask in (0b11111, 0b00001, 0b01110, 0b10000):
         arguments = (*grads[:2], grads[2] if kept else None, *inputs, *saved, output_mask)
         torch.library.opcheck(backward.default, arguments)
 
 
 def test_opcheck_of_the_least():
     inputs = make_inputs(H=1, requires_grad=False)
-    inputs = (*inputs, *[None] * 6, *Options(-1, -1, 1.0, 0.0, 0, 0.2))
+    inputs = (*inputs, *[None] * 7, *Options(-1, -1, 1.0, 0.0, 0, 0.2))
     torch.library.opcheck(raw_op("additive_attention_fwd").default, (*inputs, False, False))
 
 

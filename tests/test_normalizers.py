@@ -50,10 +50,11 @@ def of_each_row(scores, visible, normalizer):
     return weights
 
 
-def written_out(query, key, value, weight, normalizer, visible, scale, softcap):
+def written_out(query, key, value, weight, *bias, normalizer, visible, scale, softcap):
     w = weight if weight.dim() == 1 else weight[:, None, None]
     scores = scale * (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * w).sum(-1)
-    weights = of_each_row(softcap * torch.tanh(scores / softcap), visible, normalizer)
+    scores = sum(bias, softcap * torch.tanh(scores / softcap))
+    weights = of_each_row(scores, visible, normalizer)
     return weights @ value, weights
 
 
@@ -77,20 +78,28 @@ def options_of(form, sizes):
 
 
 @FUNCTIONS
-@pairwise(sizes=SIZES, normalizer=NORMALIZERS, form=FORM)
-def test_the_formula_and_its_gradients(function, sizes, normalizer, form):
+@pairwise(sizes=SIZES, normalizer=NORMALIZERS, form=FORM, is_biased=[False, True])
+def test_the_formula_and_its_gradients(function, sizes, normalizer, form, is_biased):
     inputs = [t.requires_grad_() for t in make_inputs(sizes)]
     options, visible = options_of(form, sizes)
+    leaves = inputs
+    if is_biased:
+        bias = torch.randn(sizes["Tq"], sizes["Tk"], dtype=torch.float64)
+        bias[0], bias[-1, 0] = -math.inf, -math.inf
+        options["bias"] = bias.requires_grad_()
+        leaves, visible = [*inputs, bias], visible & (bias != -math.inf)
     normalizer = NORMALIZERS[normalizer]
     context, weights = function(
         *inputs, normalizer=normalizer, scale=1.5, softcap=2.0, return_weights=True, **options
     )
-    expected, expected_weights = written_out(*inputs, normalizer, visible, 1.5, 2.0)
+    expected, expected_weights = written_out(
+        *leaves, normalizer=normalizer, visible=visible, scale=1.5, softcap=2.0
+    )
     torch.testing.assert_close(context, expected)
     torch.testing.assert_close(weights, expected_weights)
     grads = [torch.randn_like(context), torch.randn_like(weights)]
-    actual = torch.autograd.grad((context, weights), inputs, grads)
-    torch.testing.assert_close(actual, torch.autograd.grad((expected, expected_weights), inputs, grads))
+    actual = torch.autograd.grad((context, weights), leaves, grads)
+    torch.testing.assert_close(actual, torch.autograd.grad((expected, expected_weights), leaves, grads))
     torch.testing.assert_close(
         function(*inputs, normalizer=normalizer, scale=1.5, softcap=2.0, **options), context
     )

@@ -154,28 +154,62 @@ def test_steps_with_masks_of_their_own(heads, masked, monkeypatch):
         close(module(query, module.project_keys(memory, **options), **of), module(query, memory, mask=seen))
 
 
-@pytest.mark.parametrize("masked", ["all", "lengths"])
-def test_steps_with_windows_of_their_own(masked, monkeypatch):
+without_biases = not_on_the_standin("it has no kernels for a bias, as CUDA C++")
+
+
+@pytest.mark.parametrize(
+    ("masked", "biased"),
+    [("all", False), ("lengths", False), pytest.param("lengths", True, marks=without_biases)],
+)
+def test_steps_with_windows_of_their_own(masked, biased, monkeypatch):
     """Around a place of each: one call for all. Without one, a window counts from the step's first query."""
     torch.manual_seed(3)
     module = BahdanauAttention(6, 9, 8)
     queries, memory = torch.randn(4, 3, 6, requires_grad=True), torch.randn(3, 7, 9, requires_grad=True)
     centers = torch.randint(-2, 9, (4, 3))
+    biases = [torch.randn(3, 7, requires_grad=True) if biased else None for _ in range(4)]
 
     def run(centers):
         keys = module.project_keys(memory, **MASKS[masked]())
-        steps = zip(queries, centers, strict=True)
-        found = [module(query, keys, window_size=(1, 2), window_center=center) for query, center in steps]
+        found = [
+            module(query, keys, window_size=(1, 2), window_center=center, bias=bias)
+            for query, center, bias in zip(queries, centers, biases, strict=True)
+        ]
         loss = sum(context.sin().sum() + weights.square().sum() for context, weights in found)
-        return torch.autograd.grad(loss, [queries, memory, *module.parameters()])
+        return torch.autograd.grad(loss, [queries, memory, *(biases if biased else []), *module.parameters()])
 
+    own = 0b10001 if biased else 0b00001
     with Calls() as calls:
         actual = run(centers)
-    assert sorted(calls.masks) == [0b0001] * 4 + [0b1110]
+    assert sorted(calls.masks) == sorted([own] * 4 + [0b1110])
     close(actual, step_by_step(monkeypatch, lambda: run(centers)))
     with Calls() as calls:
         run([None] * 4)
-    assert calls.masks == [0b1111] * 4
+    assert calls.masks == [own | 0b1110] * 4
+
+
+@without_biases
+@pytest.mark.parametrize("heads", [None, 2])
+def test_steps_with_biases_of_their_own(heads, monkeypatch):
+    """Those of as many batch elements are one call; the last step has fewer than the keys."""
+    torch.manual_seed(2)
+    module = AdditiveAttention(6, 9, 8, num_heads=heads or 1, softcap=2.0)
+    queries, memory = torch.randn(5, 3, 2, 6, requires_grad=True), torch.randn(3, 7, 9, requires_grad=True)
+    shapes = [(2, 7), (7,), (3, 2, 7), (2, 1, 7)]
+    biases = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def run():
+        keys = module.project_keys(memory, key_lengths=torch.tensor([7, 2, 0]))
+        contexts = [module(queries[n], keys, bias=bias) for n, bias in enumerate([*biases[:3], None])]
+        contexts.append(module(queries[4, :2], keys[:2], bias=biases[3]))
+        return torch.autograd.grad(
+            torch.cat(contexts).sin().sum(), [queries, memory, *biases, *module.parameters()]
+        )
+
+    with Calls() as calls:
+        actual = run()
+    assert sorted(calls.masks) == sorted([0b10001] * 4 + [0b0001] + [0b1110] * 3)
+    close(actual, step_by_step(monkeypatch, run))
 
 
 @pytest.mark.machinery

@@ -69,7 +69,9 @@ def test_channels_far_apart(Tq):
 def test_several_chunks_of_queries(monkeypatch):
     """Scratch is bounded: the scores of 32 queries at a time, none of them kept."""
     monkeypatch.setattr(additive_attention_problem, "CHUNK", 1)
-    check(make_inputs(shape(1, 40, 40, 2, 3)), is_causal=True, key_lengths=torch.tensor([37]))
+    inputs = make_inputs(shape(1, 40, 40, 2, 3))
+    for bias in (torch.randn(40, 40), torch.randn(40)):
+        check([*inputs, bias], window_size=(20, 3), key_lengths=torch.tensor([37]), scale=0.7)
     inputs = [t.requires_grad_() for t in make_inputs(shape(2, 40, 40, 2, 3))]
     monkeypatch.setattr("fusedattn.ops.additive_attention.keeps_scores", lambda *_: False)
     for is_causal in (False, True):
@@ -115,13 +117,14 @@ def test_inductor_calls_each_operator_once():
 
 def test_operators_are_well_formed():
     query, key, value, weight = (t.unsqueeze(1) for t in make_inputs(shape(2, 5, 7, 4, 6)))
-    options = (None, torch.tensor([7, 3]), *[None] * 4, *Options(-1, 0, 0.5, 2.0, 0, 0.2))
+    bias = torch.zeros(1, 1, 5, 7)
+    options = (bias, None, torch.tensor([7, 3]), *[None] * 4, *Options(-1, 0, 0.5, 2.0, 0, 0.2))
     arguments = (query, key, value, weight.view(1, 4), *options)
     fwd, bwd = torch.ops.fusedattn.additive_attention_fwd_triton, torch.ops.fusedattn.additive_attention_bwd_triton
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(fwd, (*arguments, True, True), test_utils=tests)
     context, lse, weights, scores = fwd(*arguments, True, True)
-    for output_mask in (0b1111, 0b0001, 0b0110, 0b1000):
+    for output_mask in (0b11111, 0b00001, 0b00110, 0b11000):
         backward = (context, lse, weights, *arguments, context, lse, scores, output_mask)
         torch.library.opcheck(bwd, backward, test_utils=tests)
 

@@ -88,7 +88,7 @@ def test_random_lengths_compile_few_kernels_of_additive_attention():
     generator = torch.Generator().manual_seed(0)
     D, found = 33, set()
     weight, lengths = torch.empty(D, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    options = (None, lengths, *[None] * 4, *Options(-1, -1, 1.0, 0.0, 0, 0.2))
+    options = (None, None, lengths, *[None] * 4, *Options(-1, -1, 1.0, 0.0, 0, 0.2))
     for Tq, Tk in torch.randint(17, 2000, (50, 2), generator=generator).tolist():
         inputs = [torch.empty(3, T, D, device="meta") for T in (Tq, Tk, Tk)] + [weight]
 

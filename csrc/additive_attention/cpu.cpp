@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "common/box.h"
+#include "cpu_bias_gradient.h"
 #include "cpu_inputs.h"
 #include "cpu_score_gradients.h"
 #include "cpu_varlen.h"
@@ -113,9 +114,13 @@ void forward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Results
     parallel<T>(chunk.heads * chunk.queries, grain_for(p.Tk), 0, [&](int64_t first, int64_t last, T*) {
       for (int64_t row = first; row < last; ++row) {
         const auto [keys, columns] = in.keys_of_row(chunk, row);
+        const T* row_scores = s + row * p.Tk;
         T* const weights = probabilities + row * p.Tk;
-        chunk_lse[row] =
-            fwd<S>().softmax(keys, return_weights ? KeyRange{0, p.Tk} : columns, s + row * p.Tk, weights);
+        if (in.bias) {
+          in.add_bias(chunk, row, keys, row_scores, weights);
+          row_scores = weights;
+        }
+        chunk_lse[row] = fwd<S>().softmax(keys, return_weights ? KeyRange{0, p.Tk} : columns, row_scores, weights);
         if (return_weights && !in_place) fwd<S>().narrow(p.Tk, weights, returned + row * p.Tk);
         dropout.apply(chunk, row, keys, weights);
       }
@@ -134,12 +139,13 @@ struct Given {
   const Arithmetic<S>*lse, *scores;
 };
 
-// Where gradients go: those of the scores' inputs, and value's (B, H, Tk, Dv).
+// Where gradients go: those of the scores' inputs, value's (B, H, Tk, Dv), and the bias's in its shape.
 template <typename S>
 struct Gradients {
   ScoreGradientRows<S> of_scores;
   S* value;
   bool is_value_streamed;
+  Arithmetic<S>* bias;
 };
 
 // The rows of grad_context that belong to a chunk, in the type of the arithmetic.
@@ -186,6 +192,7 @@ void backward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Given<
               const Gradients<S>& to) {
   const auto& p = in.p;
   ScoreGradients<S> grads(in, to.of_scores);
+  BiasGradient<S> grad_bias(in, to.bias);
   const HeadGradients<S> grad_value(to.value, p.Dv, to.is_value_streamed, in);
   const bool has_context = given.grad_context.data != nullptr, kept = given.scores != nullptr;
   if (to.value != nullptr && !has_context) std::fill_n(to.value, p.B * p.H * p.Tk * p.Dv, S{});
@@ -194,7 +201,7 @@ void backward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Given<
   std::optional<ContextGradients<S>> dc;
   if (has_context) dc.emplace(given.grad_context, in);
 
-  // Probabilities replace the scores in place, unless the slope of the cap still needs these.
+  // Probabilities replace the scores in place, unless the slope of the cap still needs these, without a bias.
   const Buffer<T> capped(!kept && p.options.softcap != 0 ? chunk_size * p.Tk : 0);
   T* const recomputed = p.options.softcap != 0 ? capped.get() : probabilities.get();
   in.for_each_chunk([&](const Chunk& chunk, int64_t first_row) {
@@ -218,15 +225,22 @@ void backward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Given<
       for (int64_t row = first; row < last; ++row) {
         T* g_row = g.get() + row * p.Tk;
         const auto [keys, columns] = in.keys_of_row(chunk, row);
+        const T *const s_row = s + row * p.Tk, *biased = s_row;
+        T* const p_row = probabilities.get() + row * p.Tk;
         if (dc) dropout.apply(chunk, row, keys, g_row);
         if (extra != nullptr)
           fwd<S>().widen(keys.end - keys.first, extra + row * p.Tk + keys.first, g_row + keys.first, true);
+        if (in.bias) {
+          in.add_bias(chunk, row, keys, s_row, p_row);
+          biased = p_row;
+        }
         grads.row_sums()[first_row + row] =
-            bwd<S>().grad_scores(p, keys, columns, s + row * p.Tk, l[row], dl == nullptr ? T(0) : dl[row],
-                                 probabilities.get() + row * p.Tk, g_row);
-        if (dc && grad_value.asked()) dropout.apply(chunk, row, keys, probabilities.get() + row * p.Tk);
+            bwd<S>().grad_scores(p, keys, columns, biased, s_row, l[row], dl == nullptr ? T(0) : dl[row], p_row,
+                                 g_row, grad_bias.row(row));
+        if (dc && grad_value.asked()) dropout.apply(chunk, row, keys, p_row);
       }
     });
+    grad_bias.add(chunk, g.get());
     if (dc && grad_value.asked()) {
       in.for_each_key_block(chunk, p.Dv / 4, [&](int64_t head, int64_t first_key, T* scratch) {
         products<S>().grad_values(p, chunk, head, first_key, probabilities.get(), dc->rows(chunk, head),
@@ -239,17 +253,20 @@ void backward(const Inputs<S>& in, const WeightDropout<S>& dropout, const Given<
 }
 
 using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The last argument, allow_tf32, is ignored: no CPU has TF32.
 Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
-                               const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor& window_center, const OptionalTensor& key_exp,
-                               const OptionalTensor& key_bound, const OptionalTensor& dropout_seed,
-                               const AttentionOptions& options, bool return_weights, bool keep_scores, bool) {
+                               const OptionalTensor& bias, const OptionalTensor& mask,
+                               const OptionalTensor& key_lengths, const OptionalTensor& window_center,
+                               const OptionalTensor& key_exp, const OptionalTensor& key_bound,
+                               const OptionalTensor& dropout_seed, const AttentionOptions& options,
+                               bool return_weights, bool keep_scores, bool) {
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const Inputs<S> in(query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, options);
+    const Inputs<S> in(query, key, value, weight, bias, mask, key_lengths, window_center, key_exp, key_bound,
+                       options);
     const auto& p = in.p;
     const Tensor context = in.empty({p.Tq, p.Dv}), lse = in.empty({p.Tq}, scalar_type<T>());
     const Tensor weights = in.empty_if(return_weights, {p.Tq, p.Tk});
@@ -262,18 +279,20 @@ Tensors additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
   });
 }
 
-Tensors additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
-                               const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
-                               const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
-                               const OptionalTensor& key_lengths, const OptionalTensor& window_center,
-                               const OptionalTensor& key_exp, const OptionalTensor& key_bound,
-                               const OptionalTensor& dropout_seed, const AttentionOptions& options, const Tensor&,
-                               const Tensor& lse, const Tensor& scores, OutputMask asked) {
-  return with_storage(query.scalar_type(), [&](auto storage) -> Tensors {
+Backward additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
+                                const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
+                                const Tensor& value, const Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& mask, const OptionalTensor& key_lengths,
+                                const OptionalTensor& window_center, const OptionalTensor& key_exp,
+                                const OptionalTensor& key_bound, const OptionalTensor& dropout_seed,
+                                const AttentionOptions& options, const Tensor&, const Tensor& lse,
+                                const Tensor& scores, OutputMask asked) {
+  return with_storage(query.scalar_type(), [&](auto storage) -> Backward {
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
-    const Inputs<S> in(query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, options);
+    const Inputs<S> in(query, key, value, weight, bias, mask, key_lengths, window_center, key_exp, key_bound,
+                       options);
     const auto& p = in.p;
     if (grad_context) check_shape(*grad_context, "grad_context", in.shape({p.Tq, p.Dv}));
     if (grad_lse) check_shape(*grad_lse, "grad_lse", in.shape({p.Tq}));
@@ -288,13 +307,15 @@ Tensors additive_attention_bwd(const OptionalTensor& grad_context, const Optiona
     const Tensor rows_lse = contiguous(lse, acc), rows_scores = contiguous(scores, acc);
     const ScoreGradientTensors<S> made(in, asked[0], asked[1], asked[3]);
     const Tensor value_gradient = in.empty_if(asked[2], {p.Tk, p.Dv});
+    const Tensor bias_gradient = fusedattn::empty(in.bias_shape(asked[4]), acc);
     backward<S>(
         in, WeightDropout<S>(dropout_seed, in),
         {dc ? view<S>(*dc) : View<const S>{}, dl ? data_of<T>(*dl) : nullptr, dp ? data_of<S>(*dp) : nullptr,
          data_of<T>(rows_lse), scores.numel() > 0 ? data_of<T>(rows_scores) : nullptr},
         {made.rows(), gradient_data<S>(value_gradient),
-         passes_caches(value_gradient, p.Dv * value_gradient.element_size())});
-    return {made.query, made.key, value_gradient, contiguous(made.weight, weight.scalar_type())};
+         passes_caches(value_gradient, p.Dv * value_gradient.element_size()), gradient_data<T>(bias_gradient)});
+    return {made.query, made.key, value_gradient, contiguous(made.weight, weight.scalar_type()),
+            contiguous(bias_gradient, bias ? bias->scalar_type() : type)};
   });
 }
 
@@ -304,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_varlen_fwd(
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using T = Arithmetic<S>;
-    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, {}, options.of_attention(), true);
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, {}, {}, options.of_attention(), true);
     const int64_t H = all.p.H, Tq = all.p.Tq, Dv = all.p.Dv, most = options.max_seqlen_k;
     const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);
     const Tensor context = empty_packed(all, Tq, Dv), lse = all.empty({Tq}, scalar_type<T>());
@@ -332,7 +353,7 @@ Tensors additive_attention_varlen_bwd(const OptionalTensor& grad_context, const 
     using S = decltype(storage);
     using T = Arithmetic<S>;
     const ScalarType type = scalar_type<S>(), acc = scalar_type<T>();
-    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, {}, options.of_attention(), true);
+    const Inputs<S> all(query, key, value, weight, {}, {}, {}, {}, {}, {}, options.of_attention(), true);
     const int64_t H = all.p.H, Tq = all.p.Tq, Tk = all.p.Tk, D = all.p.D, Dv = all.p.Dv,
                   most = options.max_seqlen_k;
     const auto segments = segments_of(all, cu_seqlens_q, cu_seqlens_k, options);

@@ -148,23 +148,25 @@ template <typename S>
 struct Inputs {
   using T = Arithmetic<S>;
   Tensor query, key, value;
-  OptionalTensor mask, key_lengths, window_center, key_exp;
+  OptionalTensor bias, mask, key_lengths, window_center, key_exp;
   Buffer<T> weight, weight_scaled, weight_max, weight_sum, query_exp, query_bound;
   Buffer<bool> seen;
   Buffer<int64_t> seen_end;
   Buffer<KeyRange> hulls;
   AttentionProblem<S> p;
+  int64_t bias_stride[4];  // 0 where the bias is broadcast
   int64_t chunk_rows = 0, chunk_heads = 0;
   bool flat;  // no dimension of heads
 
   // in_parts: it is not worked on itself, but by the constructor that follows.
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
-         const OptionalTensor& mask_, const OptionalTensor& key_lengths_, const OptionalTensor& window_center_,
-         const OptionalTensor& key_exp_, const OptionalTensor& key_bound, const AttentionOptions& options,
-         bool in_parts = false)
+         const OptionalTensor& bias_, const OptionalTensor& mask_, const OptionalTensor& key_lengths_,
+         const OptionalTensor& window_center_, const OptionalTensor& key_exp_, const OptionalTensor& key_bound,
+         const AttentionOptions& options, bool in_parts = false)
       : query(prepared(query_, scalar_type<S>())),
         key(prepared(key_, scalar_type<S>())),
         value(prepared(value_, scalar_type<S>())),
+        bias(bias_),
         mask(mask_),
         key_lengths(key_lengths_),
         window_center(window_center_),
@@ -192,6 +194,7 @@ struct Inputs {
       if (options.activation == ScoreActivation::TANH && p.key_bound <= KEY_EXP_BOUND)
         p.key_exp = key_exp->template const_data_ptr<T>();  // not if NaN
     }
+    if (bias) set_bias();
     p.mask = nullptr, p.seen = nullptr, p.center = nullptr;
     if (window_center && has_window(options)) {
       check_shape(*window_center, "window_center", shape({p.Tq}));
@@ -244,6 +247,38 @@ struct Inputs {
     query_exp = Buffer<T>(chunk_heads * chunk_rows * p.D_padded);
     query_bound = Buffer<T>(chunk_heads * chunk_rows);
     p.query_exp = query_exp.get(), p.query_bound = query_bound.get();
+  }
+
+  // Any size of it may be 1.
+  void set_bias() {
+    const std::vector<int64_t> full = shape({p.Tq, p.Tk});
+    bool fits = bias->dim() == static_cast<int64_t>(full.size());
+    for (size_t n = 0; fits && n < full.size(); ++n) fits = bias->size(n) == 1 || bias->size(n) == full[n];
+    STD_TORCH_CHECK(fits, "additive_attention: bias does not have a shape that broadcasts to the scores");
+    STD_TORCH_CHECK(bias->scalar_type() == scalar_type<S>() || bias->scalar_type() == scalar_type<T>(),
+                    "additive_attention: bias must be of the dtype of query or of the arithmetic");
+    const auto stride = [&](int64_t dim) { return bias->size(dim) == 1 ? 0 : bias->stride(dim); };
+    bias_stride[0] = stride(0), bias_stride[1] = flat ? 0 : stride(1);
+    bias_stride[2] = stride(flat ? 1 : 2), bias_stride[3] = stride(flat ? 2 : 3);
+  }
+
+  // (0,) without a bias, or where its gradient is not asked for.
+  std::vector<int64_t> bias_shape(bool is_asked) const {
+    std::vector<int64_t> sizes;
+    for (int64_t dim = 0; is_asked && bias && dim < bias->dim(); ++dim) sizes.push_back(bias->size(dim));
+    return sizes.empty() ? std::vector<int64_t>{0} : sizes;
+  }
+
+  // To the scores of a row of a chunk at some keys; out may be scores.
+  void add_bias(const Chunk& chunk, int64_t row, KeyRange keys, const T* scores, T* out) const {
+    const int64_t head = chunk.first_head + row / chunk.queries, i = chunk.first_query + row % chunk.queries;
+    const int64_t at = head / p.H * bias_stride[0] + head % p.H * bias_stride[1] + i * bias_stride[2] +
+                       keys.first * bias_stride[3];
+    const int64_t n = keys.end - keys.first;
+    if (bias->scalar_type() == scalar_type<S>())
+      fwd<S>().add_bias(n, scores + keys.first, data_of<S>(*bias) + at, bias_stride[3], out + keys.first);
+    else
+      fwd<S>().add_wide_bias(n, scores + keys.first, data_of<T>(*bias) + at, bias_stride[3], out + keys.first);
   }
 
   void set_weight(const Tensor& source) {

@@ -142,6 +142,11 @@ struct AttentionFwdKernels {
   // has none of these keys are left as they are.
   void (*score)(const AttentionProblem<S>&, const Chunk&, int64_t head, int64_t first_key, T* scores, T* scratch);
 
+  // The scores of n keys with their bias, of the type of the inputs or of the arithmetic, `step` elements from key
+  // to key; out may be scores itself. A bias of -inf hides a key as a mask does.
+  void (*add_bias)(int64_t n, const T* scores, const S* bias, int64_t step, T* out);
+  void (*add_wide_bias)(int64_t n, const T* scores, const T* bias, int64_t step, T* out);
+
   // Softmax of the `keys` of a row, and zeros in the other `columns`: p may be scores itself. Nothing but -inf
   // gives zeros and lse = -inf.
   T (*softmax)(KeyRange keys, KeyRange columns, const T* scores, T* p);
@@ -156,10 +161,11 @@ template <typename S>
 struct AttentionBwdKernels {
   using T = Arithmetic<S>;
 
-  // The `keys` of one row: p = exp(score - lse); g, which holds dL/dp, becomes dL/d(unscaled score). Both are zero
-  // in the other `columns`. Returns sum_j g.
-  T (*grad_scores)(const AttentionProblem<S>&, KeyRange keys, KeyRange columns, const T* scores, T lse, T grad_lse,
-                   T* p, T* g);
+  // The `keys` of one row: p = exp(score - lse); g, which holds dL/dp, becomes dL/d(unscaled score), and
+  // grad_bias, if not null, dL/dscore. p and g are zero in the other `columns`. Returns sum_j g. `capped` are the
+  // scores without their bias; p may be scores, not capped, itself.
+  T (*grad_scores)(const AttentionProblem<S>&, KeyRange keys, KeyRange columns, const T* scores, const T* capped,
+                   T lse, T grad_lse, T* p, T* g, T* grad_bias);
 
   // The joint backward of one head over keys first_key .. last_key. Rowwise form: all channels, and
   // grad_query, grad_weight are D_padded wide partial sums. Strip form: channels d .. d + lanes. Where rows of

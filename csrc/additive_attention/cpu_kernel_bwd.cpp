@@ -12,8 +12,8 @@ namespace {
 
 // g_ij = p_ij (a_ij - sum_j p_ij a_ij + dL_i), through the cap (1 - (s / C)^2) and the scale.
 template <typename S, typename T = Arithmetic<S>>
-T grad_scores(const AttentionProblem<S>& p, KeyRange keys, KeyRange columns, const T* scores, T lse, T grad_lse,
-              T* prob, T* g) {
+T grad_scores(const AttentionProblem<S>& p, KeyRange keys, KeyRange columns, const T* scores, const T* capped,
+              T lse, T grad_lse, T* prob, T* g, T* grad_bias) {
   constexpr int W = LANES<T>;
   for (int64_t j = columns.first; j < keys.first; ++j) prob[j] = g[j] = 0;
   for (int64_t j = keys.end; j < columns.end; ++j) prob[j] = g[j] = 0;
@@ -21,6 +21,7 @@ T grad_scores(const AttentionProblem<S>& p, KeyRange keys, KeyRange columns, con
     T sum = 0;
     for (int64_t j = keys.first; j < keys.end; ++j)
       sum += prob[j] = g[j] = scores[j] == -INF<T> ? 0 : NOT_A_NUMBER<T>;
+    for (int64_t j = keys.first; j < keys.end && grad_bias != nullptr; ++j) grad_bias[j] = g[j];
     return sum;
   }
   Vec<T> lanes{};
@@ -39,14 +40,15 @@ T grad_scores(const AttentionProblem<S>& p, KeyRange keys, KeyRange columns, con
   const T shift = grad_lse - horizontal_sum<T>(lanes);
   const T scale = static_cast<T>(p.options.scale), softcap = static_cast<T>(p.options.softcap);
   const T inverse_cap = softcap != 0 ? 1 / softcap : 0;
+  for (int64_t j = keys.first; j < keys.end && grad_bias != nullptr; ++j) grad_bias[j] = prob[j] * (g[j] + shift);
   double sum = 0;
   for (int64_t first = keys.first; first < keys.end; first += 1024) {
     T part = 0;
     for (int64_t j = first; j < lower(keys.end, first + 1024); ++j) {
       T slope = scale;
       if (softcap != 0) {
-        const T capped = scores[j] * inverse_cap;
-        slope = prob[j] == 0 ? 0 : slope * (1 - capped * capped);  // a masked score is -inf
+        const T part_of_cap = capped[j] * inverse_cap;
+        slope = prob[j] == 0 ? 0 : slope * (1 - part_of_cap * part_of_cap);  // a masked score is -inf
       }
       g[j] = prob[j] * (g[j] + shift) * slope;
       part += g[j];

@@ -374,6 +374,30 @@ void score(const AttentionProblem<S>& p, const Chunk& chunk, int64_t head, int64
   });
 }
 
+template <typename T, typename B>
+void add_bias(int64_t n, const T* scores, const B* bias, int64_t step, T* out) {
+  constexpr int W = LANES<T>;
+  // What overflows stays above the score that stands for -inf, and so does a bias of the lowest number, as float
+  // masks have it.
+  constexpr T LOWEST = VISIBLE_MINUS_INF<T> * (1 - (sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52)));
+  const auto add = [&](int64_t j, int64_t lanes, Vec<T> b) {
+    const Vec<T> s = get(scores + j, lanes);
+    Vec<T> biased = max(splat(LOWEST), s + b);
+    biased = s <= VISIBLE_MINUS_INF<T> ? s : biased;
+    put(out + j, b == -INF<T> ? splat(-INF<T>) : biased, lanes);
+  };
+  if (step == 1) {
+    for (int64_t j = 0; j < n; j += W) add(j, lower(W, n - j), get(bias + j, lower(W, n - j)));
+    return;
+  }
+  for (int64_t j = 0; j < n; j += W) {
+    B gathered[W] = {};
+    const int64_t lanes = lower(W, n - j);
+    for (int64_t c = 0; c < lanes; ++c) gathered[c] = bias[(j + c) * step];
+    add(j, lanes, load(gathered));
+  }
+}
+
 template <typename T>
 T softmax(KeyRange keys, KeyRange columns, const T* scores, T* p) {
   constexpr int W = LANES<T>;
@@ -422,14 +446,14 @@ T softmax(KeyRange keys, KeyRange columns, const T* scores, T* p) {
 }
 }  // namespace
 
-extern const AttentionFwdKernels<float> attention_fwd_f32 = {LANES<float>, prepare_query, score,
-                                                             softmax,      widen,         narrow};
-extern const AttentionFwdKernels<double> attention_fwd_f64 = {LANES<double>, prepare_query, score,
-                                                              softmax,       widen,         narrow};
-extern const AttentionFwdKernels<Half> attention_fwd_f16 = {LANES<float>, prepare_query, score,
-                                                            softmax,      widen,         narrow};
-extern const AttentionFwdKernels<BFloat16> attention_fwd_bf16 = {LANES<float>, prepare_query, score,
-                                                                 softmax,      widen,         narrow};
+extern const AttentionFwdKernels<float> attention_fwd_f32 = {LANES<float>, prepare_query, score, add_bias,
+                                                             add_bias,     softmax,       widen, narrow};
+extern const AttentionFwdKernels<double> attention_fwd_f64 = {LANES<double>, prepare_query, score, add_bias,
+                                                              add_bias,      softmax,       widen, narrow};
+extern const AttentionFwdKernels<Half> attention_fwd_f16 = {LANES<float>, prepare_query, score, add_bias,
+                                                            add_bias,     softmax,       widen, narrow};
+extern const AttentionFwdKernels<BFloat16> attention_fwd_bf16 = {LANES<float>, prepare_query, score, add_bias,
+                                                                 add_bias,     softmax,       widen, narrow};
 
 }  // namespace FUSEDATTN_LEVEL
 }  // namespace fusedattn

@@ -15,7 +15,7 @@ FUSEDATTN_LINEAR_BWD(extern, __nv_bfloat16)
 
 namespace {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // A gradient or a result of the forward pass, checked; contiguous unless only its rows are asked to be.
 OptionalTensor checked(const AttentionInputs& in, const OptionalTensor& t, const char* name,
@@ -56,16 +56,18 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
   grads.grad_value = asked[2] ? gpu::mutable_data<S>(dx) : nullptr, grads.grad_weight = in.numbers<S>(dw);
   const Tensor memory = in.empty(additive_attention_bwd_workspace(p, grads), acc);
   launch_additive_attention_bwd<S>(p, grads, gpu::mutable_data<T>(memory), in.device.stream());
-  return {asked[0] ? dq : none(), dk, dx, asked[3] ? dw : none()};
+  return {asked[0] ? dq : none(), dk, dx, asked[3] ? dw : none(), none()};
 }
 
 Gradients additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
                                  const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
-                                 const Tensor& value, const Tensor& weight, const OptionalTensor& mask,
-                                 const OptionalTensor& key_lengths, const OptionalTensor& window_center,
-                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor& dropout_seed,
-                                 const AttentionOptions& options, const Tensor& context, const Tensor& lse,
-                                 const Tensor& scores, OutputMask asked) {
+                                 const Tensor& value, const Tensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& mask, const OptionalTensor& key_lengths,
+                                 const OptionalTensor& window_center, const OptionalTensor&, const OptionalTensor&,
+                                 const OptionalTensor& dropout_seed, const AttentionOptions& options,
+                                 const Tensor& context, const Tensor& lse, const Tensor& scores,
+                                 OutputMask asked) {
+  STD_TORCH_CHECK(!bias, "additive_attention: bias: the CUDA kernels have none");
   const AttentionInputs in(query, key, value, weight, mask, key_lengths, window_center, dropout_seed, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores, asked);

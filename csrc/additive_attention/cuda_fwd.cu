@@ -38,10 +38,12 @@ Forward forward(const AttentionInputs& in, bool return_weights, bool keep_scores
 // Exponentials of keys at hand (key_exp) are not used: the kernel makes them as it stages keys, two per 64 x 64
 // tanh.
 Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
-                               const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor& window_center, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor& dropout_seed, const AttentionOptions& options,
-                               bool return_weights, bool keep_scores, bool allow_tf32) {
+                               const OptionalTensor& bias, const OptionalTensor& mask,
+                               const OptionalTensor& key_lengths, const OptionalTensor& window_center,
+                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor& dropout_seed,
+                               const AttentionOptions& options, bool return_weights, bool keep_scores,
+                               bool allow_tf32) {
+  STD_TORCH_CHECK(!bias, "additive_attention: bias: the CUDA kernels have none");
   const AttentionInputs in(query, key, value, weight, mask, key_lengths, window_center, dropout_seed, options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return forward<decltype(storage)>(in, return_weights, keep_scores, allow_tf32);

@@ -13,7 +13,7 @@ namespace {
 template <typename S>
 Inputs<S> inputs(const Tensor& query, const Tensor& key, const Tensor& weight, const ScoresOptions& options) {
   return Inputs<S>(
-      query, key, key, weight, {}, {}, {}, {}, {},
+      query, key, key, weight, {}, {}, {}, {}, {}, {},
       AttentionOptions{-1, -1, options.scale, options.softcap, options.activation, options.negative_slope});
 }
 

@@ -376,8 +376,8 @@ Gradients backward(const Location<S>& m, const OptionalTensor& grad_context, con
       T* const g_row = g.get() + row * p.Tk;
       if (grad_weights) fwd<S>().widen(p.Tk, data_of<S>(*grad_weights) + row * p.Tk, g_row, true);
       if (through_softmax)
-        bwd<S>().grad_scores(p, {0, p.Tk}, {0, p.Tk}, s, data_of<T>(lse)[row], T(0),
-                             probabilities.get() + row * p.Tk, g_row);
+        bwd<S>().grad_scores(p, {0, p.Tk}, {0, p.Tk}, s, s, data_of<T>(lse)[row], T(0),
+                             probabilities.get() + row * p.Tk, g_row, nullptr);
       for (int64_t j = 0; grad_scores && j < p.Tk; ++j) {
         const T capped = s[j] * inverse_cap;
         if (s[j] != -std::numeric_limits<T>::infinity())
@@ -402,7 +402,7 @@ template <typename S>
 Inputs<S> inputs(const Tensor& query, const Tensor& key, const OptionalTensor& value, const Tensor& weight,
                  const OptionalTensor& mask, const ScoresOptions& options) {
   return Inputs<S>(
-      query, key, value ? *value : key, torch::stable::select(weight, 0, 0), mask, {}, {}, {}, {},
+      query, key, value ? *value : key, torch::stable::select(weight, 0, 0), {}, mask, {}, {}, {}, {},
       AttentionOptions{-1, -1, options.scale, options.softcap, options.activation, options.negative_slope});
 }
 

@@ -24,12 +24,14 @@ def _check(t: Tensor, name: str, *shape: str | int) -> None:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
 
 
-def _for_one_query(mask: Tensor | None, caller: str = "BahdanauAttention") -> Tensor | None:
-    """A mask (B, T) as (B, Tq, Tk)."""
+def _for_one_query(
+    mask: Tensor | None, caller: str = "BahdanauAttention", argument: str = "mask"
+) -> Tensor | None:
+    """A mask, or a bias, (B, T) as (B, Tq, Tk)."""
     if mask is None:
         return None
     if mask.dim() != 2:
-        raise ValueError(f"{caller}: mask: expected shape (B, T), got {tuple(mask.shape)}")
+        raise ValueError(f"{caller}: {argument}: expected shape (B, T), got {tuple(mask.shape)}")
     return mask.unsqueeze(1)
 
 
@@ -232,6 +234,7 @@ class AdditiveAttention(nn.Module):
         value: Tensor | None = None,
         *,
         mask: Tensor | None = None,
+        bias: Tensor | None = None,
         key_lengths: Tensor | None = None,
         is_causal: bool = False,
         window_size: tuple[int, int] | None = None,
@@ -246,6 +249,7 @@ class AdditiveAttention(nn.Module):
                 hide more than those that were projected with them.
             value: (B, Tk, value_dim). Default: key.
             mask: bool, broadcastable to (B, H, Tq, Tk), or to (B, Tq, Tk) for every head; True = may attend.
+            bias: added to the scores, see :func:`fusedattn.additive_attention`; shapes as of ``mask``.
             key_lengths: int (B,); keys at or after a length are invisible.
             is_causal: query i sees keys j <= i only.
             window_size: (left, right), see :func:`fusedattn.additive_attention`.
@@ -261,6 +265,7 @@ class AdditiveAttention(nn.Module):
             key,
             value,
             mask=mask,
+            bias=bias,
             key_lengths=key_lengths,
             is_causal=is_causal,
             window_size=window_size,
@@ -278,6 +283,7 @@ class AdditiveAttention(nn.Module):
         mask: Tensor | None,
         key_lengths: Tensor | None,
         return_weights: bool,
+        bias: Tensor | None = None,
         is_causal: bool = False,
         window_size: tuple[int, int] | None = None,
         window_center: Tensor | None = None,
@@ -312,6 +318,7 @@ class AdditiveAttention(nn.Module):
             keys.value,
             beside(query, weight),
             mask=over_heads(keys.mask, has_heads),
+            bias=over_heads(bias, has_heads),
             key_lengths=keys.key_lengths,
             is_causal=is_causal,
             window_size=window_size,
@@ -430,6 +437,7 @@ class BahdanauAttention(AdditiveAttention):
         memory: Tensor | ProjectedKeys,
         *,
         mask: Tensor | None = None,
+        bias: Tensor | None = None,
         key_lengths: Tensor | None = None,
         window_size: tuple[int, int] | None = None,
         window_center: Tensor | None = None,
@@ -441,6 +449,7 @@ class BahdanauAttention(AdditiveAttention):
             query: (B, query_dim), the decoder state.
             memory: (B, T, memory_dim), or ``project_keys(memory, ...)``, made once for all steps.
             mask: bool (B, T), True = may attend.
+            bias: (B, T), added to the scores, see :func:`fusedattn.additive_attention`.
             key_lengths: int (B,).
             window_size, window_center: (left, right), and integers (B,): the step sees the places from center -
                 left to center + right, and no others are computed. Default: all of them.
@@ -454,6 +463,7 @@ class BahdanauAttention(AdditiveAttention):
             query.unsqueeze(1),
             memory,
             mask=_for_one_query(mask),
+            bias=_for_one_query(bias, argument="bias"),
             key_lengths=key_lengths,
             window_size=window_size,
             window_center=None if window_center is None else window_center.unsqueeze(-1),

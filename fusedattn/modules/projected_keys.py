@@ -26,7 +26,7 @@ class _Exponentials(NamedTuple):
 
 
 def over_heads(mask: Tensor | None, has_heads: bool) -> Tensor | None:
-    """A mask (B, Tq, Tk) as one for every head, and that of a single head (B, 1, Tq, Tk) without it."""
+    """A mask or bias (B, Tq, Tk) as one for every head, and that of a single head (B, 1, Tq, Tk) without it."""
     if mask is None:
         return None
     if not has_heads:

@@ -2,7 +2,7 @@
 
 Mathematics, for every batch element and head (i query, j key, d score channel)::
 
-    e_ij = scale * sum_d w_d phi(q_id + k_jd)          score, then softcap: C tanh(e_ij / C)
+    e_ij = scale * sum_d w_d phi(q_id + k_jd)          score, then softcap: C tanh(e_ij / C), then + bias_ij
     p_ij = softmax_j(e_ij) over the visible keys       weights
     L_i  = log sum_j exp(e_ij)                         lse
     c_i  = sum_j p_ij x_j                              context
@@ -14,7 +14,7 @@ Forward, for phi = tanh, with Eq = exp(2q) and Ek = exp(2k)::
 so no transcendental function is evaluated per pair and channel. sigmoid(z) = (1 + tanh(z / 2)) / 2 is 1 - r of
 exp(q) and exp(k); relu and leaky_relu take no exponentials. Backward, with a_ij = dc_i . x_j + dp_ij::
 
-    g_ij  = p_ij (a_ij - sum_j p_ij a_ij + dL_i)       gradient of the capped score
+    g_ij  = p_ij (a_ij - sum_j p_ij a_ij + dL_i)       gradient of the capped score, and of the bias
     dq_id = 4 w_d sum_j g_ij (r - r^2)     dk_jd = 4 w_d sum_i g_ij (r - r^2)
     dw_d  = sum_ij g_ij - 2 sum_ij g_ij r              dx_j = sum_i p_ij dc_i
 
@@ -82,7 +82,7 @@ def _visible_keys(
 
 
 def _reference(
-    query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, seed, options: Options
+    query, key, value, weight, bias, mask, key_lengths, window_center, key_exp, key_bound, seed, options: Options
 ):  # fmt: skip
     """(context, lse, weights) in plain PyTorch, differentiable to any order; weight (D,), or (H, D) with heads."""
     shape = (*query.shape[:-1], key.shape[-2])
@@ -91,6 +91,8 @@ def _reference(
     if mask is not None or key_lengths is not None or options.has_window:
         key, value = _scores.without_unseen(visible, key, value)
     scores = _scores.reference(query, key, weight, options)
+    if bias is not None:
+        scores, visible = _scores.biased(scores, bias, visible)
     scores = _scores.of_visible(visible, scores)
     # A weight wider than the other inputs makes wider scores; results are in the dtype of those.
     weights = torch.softmax(scores, -1).to(query.dtype).masked_fill(~visible, 0.0)
@@ -110,6 +112,7 @@ def additive_attention_ref(
     weight: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     window_size: tuple[int, int] | None = None,
@@ -136,6 +139,7 @@ def additive_attention_ref(
         value,
         weight,
         mask=mask,
+        bias=bias,
         key_lengths=key_lengths,
         is_causal=is_causal,
         window_size=window_size,
@@ -168,36 +172,54 @@ def _fwd_fake(*arguments):
     )
 
 
-def _bwd_fake(grad_context, grad_lse, grad_weights, query, key, value, weight, *rest):
-    return tuple(t.new_empty(t.shape) for t in (query, key, value, weight))
+def _bwd_fake(grad_context, grad_lse, grad_weights, query, key, value, weight, bias, *rest):
+    grad_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return (*(t.new_empty(t.shape) for t in (query, key, value, weight)), grad_bias)
 
 
-def _flops(query, key, value, weight) -> int:
+def _flops(query, key, value, *_) -> int:
     """Of the products ``tanh(query + key) @ weight`` and ``weights @ value``, from shapes."""
     *lead, Tq, D = query
     return 2 * math.prod(lead) * Tq * key[-2] * (D + value[-1])
 
 
 class _Fold(_scores.Fold):
+    _shared_by_heads = False  # the bias
+
     def folded(self):
-        *_, mask, lengths, center, _, _, seed = self.tensors
-        rows, mask, center = self.rows(3), self.output(mask, self.dims[4]), self.output(center, self.dims[6])
-        if lengths is not None and self.dims[5] is not None:  # what differs over N becomes part of the mask
+        *_, bias, mask, lengths, center, _, _, seed = self.tensors
+        rows, mask, center = self.rows(3), self.output(mask, self.dims[5]), self.output(center, self.dims[7])
+        if lengths is not None and self.dims[6] is not None:  # what differs over N becomes part of the mask
             Tq, (B, heads, Tk, _) = rows[0].shape[2], rows[1].shape
-            lengths = lengths.movedim(self.dims[5], 1)[..., None, None, None]
+            lengths = lengths.movedim(self.dims[6], 1)[..., None, None, None]
             visible = torch.arange(Tk, device=lengths.device) < lengths
             visible = visible.expand(B, self.N, heads // self.N, 1, Tk).flatten(1, 2).expand(-1, -1, Tq, -1)
             mask, lengths = visible if mask is None else visible & mask, None
         if seed is not None:  # one for each sample's heads
-            dim = self.dims[9]
+            dim = self.dims[10]
             seed = seed.expand(self.N, -1) if dim is None else seed.movedim(dim, 0)
             seed = seed.flatten().contiguous()
-        return (*rows, self.weight(3), mask, lengths, center, None, None, seed)
+        bias = None if bias is None else self._bias(rows[0].shape[1] // self.N)
+        return (*rows, self.weight(3), bias, mask, lengths, center, None, None, seed)
+
+    def _bias(self, heads):
+        bias = self.spread(self.tensors[4], self.dims[4])  # (B, N, H, Tq, Tk), or without H
+        if not self.heads:
+            return bias
+        self._shared_by_heads = bias.shape[2] == 1
+        return bias.expand(-1, -1, heads, -1, -1).flatten(1, 2)
+
+    def gradients_apart(self, grads):
+        found, dims = super().gradients_apart(grads)
+        *others, of_bias = found
+        if self._shared_by_heads and of_bias.dim() > 1:
+            of_bias = of_bias.sum(2, keepdim=True)
+        return (*others, of_bias), dims
 
 
 ATTENTION = _autograd.Op(
     "additive_attention",
-    inputs=("query", "key", "value", "weight"),
+    inputs=("query", "key", "value", "weight", "bias"),
     others=("mask", "key_lengths", "window_center", "key_exp", "key_bound", "dropout_seed"),
     options=Options,
     outputs=("context", "lse", "weights", "scores"),
@@ -221,11 +243,26 @@ _fail = partial(fail, "additive_attention")
 def check_mask(mask, full, device, op="additive_attention"):
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         fail(op, "mask", "a bool Tensor (True = may attend)", getattr(mask, "dtype", type(mask).__name__))
-    if mask.device != device:
-        fail(op, "mask", f"a Tensor on {device} like query", f"one on {mask.device}")
-    sizes = zip(reversed(mask.shape), reversed(full), strict=False)
-    if mask.dim() > len(full) or any(m != 1 and m != n for m, n in sizes):
-        fail(op, "mask", f"a shape broadcastable to {shape_text(*full)}", tuple(mask.shape))
+    _check_broadcasts(op, "mask", mask, full, device)
+
+
+def _check_broadcasts(op, argument, t, full, device):
+    if t.device != device:
+        fail(op, argument, f"a Tensor on {device} like query", f"one on {t.device}")
+    sizes = zip(reversed(t.shape), reversed(full), strict=False)
+    if t.dim() > len(full) or any(m != 1 and m != n for m, n in sizes):
+        fail(op, argument, f"a shape broadcastable to {shape_text(*full)}", tuple(t.shape))
+
+
+def _checked_bias(bias, full, dtype, device):
+    """With as many dimensions as the scores."""
+    dtypes = tuple(dict.fromkeys((dtype, accumulation_dtype(dtype))))
+    if not isinstance(bias, Tensor) or bias.dtype not in dtypes:
+        got = getattr(bias, "dtype", type(bias).__name__)
+        of_bool = " (what is True where a query may attend to a key is mask)" if got == torch.bool else ""
+        _fail("bias", f"a Tensor of {' or '.join(map(str, dtypes))}", f"{got}{of_bool}")
+    _check_broadcasts("additive_attention", "bias", bias, full, device)
+    return bias.view((1,) * (len(full) - bias.dim()) + bias.shape)
 
 
 def seen_keys(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor:
@@ -260,9 +297,12 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
-def _unable(seed: Tensor | None) -> dict[str, str]:
+def _unable(bias: Tensor | None, seed: Tensor | None) -> dict[str, str]:
     """Backends without kernels for these options, and why."""
-    return NO_REASONS if seed is None else {"cuda": "there are no kernels for dropout_p > 0 in CUDA C++"}
+    if bias is None and seed is None:
+        return NO_REASONS
+    what = "a bias" if bias is not None else "dropout_p > 0"
+    return {"cuda": f"there are no kernels for {what} in CUDA C++"}
 
 
 def is_traced() -> bool:
@@ -270,7 +310,7 @@ def is_traced() -> bool:
     return compiling or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def keeps_scores(query: Tensor, key: Tensor, *others: Tensor, row: int | None = None) -> bool:
+def keeps_scores(query: Tensor, key: Tensor, *others: Tensor | None, row: int | None = None) -> bool:
     """Whether the (Tq, Tk) scores are kept for backward: if they are no larger than query and key.
 
     ``row`` stands in for Tk where a query has another number of scores.
@@ -281,7 +321,7 @@ def keeps_scores(query: Tensor, key: Tensor, *others: Tensor, row: int | None = 
     if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     transformed = torch._C._are_functorch_transforms_active()  # an outer level may ask for gradients
-    if not transformed and not any([t.requires_grad for t in (query, key, *others)]):
+    if not transformed and not any([t is not None and t.requires_grad for t in (query, key, *others)]):
         return False
     (Tq, D), Tk = query.shape[-2:], key.shape[-2]
     row = Tk if row is None else row
@@ -301,6 +341,7 @@ def additive_attention(
     weight: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     window_size: tuple[int, int] | None = None,
@@ -333,6 +374,11 @@ def additive_attention(
         weight: (D,) or (H, D); of the dtype of the others, or float32 beside half-precision ones. The score takes
             it unrounded, and its gradient is in its own dtype.
         mask: bool, broadcastable to (B, [H,] Tq, Tk); True = may attend. Default: no mask.
+        bias: broadcastable to (B, [H,] Tq, Tk), of the dtype of the others, or float32 beside half-precision ones;
+            added to the score after scale and softcap, unrounded: relative position terms, ALiBi (Press et al.
+            2022, arXiv:2108.12409), coverage. It is read as it lies, and its gradient is summed over the
+            dimensions that it is broadcast in. -inf hides a key from the softmax as a mask does, and has gradient
+            0; but the key and its value are read, and must be finite. Default: None.
         key_lengths: integers (B,); keys at or after a length are invisible. On the CPU a length outside
             [0, Tk] raises; on a GPU, and while traced or transformed, lengths are clamped.
         is_causal: query i sees keys j <= i only: the window (-1, 0), around ``window_center`` if that is given.
@@ -340,7 +386,7 @@ def additive_attention(
         window_size: (left, right); query i sees the keys i - left <= j <= i + right, both included, -1 for no
             bound. Aligned at the top left also where Tq and Tk differ, as ``is_causal`` is (flash-attention aligns
             at the bottom right: here that is ``window_center=torch.arange(Tk - Tq, Tk)``). Keys outside of a
-            window are not computed: time falls with it. With ``is_causal``, right is 0. All of ``mask``,
+            window are not computed: time falls with it. With ``is_causal``, right is 0. All of ``mask``, ``bias``,
             ``key_lengths`` and windows combine. Default: None, no window.
         window_center: integers, broadcastable to (B, [H,] Tq), of any value: the place of each query among the
             keys, in place of i (local attention, Luong et al. 2015, arXiv:1508.04025). Only with ``window_size``
@@ -393,7 +439,11 @@ def additive_attention(
     """
     if _nested.any_of(query, key, value):
         _nested.require_default(
-            mask=mask, key_lengths=key_lengths, window_center=window_center, return_weights=return_weights
+            mask=mask,
+            bias=bias,
+            key_lengths=key_lengths,
+            window_center=window_center,
+            return_weights=return_weights,
         )
         if normalizer != "softmax":
             _fail("normalizer", "'softmax' with nested tensors", repr(normalizer))
@@ -419,6 +469,7 @@ def additive_attention(
         value,
         weight,
         mask=mask,
+        bias=bias,
         key_lengths=key_lengths,
         is_causal=is_causal,
         window_size=window_size,
@@ -444,6 +495,7 @@ def attend(
     weight: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     window_size: tuple[int, int] | None = None,
@@ -473,6 +525,7 @@ def attend(
             return attend(
                 *inputs,
                 mask=mask,
+                bias=bias if bias is None or bias.dtype == torch.float32 else autocast(bias),
                 key_lengths=key_lengths,
                 is_causal=is_causal,
                 window_size=window_size,
@@ -498,9 +551,12 @@ def attend(
     # Most calls have neither, and small ones notice a look at what they are.
     may_drop = generator is not None or type(dropout_p) is not float or dropout_p != 0
     seed = _dropout_seed(dropout_p, generator, device) if may_drop else None
-    if mask is not None:
+    if mask is not None or bias is not None:
         full = (*query.shape[:-1], key.shape[-2])
-        check_mask(mask, full, device)
+        if mask is not None:
+            check_mask(mask, full, device)
+        if bias is not None:
+            bias = _checked_bias(bias, full, dtype, device)
     if key_lengths is not None:
         check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
         key_lengths = key_lengths.to(torch.int64)
@@ -525,7 +581,17 @@ def attend(
         )
         drop = None if seed is None else partial(_philox.dropout, p=dropout_p, seed=seed)
         of_all = _normalizers.attend(
-            "additive_attention", query, key, value, weight, visible, normalizer, score, unseen_are_zero, drop
+            "additive_attention",
+            query,
+            key,
+            value,
+            weight,
+            bias,
+            visible,
+            normalizer,
+            score,
+            unseen_are_zero,
+            drop,
         )
         return of_all if return_weights else of_all[0]
     backend = choose(
@@ -534,14 +600,14 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _unable(seed),
+        _unable(bias, seed),
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)
-    tensors = (query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, seed)
+    tensors = (query, key, value, weight, bias, mask, key_lengths, window_center, key_exp, key_bound, seed)
     left, right = window
     options = Options(left, right, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p)
-    flags = (return_weights, keeps_scores(*tensors[:4]), dtype == torch.float32 and tf32_allowed())
+    flags = (return_weights, keeps_scores(*tensors[:5]), dtype == torch.float32 and tf32_allowed())
     if token is None:
         context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)
     else:

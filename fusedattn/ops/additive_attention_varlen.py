@@ -73,7 +73,7 @@ def _reference(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options: O
 
     def attend(q, k, v, key_lengths):
         return dense.ATTENTION.reference(
-            q, k, v, weight, None, key_lengths, None, None, None, None, options.of_attention
+            q, k, v, weight, None, None, key_lengths, None, None, None, None, options.of_attention
         )[:2]
 
     return _through_padding(attend, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
@@ -316,7 +316,7 @@ def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, back
         return context, lse
 
     def attend(q, k, v, key_lengths):
-        tensors = (q, k, v, weight, None, key_lengths, None, None, None, None)
+        tensors = (q, k, v, weight, None, None, key_lengths, None, None, None, None)
         flags = False, dense.keeps_scores(*tensors[:4]), q.dtype == torch.float32 and tf32_allowed()
         return dense.ATTENTION(backend, tensors, options.of_attention, flags)[:2]
 

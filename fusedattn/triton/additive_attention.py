@@ -59,7 +59,7 @@ from fusedattn.triton.additive_attention_fwd import attend, write_scores
 from fusedattn.triton.additive_attention_problem import Problem, check
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, "
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? mask, Tensor? key_lengths, "
     "Tensor? window_center, Tensor? key_exp, Tensor? key_bound, Tensor? dropout_seed"
 )
 
@@ -79,12 +79,12 @@ def _weights(scores, lse, dtype):
 
 
 def additive_attention_fwd(
-    query, key, value, weight, mask, key_lengths, window_center, key_exp, key_bound, seed, *numbers
+    query, key, value, weight, bias, mask, key_lengths, window_center, key_exp, key_bound, seed, *numbers
 ):  # fmt: skip
     """``fusedattn::additive_attention_fwd_triton``; key_exp and key_bound are not used."""
     options = Options(*numbers[: len(Options._fields)])
     return_weights, keep_scores, allow_tf32 = Flags(*numbers[len(Options._fields) :])
-    check(query, key, value, weight, mask, key_lengths, window_center, seed)
+    check(query, key, value, weight, bias, mask, key_lengths, window_center, seed)
     rows, (Tk, Dv) = query.shape[:-1], value.shape[-2:]
     context = query.new_zeros if Tk == 0 else query.new_empty
     context = context((*rows, Dv))
@@ -94,7 +94,7 @@ def additive_attention_fwd(
         lse.fill_(float("-inf"))
     elif lse.numel():
         with on_device_of(query):
-            problem = Problem(query, key, value, weight, mask, key_lengths, window_center, options, seed)
+            problem = Problem(query, key, value, weight, bias, mask, key_lengths, window_center, options, seed)
             heads = (problem.B, problem.H, problem.Tq)
             c, row_lse = context.view(*heads, Dv), lse.view(heads)
             for first, end in problem.chunks(keep_scores or return_weights):
@@ -113,15 +113,15 @@ register(
 
 
 def additive_attention_bwd(
-    grad_context, grad_lse, grad_weights, query, key, value, weight, mask, key_lengths, window_center, key_exp,
-    key_bound, seed,
+    grad_context, grad_lse, grad_weights, query, key, value, weight, bias, mask, key_lengths, window_center,
+    key_exp, key_bound, seed,
     *rest,
 ):  # fmt: skip
-    """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value and weight."""
+    """``fusedattn::additive_attention_bwd_triton``: gradients of query, key, value, weight and bias."""
     *options, context, lse, scores, output_mask = rest
-    asked = asked_for(output_mask, 4)
-    of_query, of_key, of_value, of_weight = asked
-    inputs = (query, key, value, weight)
+    inputs = (query, key, value, weight, bias)
+    asked = [a and t is not None for a, t in zip(asked_for(output_mask, 5), inputs, strict=True)]
+    of_query, of_key, of_value, of_weight, of_bias = asked
     Tq, Tk, Dv, wide = query.shape[-2], key.shape[-2], value.shape[-1], accumulation_dtype(query.dtype)
     check(
         *inputs,
@@ -137,7 +137,7 @@ def additive_attention_bwd(
         scores=(scores if scores.numel() else None, (Tq, Tk), wide),
     )
     if not (lse.numel() and key.shape[-2]):
-        return tuple(t.new_zeros(t.shape if a else 0) for t, a in zip(inputs, asked, strict=True))
+        return tuple(t.new_zeros(t.shape) if a else query.new_empty(0) for t, a in zip(inputs, asked, strict=True))
     with on_device_of(query):
         problem = Problem(*inputs, mask, key_lengths, window_center, Options(*options), seed)
         problem.find_queries_in_sight()
@@ -153,6 +153,7 @@ def additive_attention_bwd(
             grad_lse = grad_lse.reshape(B, H, Tq)
         grad_query = torch.empty(B, H, Tq, problem.D, dtype=query.dtype, device=query.device)
         totals: dict = {}  # by input: sums over the chunks of queries
+        biases = []  # gradients of the queries of each, where a bias has its own for every query
         for first, end in problem.chunks(kept or grad_weights is not None):
             part = slice(first, end)
             s, row_lse = scores, lse[:, :, part].contiguous()
@@ -167,9 +168,8 @@ def additive_attention_bwd(
                 shift = -grad_lse[:, :, part] if shift is None else shift - grad_lse
             shift = None if shift is None else shift.contiguous()
             dc = None if grad_context is None else grad_context[:, :, part]
-            g, g_transposed = score_gradient(
-                problem, s, row_lse, context[:, :, part], dc, grad_weights, shift, first
-            )
+            outputs = (context[:, :, part], dc, grad_weights, shift)
+            g, g_transposed, grad = score_gradient(problem, s, row_lse, *outputs, first, of_bias)
             rows = queries.part(first, end)
             sums = {}
             if of_query or of_weight:
@@ -178,12 +178,20 @@ def additive_attention_bwd(
                 sums["key"] = key_gradient(problem, g, rows, keys, first)
             if of_value and dc is not None:
                 sums["value"] = value_gradient(problem, s, row_lse, dc, first)
+            if of_bias:
+                grad = grad.sum_to_size(problem.bias_of(first, end)[0].shape)
+                if problem.bias.shape[2] == 1:
+                    sums["bias"] = grad.contiguous()
+                else:
+                    biases.append(grad)
             totals = {name: totals[name].add_(x) if name in totals else x for name, x in sums.items()}
     if of_value and grad_context is None:
         totals["value"] = value.new_zeros(value.shape)
-    grads = (grad_query, totals.get("key"), totals.get("value"), totals.get("weight"))
+    if biases:
+        totals["bias"] = torch.cat(biases, 2)
+    grads = (grad_query, *(totals.get(name) for name in ("key", "value", "weight", "bias")))
     return tuple(
-        grad.to(t.dtype).view(t.shape) if a else t.new_empty(0)
+        grad.to(t.dtype).reshape(t.shape) if a else query.new_empty(0)
         for grad, t, a in zip(grads, inputs, asked, strict=True)
     )
 
@@ -191,7 +199,7 @@ def additive_attention_bwd(
 register(
     f"additive_attention_bwd_triton(Tensor? grad_context, Tensor? grad_lse, Tensor? grad_weights, {_INPUTS}, "
     f"{schema(Options)}, Tensor context, Tensor lse, Tensor scores, int output_mask) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
     additive_attention_bwd,
 )
 
@@ -210,17 +218,27 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
     narrow = (((2, 6, 300, 16), False), ((8, 40, 300, 64), True))
     found = list[Kernel]()
     calls = [(dtype, "tanh", *call) for dtype, call in itertools.product(dtypes, wide + narrow)]
-    windows = (("window", wide[0]), ("centers", wide[0]), ("centers", narrow[0]), ("centers", narrow[1]))
-    calls += [(dtypes[0], form, *call) for form, call in windows]
-    calls += [(dtypes[0], "relu", *wide[0]), (dtypes[0], "relu", *wide[1]), (dtypes[0], "leaky_relu", *wide[0])]
+    forms = (
+        ("window", wide[0]),
+        ("centers", wide[0]),
+        ("centers", narrow[0]),
+        ("centers", narrow[1]),
+        ("relu", wide[0]),
+        ("relu", wide[1]),
+        ("leaky_relu", wide[0]),
+    )
+    calls += [(dtypes[0], form, *call) for form, call in forms]
+    calls += [(dtypes[0], "bias", *call) for call in wide[:2]]
+    calls += [(dtype, "bias", *wide[3]) for dtype in dtypes]
+    calls += [(dtype, "bias", *wide[2]) for dtype in dtypes if dtype == torch.float64]
     for dtype, form, shape, masked in calls:
-        activation, window = ("tanh", form) if form in ("window", "centers") else (form, None)
+        activation = form if form in SCORE_ACTIVATIONS else "tanh"
         # Compiling takes its time: the others have the first one's kernels in float64, too, and what is narrow
         # takes fewer registers in half precision, where products have one term.
         if (dtype == torch.float64 and shape == wide[0][0]) or (dtype.itemsize == 2 and (shape, masked) in narrow):
             continue
 
-        call = functools.partial(_typical_call, shape, dtype, masked, activation, window)
+        call = functools.partial(_typical_call, shape, dtype, masked, activation, form)
         every_tile = form == "tanh" and dtype == torch.float32 and shape in (wide[1][0], narrow[1][0])
         suffix = "" if form == "tanh" else f"-{form}"
         found += [replace(k, name=k.name + suffix) for k in recorded(call, target, every_tile)]
@@ -230,17 +248,18 @@ def kernels(dtypes=(torch.float32, torch.bfloat16, torch.float64), target=("cuda
     return distinct(found)
 
 
-def _typical_call(shape, dtype, masked, activation, window=None, dropout_p=0.0):
+def _typical_call(shape, dtype, masked, activation, form=None, dropout_p=0.0):
     B, Tq, Tk, D = shape
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     inputs = [empty(B, T, D) for T in (Tq, Tk, Tk)] + [empty(D)]
     mask = torch.empty(B, Tq, Tk, dtype=torch.bool, device="meta") if masked else None
     lengths = torch.empty(B, dtype=torch.int64, device="meta") if masked else None
-    centers = torch.empty(B, Tq, dtype=torch.int64, device="meta") if window == "centers" else None
+    centers = torch.empty(B, Tq, dtype=torch.int64, device="meta") if form == "centers" else None
+    bias = torch.empty(1, Tq, Tk, device="meta", dtype=accumulation_dtype(dtype)) if form == "bias" else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
-    inputs += [mask, lengths, centers, None, None, seed]
-    sides = (-1, 0 if masked else -1) if window is None else (64, 64)
+    inputs += [bias, mask, lengths, centers, None, None, seed]
+    sides = (64, 64) if form in ("window", "centers") else (-1, 0 if masked else -1)
     options = Options(*sides, 1.0, 5.0 if masked else 0.0, SCORE_ACTIVATIONS[activation], 0.2, dropout_p)
     context, lse, weights, scores = additive_attention_fwd(*inputs, *options, *Flags(masked, keep_scores=False))
     grads = (context, lse, weights if masked else None)
-    additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b1111)
+    additive_attention_bwd(*grads, *inputs, *options, context, lse, scores, 0b11111)

@@ -41,18 +41,30 @@ def _probability(s, lse):
     return tl.exp2((s - tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)) * LOG2E)
 
 
+@triton.jit
+def _part_of_cap(s, softcap, bias, i64, j64, stride_bq, stride_bk, inside):
+    """Scores of a tile without their bias, as a part of the cap."""
+    if bias is not None:
+        s -= load_wide(bias + i64[:, None] * stride_bq + j64[None, :] * stride_bk, inside)
+    part = s / number(softcap, s.dtype)
+    if bias is not None:
+        part = tl.minimum(tl.maximum(part, -1.0), 1.0)  # a large one left little of the score
+    return part
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_bwd_kernel_gradient(
-    scores, lse, value, context, grad_context, grad_weights, shift, g, g_transposed,
-    stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, H, Tq, Tk, first_query,
-    center, stride_n, left, right, scale, softcap,
+    scores, lse, value, bias, context, grad_context, grad_weights, shift, g, g_transposed, grad_bias,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_bb, stride_bh, stride_bq, stride_bk, stride_cb, stride_ch,
+    H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAD: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """g_ij, the gradient of the score before cap and scale, of one tile; rows are padded with 0 to PAD.
 
-    shift is sum_j p_ij dp_ij - dL_i, or None. Grid: (query tiles * key tiles * B * H,).
+    shift is sum_j p_ij dp_ij - dL_i, or None. bias is None without a cap, grad_bias (B, H, Tq, Tk), the gradient
+    after cap and scale, where it is not asked for. Grid: (query tiles * key tiles * B * H,).
     """
     ARITHMETIC: tl.constexpr = scores.dtype.element_ty
     q_tiles, k_tiles = tl.cdiv(Tq, BLOCK_Q), tl.cdiv(Tk, BLOCK_K)
@@ -68,6 +80,12 @@ def additive_attention_bwd_kernel_gradient(
     s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
     row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
     p = _probability(s, row_lse[:, None])
+    # Before the products on AMD, which would spill scalars, its addresses, beside them; others lack registers.
+    is_early: tl.constexpr = bias is not None and not NVIDIA
+    if bias is not None:
+        bias += b * stride_bb + h * stride_bh
+    if is_early:
+        part = _part_of_cap(s, softcap, bias, i64, j64, stride_bq, stride_bk, inside)
     a = tl.zeros((BLOCK_Q, BLOCK_K), ARITHMETIC)
     mean = tl.zeros((BLOCK_Q,), ARITHMETIC)
     if grad_context is not None:
@@ -103,10 +121,14 @@ def additive_attention_bwd_kernel_gradient(
         a += load_wide(grad_weights + at, inside)
     if shift is not None:
         mean += tl.load(shift + bh * Tq + i64, mask=in_q, other=0.0)
-    gradient = p * (a - mean[:, None]) * number(scale, ARITHMETIC)
+    gradient = p * (a - mean[:, None])
+    if grad_bias is not None:
+        tl.store(grad_bias + at, tl.where(s == float("-inf"), 0.0, gradient), mask=inside)
+    gradient *= number(scale, ARITHMETIC)
     if softcap is not None:
-        softcap = number(softcap, ARITHMETIC)
-        gradient *= 1.0 - (s / softcap) * (s / softcap)
+        if not is_early:
+            part = _part_of_cap(s, softcap, bias, i64, j64, stride_bq, stride_bk, inside)
+        gradient *= 1.0 - part * part
     gradient = tl.where(s == float("-inf"), 0.0, gradient)
     q_padded, k_padded = tl.cdiv(Tq, PAD) * PAD, tl.cdiv(Tk, PAD) * PAD
     out = g + (bh * Tq + i64)[:, None] * k_padded + j64[None, :]
@@ -115,25 +137,29 @@ def additive_attention_bwd_kernel_gradient(
     tl.store(out_transposed, tl.trans(gradient), mask=in_k[:, None] & (i < q_padded)[None, :])
 
 
-def score_gradient(problem, scores, lse, context, grad_context, grad_weights, shift, first):
-    """g (B, H, n, Tk) of the queries from first on, and its transpose, rows padded to PAD.
+def score_gradient(problem, scores, lse, context, grad_context, grad_weights, shift, first, of_bias):
+    """(g (B, H, n, Tk) and its transpose, rows padded to PAD; that of the bias (B, H, n, Tk), if asked for).
 
-    context and its gradient are (B, H, n, Dv).
+    Of the queries from first on; context and its gradient are (B, H, n, Dv).
     """
     n, block_q, block_k = lse.shape[2], 32, 32
     q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, problem.Tk))
     g, g_transposed = problem.empty(problem.BH, n, k_padded), problem.empty(problem.BH, problem.Tk, q_padded)
+    grad_bias = problem.empty(problem.B, problem.H, n, problem.Tk) if of_bias and problem.is_sloped else None
+    bias, bias_strides = problem.bias_of(first, first + n) if problem.options["softcap"] else (None, (0, 0, 0, 0))
     # Where no tensor core takes float64 (sm_120), its products spill beside the operands of a second stage.
     warps, stages = (8, 1) if g.dtype == torch.float64 else (4, 2)
     launch(
         additive_attention_bwd_kernel_gradient,
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
-        scores, lse, problem.value, context, grad_context, grad_weights, shift, g, g_transposed,
-        *problem.value.stride(), *context.stride()[:2], problem.H, n, problem.Tk, first,
+        scores, lse, problem.value, bias, context, grad_context, grad_weights, shift, g, g_transposed, grad_bias,
+        *problem.value.stride(), *bias_strides, *context.stride()[:2], problem.H, n, problem.Tk, first,
         options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_V=_dot_terms(context.dtype), PAD=PAD, NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return g, g_transposed
+    if of_bias and grad_bias is None:
+        grad_bias = g.view(problem.B, problem.H, n, k_padded)[..., : problem.Tk]
+    return g, g_transposed, grad_bias
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -51,6 +51,18 @@ def _stored(s, visible):
 
 
 @triton.jit
+def _biased(s, bias, visible):
+    """Scores with their bias, of which -inf hides a key as a mask does.
+
+    What overflows stays above the score that stands for -inf, and so does a bias of the lowest number, as float
+    masks have it.
+    """
+    least: tl.constexpr = -1.7976931348623155e308 if s.dtype == tl.float64 else -3.4028232635611926e38
+    biased = tl.maximum(s + bias, least, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(s == float("-inf"), s, biased), visible & (bias != float("-inf"))
+
+
+@triton.jit
 def _only_lowest(top, total):
     """Whether the visible scores of a row are all -inf; total is NaN where one is NaN."""
     return (top == _lowest(top.dtype)) & (total > 0.0)
@@ -118,9 +130,10 @@ def _capped(s, scale, softcap, NVIDIA: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_fwd_kernel_scores(
-    query, key, weight, mask, key_lengths, query_exp, key_exp, query_bound, key_bound, scores,
+    query, key, weight, bias, mask, key_lengths, query_exp, key_exp, query_bound, key_bound, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_mb, stride_mh, stride_mq, stride_mk, q_tiles_b, q_tiles_h, k_tiles_b, k_tiles_h, stride_wh,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_mb, stride_mh, stride_mq, stride_mk,
+    q_tiles_b, q_tiles_h, k_tiles_b, k_tiles_h, stride_wh,
     H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap, negative_slope,
     ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, NVIDIA: tl.constexpr,
@@ -170,6 +183,10 @@ def additive_attention_fwd_kernel_scores(
     visible = in_window(
         visible, row, column, i0, first_j, Tq - first_i, center, stride_n, left, right, bh, BLOCK_K
     )
+    if bias is not None:
+        bias += b * stride_bb + h * stride_bh + first_i * stride_bq + first_j * stride_bk
+        x = load_wide(bias + row64[:, None] * stride_bq + column64[None, :] * stride_bk, inside)
+        s, visible = _biased(s, x, visible)
     if mask is not None:
         mask += b * stride_mb + h * stride_mh + first_i * stride_mq + first_j * stride_mk
         at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
@@ -180,11 +197,12 @@ def additive_attention_fwd_kernel_scores(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_fwd_kernel_few(
-    query, key, weight, mask, key_lengths, scores,
+    query, key, weight, bias, mask, key_lengths, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_mb, stride_mh, stride_mq, stride_mk, stride_wh, H, Tq, Tk, first_query, center, stride_n, left, right,
-    scale, softcap, negative_slope, ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NVIDIA: tl.constexpr,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_mb, stride_mh, stride_mq, stride_mk, stride_wh,
+    H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap, negative_slope,
+    ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query and BLOCK_K keys, read once and as they lie. Grid: (Tq * key tiles * B * H,).
 
@@ -236,6 +254,9 @@ def additive_attention_fwd_kernel_few(
             sums = tl.fma(linear(z2, negative_slope, ACTIVATION), w2[None, :], sums)
     s = _capped(tl.sum(sums, 1), scale, softcap, NVIDIA)
     visible = (j64 >= first) & (j64 < last)
+    if bias is not None:
+        x = bias + b * stride_bb + h * stride_bh + i.to(tl.int64) * stride_bq + j64 * stride_bk
+        s, visible = _biased(s, load_wide(x, j < Tk), visible)
     if mask is not None:
         at = mask + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_mq + j64 * stride_mk
         visible = visible & (tl.load(at, mask=j < Tk, other=0) != 0)
@@ -254,13 +275,14 @@ def _write_scores_by(tile, problem, out, first, end):
     if mask is not None:
         mask = mask[:, :, first:end]
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    bias, bias_strides = problem.bias_of(first, end)
     n = end - first
     if problem.few:
         block_k, block_d = tile.extents_in(query.dtype)
         launch(
             additive_attention_fwd_kernel_few, (n * triton.cdiv(problem.Tk, block_k) * problem.BH,),
-            query, problem.key, problem.weight, mask, problem.key_lengths, out,
-            *query.stride(), *problem.key.stride(), *mask_strides, problem.stride_wh,
+            query, problem.key, problem.weight, bias, mask, problem.key_lengths, out,
+            *query.stride(), *problem.key.stride(), *bias_strides, *mask_strides, problem.stride_wh,
             problem.H, n, problem.Tk, first,
             options=problem.options, D=problem.D, BLOCK_K=block_k, BLOCK_D=block_d, NVIDIA=NVIDIA,
             num_warps=tile.warps,
@@ -271,15 +293,17 @@ def _write_scores_by(tile, problem, out, first, end):
         problem.key_packed[block_k] = problem.pack_keys(block_k)
     key_exp, key_bound = problem.key_packed[block_k]
     query_exp, query_bound = problem.pack_queries(query, block_q)
-    # Beside the bounds of windows two warps lack registers, but on sm_90, where four exchange too much.
-    has_window = problem.options["left"] is not None or problem.options["center"] is not None
-    warps = max(tile.warps, 4) if has_window and _tiles.gpu_of(query.device) != _tiles.SM_90 else tile.warps
+    gpu, warps = _tiles.gpu_of(query.device), tile.warps
+    if (problem.options["left"] is not None or problem.options["center"] is not None) and gpu != _tiles.SM_90:
+        warps = max(warps, 4)  # beside the bounds of windows two lack registers; on sm_90 four exchange too much
+    if bias is not None and gpu == _tiles.AMD:
+        warps = max(warps, 8)  # so that a wave holds fewer rows, each with an address more
     launch(
         additive_attention_fwd_kernel_scores,
         (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
-        query, problem.key, problem.weight, mask, problem.key_lengths,
+        query, problem.key, problem.weight, bias, mask, problem.key_lengths,
         query_exp, key_exp, query_bound, key_bound, out,
-        *query.stride(), *problem.key.stride(), *mask_strides,
+        *query.stride(), *problem.key.stride(), *bias_strides, *mask_strides,
         *strides(query_bound), *strides(key_bound), problem.stride_wh,
         problem.H, n, problem.Tk, first,
         options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_Q=block_q, BLOCK_K=block_k,

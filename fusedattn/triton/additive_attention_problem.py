@@ -27,7 +27,8 @@ _RATES = (2.0, 1.0, 0.0, 0.0)
 
 # Integers, or bits of float64, that change from call to call: else compiled anew for 1 and multiples of 16.
 UNSPECIALISED = [
-    *(f"stride_{t}{dim}" for t in "qkvclhp" for dim in "bh"), "stride_mb", "stride_mh", "stride_mq", "stride_mk",
+    *(f"stride_{t}{dim}" for t in "qkvclhp" for dim in "bh"),
+    *(f"stride_{t}{dim}" for t in "bm" for dim in "bhqk"),
     "stride_b", "stride_h", "stride_cs", "stride_ls", "stride_wh",
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
@@ -380,7 +381,7 @@ def _dropout_options(seed, options: Options, H: int, dtype: torch.dtype) -> dict
     }
 
 
-def check(query, key, value, weight, mask, key_lengths, window_center=None, seed=None, **others) -> None:
+def check(query, key, value, weight, bias, mask, key_lengths, window_center=None, seed=None, **others) -> None:
     """Raises for what kernels would read beyond; others are named (tensor or None, their last sizes, dtype)."""
     rank = query.dim()
     if rank not in (3, 4) or key.dim() != rank or value.dim() != rank:
@@ -400,6 +401,11 @@ def check(query, key, value, weight, mask, key_lengths, window_center=None, seed
     _require("value", value, (*lead, Tk, Dv), dtype, device)
     wide = accumulation_dtype(dtype)
     _require("weight", weight, (D,) if rank == 3 else (H, D), wide if weight.dtype == wide else dtype, device)
+    if bias is not None:
+        # Any size of it may be 1.
+        full = (*lead, Tq, Tk)
+        sizes = tuple(1 if m == 1 else n for m, n in zip(bias.shape, full, strict=bias.dim() == len(full)))
+        _require("bias", bias, sizes, wide if bias.dtype == wide else dtype, device)
     if mask is not None:
         _require("mask", mask, (*lead, Tq, Tk), torch.bool, device)
     if key_lengths is not None:
@@ -423,18 +429,21 @@ class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
     def __init__(
-        self, query, key, value, weight, mask, key_lengths, window_center, options: Options, seed=None
+        self, query, key, value, weight, bias, mask, key_lengths, window_center, options: Options, seed=None
     ):  # fmt: skip
         if query.dim() == 3:
-            mask = None if mask is None else mask.unsqueeze(1)
+            bias, mask = (None if t is None else t.unsqueeze(1) for t in (bias, mask))
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
             weight = weight.expand(1, -1)
         (self.B, self.H, self.Tq, self.D), (self.Tk, self.Dv) = query.shape, value.shape[-2:]
         self.query, self.key, self.value = query, key, value
+        self.bias = bias  # any size of it may be 1
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.key_lengths = None if key_lengths is None else key_lengths.contiguous()
         self.options = _kernel_options(options, query.dtype)
         self.options |= _dropout_options(seed, options, self.H, query.dtype)
+        # Whether a score is not what is summed over channels: its gradient then has a factor more.
+        self.is_sloped = options.scale != 1 or options.softcap != 0
         self.empty = functools.partial(torch.empty, dtype=accumulation_dtype(query.dtype), device=query.device)
         self.BH = self.B * self.H
         self.channels = max(4, triton.cdiv(self.D, 4) * 4)
@@ -490,6 +499,13 @@ class Problem:
             seeing, tiles, self.Tq, options=self.options, BLOCK_Q=32, BLOCK_T=block_t, num_warps=4,
         )  # fmt: skip
         self.options |= {"seeing": seeing, "tiles_seen": tiles}
+
+    def bias_of(self, first, end):
+        """(the bias of queries first to end, its strides)"""
+        if self.bias is None:
+            return None, (0, 0, 0, 0)
+        bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, first:end]
+        return bias, tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
 
     def pack_queries(self, query, block, by_row=False):
         return pack(query, self.channels, block, self.options["RATE"], by_row)

@@ -19,7 +19,7 @@ from fusedattn.triton.additive_attention_problem import Problem, check
 
 def _problem(query, key, weight, options: Options) -> Problem:
     # The keys stand for values, at which nobody looks.
-    return Problem(query, key, key, weight, None, None, None, AdditiveAttentionOptions(-1, -1, *options))
+    return Problem(query, key, key, weight, None, None, None, None, AdditiveAttentionOptions(-1, -1, *options))
 
 
 def _scores(problem: Problem):
@@ -31,7 +31,7 @@ def _scores(problem: Problem):
 
 def additive_scores_fwd(query, key, weight, *options):
     """``fusedattn::additive_scores_fwd_triton``."""
-    check(query, key, key, weight, None, None)
+    check(query, key, key, weight, None, None, None)
     with on_device_of(query):
         scores = _scores(_problem(query, key, weight, Options(*options)))
     return scores.to(query.dtype).view(*query.shape[:-1], key.shape[-2])
@@ -43,7 +43,7 @@ def additive_scores_bwd(grad_scores, query, key, weight, *rest):
     options = Options(*numbers)
     of_query, of_key, of_weight = asked_for(output_mask, 3)
     Tq, Tk = query.shape[-2], key.shape[-2]
-    check(query, key, key, weight, None, None, grad_scores=(grad_scores, (Tq, Tk), query.dtype))
+    check(query, key, key, weight, None, None, None, grad_scores=(grad_scores, (Tq, Tk), query.dtype))
     inputs = {"query": (query, of_query), "key": (key, of_key), "weight": (weight, of_weight)}
     if not (grad_scores.numel() and query.shape[-1]):
         return tuple(t.new_zeros(t.shape if asked else 0) for t, asked in inputs.values())

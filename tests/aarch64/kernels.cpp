@@ -93,7 +93,7 @@ struct AttentionCase {
   int64_t B, H, Tq, Tk, D, Dv;
   double size;  // of query and key: products of four, of two denominators, or sums
   AttentionOptions options;
-  bool masked, exponentials_at_hand, infinite_weight;
+  bool masked, exponentials_at_hand, infinite_weight, biased = false;
 };
 
 // The phases of cpu.cpp over one chunk that holds every row.
@@ -165,10 +165,17 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const 
   for (int64_t row = 0; row < heads * c.Tq; ++row) fwd.prepare_query(p, chunk, row);
   for (int64_t head = 0; head < heads; ++head)
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK) fwd.score(p, chunk, head, j, scores.data(), score_memory.data());
+  std::vector<T> biased = scores, grad_bias(scores.size());
+  const auto bias = stored(2 * c.Tk, 3);
+  const auto wide_bias = random.numbers<T>(c.Tk);
+  for (int64_t row = 0; row < heads * c.Tq && c.biased; ++row) {
+    fwd.add_bias(c.Tk, &scores[row * c.Tk], bias.data(), 2, &biased[row * c.Tk]);
+    fwd.add_wide_bias(c.Tk, &biased[row * c.Tk], wide_bias.data(), 1, &biased[row * c.Tk]);
+  }
   const auto keys_of = [&](int64_t row) { return p.keys_of(row / c.Tq / c.H, row / c.Tq % c.H, row % c.Tq); };
   const KeyRange columns{0, c.Tk};
   for (int64_t row = 0; row < heads * c.Tq; ++row)
-    lse[row] = fwd.softmax(keys_of(row), columns, &scores[row * c.Tk], &weights[row * c.Tk]);
+    lse[row] = fwd.softmax(keys_of(row), columns, &biased[row * c.Tk], &weights[row * c.Tk]);
   for (int64_t head = 0; head < heads; ++head)
     products.matmul(c.Tq, c.Dv, c.Tk, &weights[head * c.Tq * c.Tk], c.Tk, 1,
                     p.value.row(head / c.H, head % c.H, 0), c.Dv, p.seen_keys(head / c.H, head % c.H),
@@ -186,8 +193,9 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const 
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK)
       products.grad_weights(p, chunk, head, j, dc(head), c.Dv, g.data(), score_memory.data());
   for (int64_t row = 0; row < heads * c.Tq; ++row)
-    row_sums[row] = bwd.grad_scores(p, keys_of(row), columns, &scores[row * c.Tk], lse[row], grad_lse[row],
-                                    &probabilities[row * c.Tk], &g[row * c.Tk]);
+    row_sums[row] =
+        bwd.grad_scores(p, keys_of(row), columns, &biased[row * c.Tk], &scores[row * c.Tk], lse[row],
+                        grad_lse[row], &probabilities[row * c.Tk], &g[row * c.Tk], &grad_bias[row * c.Tk]);
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t visible = p.visible_keys(head / c.H, head % c.H);
     for (int64_t j = 0; j < c.Tk; j += KEY_BLOCK)
@@ -201,7 +209,8 @@ void attention(const AttentionCase& c, const AttentionFwdKernels<S>& fwd, const 
       for (int64_t d = 0; d < padded; d += lanes)
         bwd.backward_strip(p, chunk, head, d, 0, visible, g.data(), head_dq, head_dk, head_dw, memory.data());
   }
-  for (const std::vector<T>* result : {&scores, &weights, &lse, &context, &probabilities, &g, &row_sums, &dq, &dw})
+  for (const std::vector<T>* result :
+       {&scores, &weights, &lse, &context, &probabilities, &g, &grad_bias, &row_sums, &dq, &dw})
     results.add(c.name, widened(*result), std::numeric_limits<T>::epsilon());
   for (const std::vector<S>* result : {&dk, &dx}) results.add(c.name, widened(wide(*result)), rounding);
 }
@@ -320,6 +329,7 @@ int main(int arguments, char** argument) {
       {"an infinite weight", 1, 1, 5, 18, 16, 16, 1, plain, false, false, true},
       {"sigmoid, one query", 1, 2, 1, 40, 64, 48, 2, sigmoid, false, false, false},
       {"sigmoid, sums", 1, 1, 21, 20, 24, 16, 90, sigmoid, true, false, false},
+      {"a bias", 1, 2, 19, 33, 21, 19, 2, capped, true, false, false, true},
       {"relu", 1, 2, 19, 33, 21, 19, 2, relu, true, false, false},
       {"leaky_relu, one query", 2, 1, 1, 37, 33, 17, 2, leaky_relu, false, false, false},
       {"leaky_relu, few queries", 1, 2, 5, 37, 33, 17, 2, leaky_relu, false, false, false},
