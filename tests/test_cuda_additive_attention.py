@@ -19,7 +19,7 @@ from test_additive_attention import ACTIVATIONS, DTYPES, INPUTS, MAGNITUDES, MAS
 from tolerance import TF32_EPS
 from torch.autograd import Function
 
-from fusedattn import _scores, _windows
+from fusedattn import _philox, _scores, _windows
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions as Options
 
@@ -47,12 +47,12 @@ def rows(t):
 class EmulatedAttention(Function):
     @staticmethod
     def forward(
-        module, query, key, value, weight, mask, key_lengths, center, options, keep_scores, chunk, tf32
+        module, query, key, value, weight, mask, key_lengths, center, seed, options, keep_scores, chunk, tf32
     ):  # fmt: skip
         lead, Tk, dtype = query.shape[:-1], key.shape[-2], query.dtype
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
         scores, weights = poisoned((*lead, Tk), lse.dtype), poisoned((*lead, Tk), dtype)
-        arrays = arguments(query, key, value, weight, mask, key_lengths, center)
+        arrays = arguments(query, key, value, weight, mask, key_lengths, center, seed)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
         module.additive_attention_fwd(name(dtype), *arrays, options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
@@ -80,17 +80,17 @@ class EmulatedAttention(Function):
             *(array(t) for t in outputs),
             ctx.chunk,
         )
-        return None, *outputs, *(None,) * 7
+        return None, *outputs, *(None,) * 8
 
 
-def arguments(query, key, value, weight, mask, key_lengths, center):
+def arguments(query, key, value, weight, mask, key_lengths, center, seed):
     if mask is not None:
         mask = with_heads(mask.expand(*query.shape[:-1], key.shape[-2]))
     weight = weight.detach() if query.dim() == 4 else weight.detach().unsqueeze(0)
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     if center is not None and query.dim() == 3:
         center = center.unsqueeze(1)
-    return [array(t) for t in (rows(query), rows(key), rows(value), weight, mask, key_lengths, center)]
+    return [array(t) for t in (rows(query), rows(key), rows(value), weight, mask, key_lengths, center, seed)]
 
 
 def emulated_attention(
@@ -109,6 +109,8 @@ def emulated_attention(
     softcap=None,
     activation="tanh",
     negative_slope=0.2,
+    dropout_p=0.0,
+    place=_philox.EVERYTHING,
     return_weights=True,
     return_lse=True,
     keep_scores=True,
@@ -120,8 +122,9 @@ def emulated_attention(
     window = _windows.sides("emulated_attention", window_size, window_center, is_causal)
     if window_center is not None:
         window_center = _windows.centers("emulated_attention", window_center, query.shape[:-1], query.device)
-    options = Options(*window, *_scores.numbers(scale, softcap, activation, negative_slope))
-    others = (mask, key_lengths, window_center, options, keep_scores, chunk, tf32)
+    options = Options(*window, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p, *place)
+    seed = _philox.draw_seed(query.device) if dropout_p else None
+    others = (mask, key_lengths, window_center, seed, options, keep_scores, chunk, tf32)
     return EmulatedAttention.apply(module, query, key, value, weight, *others)[:3]
 
 
@@ -266,6 +269,36 @@ def test_keys_outside_are_not_computed(module, center):
 @pytest.mark.parametrize("center", ["none", "apart"])
 def test_what_is_in_no_window_is_absent(module, Tq, center):
     windows.check_absent(shape(2, Tq, 250, 5, 4), center, functools.partial(emulated_attention, module))
+
+
+@pytest.fixture
+def seed(monkeypatch):
+    """That of every call."""
+    seed = torch.tensor([0x123456789ABCDEF])
+    monkeypatch.setattr(_philox, "draw_seed", lambda device, generator=None: seed)
+    return seed
+
+
+@pytest.mark.sanitized
+@pairwise(
+    sizes=[shape(2, 1, 37, 9, 5), shape(2, 5, 70, 20, 3, H=3), shape(1, 66, 67, 7, 9)],
+    dtype=DTYPES,
+    options=[{}, {"window_size": (6, 2), "softcap": 2.0}, {"activation": "relu"}],
+    keep_scores=[True, False],
+)
+def test_dropout(module, seed, sizes, dtype, options, keep_scores):
+    check(module, make_inputs(sizes, dtype), keep_scores, dropout_p=0.4, **options)
+
+
+@pytest.mark.parametrize("Tq", [1, 5, 18])
+@pytest.mark.parametrize("first_key", [0, 4, 7])
+def test_dropout_has_the_bits_of_the_whole(module, seed, Tq, first_key):
+    """Those that dropout keeps count in the context, which of a unit matrix is the weights."""
+    query, key, _, weight = make_inputs(shape(2, Tq, 37, 3, H=2))
+    place = _philox.Place(1 << 40, 5, 1 << 20, first_key)
+    value = torch.eye(37).expand(2, 2, -1, -1)
+    context, *_ = emulated_attention(module, query, key, value, weight, dropout_p=0.4, place=place)
+    assert torch.equal(context != 0, _philox.words(seed, context.shape, place) >= _philox.threshold(0.4))
 
 
 def test_lengths_out_of_range_are_clamped(module):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from device import BACKEND, INTERPRETED, cpu_alone, not_on_the_standin, raw_op
+from device import INTERPRETED, cpu_alone, not_on_the_standin, raw_op
 from pairwise import in_dtypes
 from test_additive_attention import DTYPES, check, make_inputs, run, shape
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from fusedattn import (
     AdditiveAttention,
     BahdanauAttention,
-    UnsupportedError,
     _philox,
     additive_attention,
     additive_attention_ref,
@@ -288,13 +287,6 @@ def test_a_step_of_a_loop_drops_as_any_call(same_seed):
         strict=True,
     ):
         assert torch.equal(a, b)
-
-
-@pytest.mark.skipif(BACKEND == "triton", reason="it runs them")
-def test_backends_without_kernels_say_so():
-    inputs = make_inputs(shape(2, 3, 5, 4))
-    with pytest.raises(UnsupportedError, match="there are no kernels for dropout_p > 0 in CUDA C"):
-        additive_attention(*inputs, dropout_p=P, backend="cuda")
 
 
 def test_modules_drop_in_training_alone():

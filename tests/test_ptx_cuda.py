@@ -14,6 +14,8 @@ from cuda_emulator.arrays import array
 from ptx import nvcc
 from test_additive_attention import make_inputs, shape
 
+from fusedattn import _philox
+
 test_cuda_additive_attention = pytest.importorskip("test_cuda_additive_attention")
 test_cuda_film = pytest.importorskip("test_cuda_film")
 
@@ -59,6 +61,17 @@ def test_additive_attention(attention, Tq, dtype, keep_scores):
     inputs = make_inputs(shape(1, Tq, 70, 33, 9), dtype)
     inputs[1][0, 65] *= 30
     test_cuda_additive_attention.check(attention, inputs, keep_scores, key_lengths=torch.tensor([69]))
+
+
+@pytest.mark.parametrize(("Tq", "keep_scores"), [(1, True), (3, True), (17, False)])
+def test_options_of_additive_attention(attention, Tq, keep_scores):
+    options = {"activation": "leaky_relu", "dropout_p": 0.4, "window_size": (9, 3)}
+    centers = torch.randint(-5, 75, (1, Tq))
+    seed = torch.tensor([0x123456789ABCDEF])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_philox, "draw_seed", lambda device, generator=None: seed)
+        inputs = make_inputs(shape(1, Tq, 70, 33, 9))
+        test_cuda_additive_attention.check(attention, inputs, keep_scores, window_center=centers, **options)
 
 
 def test_additive_attention_in_tf32(attention):

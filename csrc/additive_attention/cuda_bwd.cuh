@@ -5,6 +5,9 @@
 //   inputs  dq, dk, dw from g                               the joint pass, below
 //   keys    dk = sum of the parts of each 64 queries
 //   values  dx_j = sum_i p_ij dc_i                          64 x 64 tiles
+//
+// With dropout dc_i . x_j and the p of dx_j are those of weights that are kept, times 1 / (1 - P), and else 0.
+//
 //   weight  dw = sum of the parts
 //
 // The joint pass spends all the time. A block owns 64 queries and 32 channels and walks all keys; a warp owns 8 of
@@ -192,6 +195,11 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     }
   }
 
+  uint32_t kept = 0;
+  if (p.drops() && !only_scores) {
+    kept = kept_pairs(p, at, i0, j0);
+    drop_pairs(kept, T(p.dropout.factor), grad);
+  }
 #pragma unroll
   for (int i = 0; i < TILE_Q; ++i) {
     const int64_t query = i0 + tile_row() + i, number = at.n * p.Tq + query;
@@ -208,6 +216,10 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
       score[i][j] = pair.weight;
       grad[i][j] = pair.g;
     }
+  }
+  if (p.drops() && !only_scores) drop_pairs(kept, T(p.dropout.factor), score);
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i) {
     gpu::Pack<T, TILE_K> pack;
 #pragma unroll
     for (int j = 0; j < TILE_K; ++j) pack.element[j] = score[i][j];

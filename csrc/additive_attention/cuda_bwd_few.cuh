@@ -132,10 +132,12 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES > 1     ? 3
       PairGradient<T> pair = {T(0), T(0)};
       if (i < p.Tq && j < keys_end) {
         const T score = grads.scores[row * p.Tk + j];
-        T a = pairs[n] - parts.row_terms[row];
+        const T of_context = p.drops() ? dropped(p, at, i, j, pairs[n]) : pairs[n];
+        T a = of_context - parts.row_terms[row];
         if (score != -INFINITE<T> && grads.grad_weights != nullptr)
           a += gpu::to_arithmetic(grads.grad_weights[row * p.Tk + j]);
         pair = pair_gradient(p, score, grads.lse[row], a);
+        if (p.drops()) pair.weight = dropped(p, at, i, j, pair.weight);
       }
       pairs[n] = pair.weight;
       g_sum += pair.g;

@@ -173,8 +173,8 @@ FUSEDATTN_DEVICE T row_reduce(T x, const Combine& combine) {
   return x;
 }
 
-// One step of the online softmax: scores become p; the rows' maximum and sum move on, row_scale is what earlier
-// sums must be multiplied with.
+// One step of the online softmax: scores become p, of which those that dropout keeps count in the context alone;
+// the rows' maximum and sum move on, row_scale is what earlier sums must be multiplied with.
 template <typename S, bool tensor_cores, typename T>
 FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemory<S, tensor_cores>& memory) {
   T before[TILE_Q];
@@ -206,7 +206,6 @@ FUSEDATTN_DEVICE void softmax_step(T (&score)[TILE_Q][TILE_K], const ForwardMemo
       memory.row_normaliser[row] = normaliser(top, sum);
     }
   }
-  ContextProduct<S, tensor_cores>::store_p(score, memory.p);
 }
 
 // sums = sums row_scale + p x, for the tile's keys and all columns; in the end times the normaliser to the
@@ -279,6 +278,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
         }
     }
     softmax_step(score, memory);
+    if (p.drops()) drop_pairs(kept_pairs(p, at, i0, j0), T(p.dropout.factor), score);
+    ContextProduct<S, tensor_cores>::store_p(score, memory.p);
     context_step(p, out, at, i0, j0, keys, memory);
   }
 

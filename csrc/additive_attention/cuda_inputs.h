@@ -9,6 +9,7 @@
 
 #include "common/cuda_torch.h"
 #include "cuda_problem.cuh"
+#include "philox/stream.h"
 #include "sizes.h"
 
 namespace fusedattn {
@@ -22,7 +23,7 @@ struct AttentionInputs {
   bool flat;  // no dimension of heads
   int64_t B, H, Tq, Tk, D, Dv;
   Tensor query, key, value, weight;
-  OptionalTensor mask, key_lengths, window_center;
+  OptionalTensor mask, key_lengths, window_center, dropout_seed;
   AttentionOptions options;
 
   AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
@@ -38,8 +39,8 @@ struct AttentionInputs {
         mask(mask),
         key_lengths(key_lengths_),
         window_center(window_center),
+        dropout_seed(dropout_seed),
         options(options) {
-    STD_TORCH_CHECK(!dropout_seed, "additive_attention: dropout_seed: the CUDA kernels have no dropout");
     STD_TORCH_CHECK(query.dim() == key.dim() && query.dim() == value.dim() && (flat || query.dim() == 4),
                     "additive_attention: query, key and value must all have 3 or all 4 dimensions");
     B = query.size(0), H = flat ? 1 : query.size(1), Tq = query.size(-2), D = query.size(-1);
@@ -125,6 +126,15 @@ struct AttentionInputs {
                            : n == 2       ? window_center->stride(-1)
                            : flat         ? 0
                                           : window_center->stride(1);
+    if (dropout_seed) {
+      const AttentionOptions& o = options;
+      device.require(dropout_seed, "additive_attention", "dropout_seed");
+      p.random = stream_of("additive_attention: dropout_seed", *dropout_seed, H,
+                           {o.first_head, o.heads, o.first_query, o.first_key});
+      p.dropout = dropout_of("additive_attention", o.dropout_p);
+    } else {
+      p.random.seeds = nullptr;
+    }
     p.options = options;
     return p;
   }

@@ -24,6 +24,7 @@
 
 #include "common/cuda.cuh"
 // after the definition of FUSEDATTN_INLINE
+#include "common/philox.h"
 #include "formula.h"
 #include "options.h"
 #include "window.h"
@@ -119,6 +120,8 @@ struct AttentionProblem {
   const int64_t* key_lengths;  // (B,) or null
   const int64_t* center;       // (B, H, Tq): that of each query's window; null: i, and without windows
   int64_t center_stride[3];
+  PhiloxStream random;  // of dropout; without seeds there is none
+  Dropout dropout;
   AttentionOptions options;
   Factors<gpu::Arithmetic<S>> by;  // set by prepared (cuda_seen.cuh), as what follows
   // (B, H, Tk): whether mask and windows let some query see a key, or null.
@@ -132,6 +135,8 @@ struct AttentionProblem {
     return weight.get(h * weight_stride_h + d);
   }
   FUSEDATTN_HOST_DEVICE int64_t query_tiles() const { return gpu::ceil_div(Tq, BLOCK_Q); }
+
+  FUSEDATTN_DEVICE bool drops() const { return random.seeds != nullptr; }
 
   FUSEDATTN_DEVICE bool sees(int64_t b, int64_t h, int64_t j) const {
     return seen == nullptr || seen[b * seen_stride[0] + h * seen_stride[1] + j * seen_stride[2]];
@@ -607,6 +612,53 @@ template <typename T>
 FUSEDATTN_DEVICE T log_sum_exp(T row_max, T row_sum) {
   const bool none = (row_max == -INFINITE<T> && row_sum == 0) || row_max == VISIBLE_MINUS_INF<T>;
   return none ? -INFINITE<T> : row_max + gpu::log(row_sum);
+}
+
+// A bit for each of the four keys from j on: whether dropout keeps their weights of query i.
+template <typename S>
+FUSEDATTN_DEVICE unsigned kept_keys(const AttentionProblem<S>& p, const Head& at, int64_t i, int64_t j) {
+  const PhiloxRow row = philox_row(p.random, at.b, at.h, i);
+  const uint64_t first = row.first_key + j, skipped = first % PACK;
+  const auto four = [&](uint64_t n) {
+    uint64_t words[4] = {n, static_cast<uint64_t>(row.query), row.head, row.head >> 32};
+    philox(words, row.seed,
+           [](uint64_t a, uint64_t b) { return uint64_t{static_cast<uint32_t>(a)} * static_cast<uint32_t>(b); });
+    unsigned kept = 0;
+#pragma unroll
+    for (int word = 0; word < 4; ++word)
+      kept |= unsigned{static_cast<uint32_t>(words[word]) >= p.dropout.threshold} << word;
+    return kept;
+  };
+  unsigned kept = four(first / PACK) >> skipped;
+  if (skipped != 0) kept |= four(first / PACK + 1) << (PACK - skipped);
+  return kept;
+}
+
+// The same of the thread's pairs in the tile at (i0, j0), TILE_K bits for each row.
+template <typename S>
+FUSEDATTN_DEVICE uint32_t kept_pairs(const AttentionProblem<S>& p, const Head& at, int64_t i0, int64_t j0) {
+  static_assert(TILE_K == PACK && TILE_Q * TILE_K == 32, "a row is one call, the pairs are one word");
+  constexpr unsigned ROW = (1u << TILE_K) - 1;
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int i = 0; i < TILE_Q; ++i)
+    kept |= (kept_keys(p, at, i0 + tile_row() + i, j0 + tile_column()) & ROW) << (TILE_K * i);
+  return kept;
+}
+
+// What dropout makes of numbers of these pairs.
+template <typename T>
+FUSEDATTN_DEVICE void drop_pairs(uint32_t kept, T factor, T (&x)[TILE_Q][TILE_K]) {
+#pragma unroll
+  for (int i = 0; i < TILE_Q; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_K; ++j) x[i][j] = kept >> (TILE_K * i + j) & 1 ? x[i][j] * factor : T(0);
+}
+
+// What dropout makes of a number of a single pair.
+template <typename S, typename T>
+FUSEDATTN_DEVICE T dropped(const AttentionProblem<S>& p, const Head& at, int64_t i, int64_t j, T x) {
+  return kept_keys(p, at, i, j) & 1 ? x * T(p.dropout.factor) : T(0);
 }
 
 template <typename T>

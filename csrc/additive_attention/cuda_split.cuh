@@ -276,8 +276,9 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
       T sum = 0;
 #pragma unroll
       for (int n = 0; n < SPLIT_KEYS / gpu::WARP; ++n) {
+        const int key = lane + n * gpu::WARP;
         const T e = gpu::exp_approx(score[n] - origin);
-        weights[i * SPLIT_KEYS + lane + n * gpu::WARP] = e;
+        weights[i * SPLIT_KEYS + key] = p.drops() ? dropped(p, at, i, j0 + key, e) : e;
         sum += score[n] == INFINITE<T> ? T(1) : e;  // the context is NaN, the log-sum-exp inf
       }
       sum = gpu::warp_sum(sum);

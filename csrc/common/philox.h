@@ -38,9 +38,17 @@ struct PhiloxStream {
   PhiloxPlace place;
 };
 
+// What dropout does to numbers: those whose word is below `threshold` become 0, the others are multiplied.
+struct Dropout {
+  uint32_t threshold;
+  double factor;
+};
+
 // Of query i of head h of batch element b, as the call counts them.
 FUSEDATTN_INLINE PhiloxRow philox_row(const PhiloxStream& s, int64_t b, int64_t h, int64_t i) {
-  const int64_t sample = h / s.heads_of_seed, heads = s.place.heads != 0 ? s.place.heads : s.heads_of_seed;
+  // Divided in 32 bits: a division of 64 is a call on GPUs.
+  const int64_t sample = static_cast<uint32_t>(h) / static_cast<uint32_t>(s.heads_of_seed);
+  const int64_t heads = s.place.heads != 0 ? s.place.heads : s.heads_of_seed;
   const int64_t head = s.place.first_head + b * heads + h - sample * s.heads_of_seed;
   return {static_cast<uint64_t>(s.seeds[sample]), static_cast<uint64_t>(head), s.place.first_query + i,
           s.place.first_key};

@@ -8,12 +8,6 @@
 
 namespace fusedattn {
 
-// What dropout does to numbers: those whose word is below `threshold` become 0, the others are multiplied.
-struct Dropout {
-  uint32_t threshold;
-  double factor;
-};
-
 // Over n keys of a row.
 struct PhiloxKernels {
   // The words less 2^31.

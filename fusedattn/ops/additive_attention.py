@@ -297,12 +297,8 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
 
 
-def _unable(bias: Tensor | None, seed: Tensor | None) -> dict[str, str]:
-    """Backends without kernels for these options, and why."""
-    if bias is None and seed is None:
-        return NO_REASONS
-    what = "a bias" if bias is not None else "dropout_p > 0"
-    return {"cuda": f"there are no kernels for {what} in CUDA C++"}
+# Backends without kernels for it, and why.
+_NO_BIAS = {"cuda": "there are no kernels for a bias in CUDA C++"}
 
 
 def is_traced() -> bool:
@@ -600,7 +596,7 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _unable(bias, seed),
+        _NO_BIAS if bias is not None else NO_REASONS,
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <limits>
 
 #include "additive_attention/cuda_bwd.cuh"
@@ -24,7 +25,7 @@ RowsOf<S> rows(const Array& x) {
 template <typename S>
 AttentionProblem<S> problem(const py::array& query, const py::array& key, const py::array& value,
                             const py::array& weight, const Array& mask, const Array& key_lengths,
-                            const Array& center, const py::tuple& options) {
+                            const Array& center, const Array& seed, const py::tuple& options) {
   AttentionProblem<S> p;
   p.B = query.shape(0), p.H = query.shape(1), p.Tq = query.shape(2), p.D = query.shape(3);
   p.Tk = key.shape(2), p.Dv = value.shape(3);
@@ -35,7 +36,11 @@ AttentionProblem<S> problem(const py::array& query, const py::array& key, const 
   p.key_lengths = data<int64_t>(key_lengths);
   p.center = data<int64_t>(center);
   for (int n = 0; n < 3; ++n) p.center_stride[n] = center ? stride(*center, n) : 0;
-  p.options = bundle<fusedattn::AttentionOptions>(options);
+  const auto o = p.options = bundle<fusedattn::AttentionOptions>(options);
+  p.random = {data<int64_t>(seed),
+              seed && seed->size() > 0 ? p.H / static_cast<int64_t>(seed->size()) : 1,
+              {o.first_head, o.heads, o.first_query, o.first_key}};
+  p.dropout = {static_cast<uint32_t>(std::nearbyint(o.dropout_p * 0x1p32)), 1 / (1 - o.dropout_p)};
   return p;
 }
 
@@ -51,12 +56,12 @@ BINDINGS(additive_attention, module) {
   module.def("additive_attention_fwd",
              [](const std::string& dtype, const py::array& query, const py::array& key, const py::array& value,
                 const py::array& weight, const Array& mask, const Array& key_lengths, const Array& center,
-                const py::tuple& options, const py::array& context, const py::array& lse, const Array& scores,
-                const Array& weights, bool tf32) {
+                const Array& seed, const py::tuple& options, const py::array& context, const py::array& lse,
+                const Array& scores, const Array& weights, bool tf32) {
                with_storage(dtype, [&](auto storage) {
                  using S = decltype(storage);
                  using T = fusedattn::gpu::Arithmetic<S>;
-                 const auto p = problem<S>(query, key, value, weight, mask, key_lengths, center, options);
+                 const auto p = problem<S>(query, key, value, weight, mask, key_lengths, center, seed, options);
                  auto memory = working_memory<T>(additive_attention_fwd_workspace(p));
                  fusedattn::launch_additive_attention_fwd<S>(p, data<S>(context), data<T>(lse), data<T>(scores),
                                                              data<S>(weights), memory.data(), nullptr, tf32);
@@ -66,13 +71,13 @@ BINDINGS(additive_attention, module) {
              [](const std::string& dtype, const Array& grad_context, const Array& grad_lse,
                 const Array& grad_weights, const py::array& query, const py::array& key, const py::array& value,
                 const py::array& weight, const Array& mask, const Array& key_lengths, const Array& center,
-                const py::tuple& options, const py::array& context, const py::array& lse, const Array& scores,
-                const py::array& grad_query, const py::array& grad_key, const py::array& grad_value,
-                const py::array& grad_weight, int64_t chunk_elements) {
+                const Array& seed, const py::tuple& options, const py::array& context, const py::array& lse,
+                const Array& scores, const py::array& grad_query, const py::array& grad_key,
+                const py::array& grad_value, const py::array& grad_weight, int64_t chunk_elements) {
                with_storage(dtype, [&](auto storage) {
                  using S = decltype(storage);
                  using T = fusedattn::gpu::Arithmetic<S>;
-                 const auto p = problem<S>(query, key, value, weight, mask, key_lengths, center, options);
+                 const auto p = problem<S>(query, key, value, weight, mask, key_lengths, center, seed, options);
                  const fusedattn::AttentionGradients<S> grads = {
                      rows<S>(grad_context), data<T>(grad_lse),      data<S>(grad_weights), rows<S>(context),
                      data<T>(lse),          data<T>(scores),        data<S>(grad_query),   data<S>(grad_key),
