@@ -5,14 +5,10 @@ Without diffusers blocks as DiT has them are made here. Printed are the report, 
 a step.
 """
 
-import copy
-import time
-
 import torch
 import torch.nn.functional as F
+from dropin_training import compare
 from torch import nn
-
-import fusedattn
 
 try:
     from diffusers import DiTTransformer2DModel
@@ -93,42 +89,19 @@ def pictures(batch, size, generator):
     return x, kind
 
 
-def train(model, steps, batch, size):
-    """(losses, ms a step at best, MiB kept for the backward pass)."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-4)
-    losses, times, kept = [], [], {}
+def main(width=384, heads=6, layers=2, size=32, batch=4, steps=5):
+    torch.manual_seed(0)
 
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    for _ in range(steps):
+    def loss_of(model, generator):
         clean, kind = pictures(batch, size, generator)
         step = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        kept.clear()
         torch.manual_seed(0)  # of classes that diffusers leaves out at random
-        start = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            share = (step / 1000)[:, None, None, None]
-            loss = F.mse_loss(model((1 - share) * clean + share * noise, step, kind), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        times.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    return losses, 1e3 * min(times), sum(kept.values()) / 2**20
+        share = (step / 1000)[:, None, None, None]
+        return F.mse_loss(model((1 - share) * clean + share * noise, step, kind), noise)
 
-
-def main(width=384, heads=6, layers=2, size=32, batch=4, steps=5):
-    torch.manual_seed(0)
     model = (Denoiser if DiTTransformer2DModel is None else OfDiffusers)(width, heads, layers, size)
-    replaced = copy.deepcopy(model)
-    print(fusedattn.dropin.replace(replaced))
-    for name, made in (("original", model), ("replaced", replaced)):
-        losses, ms, mib = train(made, steps, batch, size)
-        print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, {ms:.0f} ms a step, {mib:.0f} MiB for backward")
+    compare(model, loss_of, steps, rate=2e-4)
 
 
 if __name__ == "__main__":

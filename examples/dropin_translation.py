@@ -4,14 +4,10 @@ It learns to reverse sequences of random words, first as it is, then replaced, f
 the report, the losses, and time and memory of a step of training.
 """
 
-import copy
-import time
-
 import torch
 import torch.nn.functional as F
+from dropin_training import compare
 from torch import nn
-
-import fusedattn
 
 
 class BahdanauAttention(nn.Module):
@@ -53,38 +49,14 @@ class Translator(nn.Module):
         return self.output(self.reading(torch.cat([asked, context], -1))[0])
 
 
-def train(model, steps, words=50, length=80, batch=16):
-    """(losses, ms a step at best, MiB kept for the backward pass)."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    losses, times, kept = [], [], {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    for _ in range(steps):
-        source = torch.randint(words, (length, batch), generator=generator)
-        start = time.perf_counter()
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = F.cross_entropy(model(source, source.flip(0)).flatten(0, 1), source.flip(0).flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        times.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    return losses, 1e3 * min(times), sum(kept.values()) / 2**20
-
-
-def main(width=256, steps=5):
+def main(width=256, steps=5, words=50, length=80, batch=16):
     torch.manual_seed(0)
-    model = Translator(50, width)
-    replaced = copy.deepcopy(model)
-    print(fusedattn.dropin.replace(replaced))
-    for name, made in (("original", model), ("replaced", replaced)):
-        losses, ms, mib = train(made, steps)
-        print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, {ms:.0f} ms a step, {mib:.0f} MiB for backward")
+
+    def loss_of(model, generator):
+        source = torch.randint(words, (length, batch), generator=generator)
+        return F.cross_entropy(model(source, source.flip(0)).flatten(0, 1), source.flip(0).flatten())
+
+    compare(Translator(words, width), loss_of, steps)
 
 
 if __name__ == "__main__":

@@ -709,6 +709,11 @@ def test_the_layer_of_keras_keeps_its_masks_dropout_and_scores(monkeypatch):
         assert type(layer) is keras.layers.AdditiveAttention
 
 
+def test_the_report_has_limits_beside_the_smallest_size():
+    report = str(dropin.replace(formula("captioning.Attention")))
+    assert "do not see edits of encoder_att through .data in between; below 65,536 elements" in report
+
+
 def test_what_is_known_and_no_faster_is_left_and_the_report_says_why():
     module = importlib.import_module("originals.han").WordAttention(9, 3, 2, 1, 5, 0.5)
     (left,) = dropin.replace(module).not_replaced

@@ -66,9 +66,11 @@ class Report:
             note = f" ({entry.reason})" if entry.reason else ""
             text = entry.adapter.fuses + note if entry.replaced else entry.reason
             lines.append((entry.replaced, entry.name, f"{entry.adapter.name}: {text}"))
-        limits = {e.adapter.name: e.adapter.limits for e in self.replaced if e.adapter.limits}
+        notes = {e.adapter.name: e.adapter.limits for e in self.replaced if e.adapter.limits}
+        for names, text in self._small_calls().items():
+            notes[names] = f"{notes[names]}; {text}" if names in notes else text
         title = f"{len(self.replaced)} of {len(self.entries)} known modules are fused"
-        return _table(title, lines, limits | self._small_calls())
+        return _table(title, lines, notes)
 
     def _small_calls(self) -> dict[str, str]:
         """Which calls remain the originals', by the names of adapters."""
