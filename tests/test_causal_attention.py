@@ -7,6 +7,7 @@ import torch
 from device import cpu_alone, not_on_the_standin
 from test_steps import Calls
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedattn import CausalAdditiveAttention
 from fusedattn.modules.growing_rows import LEAST
@@ -155,6 +156,31 @@ def test_keys_in_sight_get_their_gradients_once():
     with Calls() as calls:
         in_sight(module, query, key).sum().backward()
     assert sorted(calls.masks) == [0b0001] * T + [0b1110]
+
+
+class Made(TorchDispatchMode):
+    """The size of every tensor that an operator returns alone, as all but attention's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.sizes.append(found.numel())
+        return found
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([30, 7], dtype=torch.uint8)], ids=["all", "lengths"])
+def test_a_step_makes_nothing_of_the_keys_out_of_sight(lengths):
+    module, query, _, _ = make()
+    keys = module.project_keys(torch.randn(2, 64, 4, dtype=torch.float64))
+    with torch.no_grad(), Made() as made:
+        context = module.step(query[:, 0], keys, 9, key_lengths=lengths)
+    assert max(made.sizes) < 64
+    seen = torch.arange(64) < torch.tensor([9, 9 if lengths is None else 7]).unsqueeze(1)
+    torch.testing.assert_close(context, module.step(query[:, 0], keys, mask=seen))
 
 
 @pytest.mark.parametrize("variant", ["plain", "heads"])

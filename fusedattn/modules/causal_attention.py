@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedattn.modules.attention import AdditiveAttention, _check
 from fusedattn.modules.projected_keys import ProjectedKeys
+from fusedattn.ops.additive_attention import check_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +41,8 @@ class CausalAdditiveAttention(AdditiveAttention):
         for t in range(T):
             context = attention.step(state, keys, visible=t + 1)
 
-    Either way a step costs as much as the keys that it sees. Arguments: see :class:`AdditiveAttention`.
+    Either way a step costs as much as the keys that it sees; with another normaliser than the softmax, the latter
+    as much as all. Arguments: see :class:`AdditiveAttention`.
     """
 
     def append(self, keys: ProjectedKeys | None, key: Tensor, value: Tensor | None = None) -> ProjectedKeys:
@@ -105,16 +107,26 @@ class CausalAdditiveAttention(AdditiveAttention):
         if mask is not None:
             _check(mask, "CausalAdditiveAttention: mask", "B", keys.key.shape[-2])
             mask = mask[:, None, None]
+        center = None
         if visible is not None:
             Tk = keys.key.shape[-2]
             if not 0 <= visible <= Tk:
                 raise ValueError(
                     f"CausalAdditiveAttention: visible: expected a number in [0, {Tk}], got {visible}"
                 )
-            seen = torch.arange(Tk, device=query.device) < visible
-            mask = seen if mask is None else mask & seen
+            ends = torch.full((1, 1), visible, device=query.device)
+            if key_lengths is not None:
+                check_lengths(key_lengths, query.shape[0], Tk, query.device, "CausalAdditiveAttention")
+                ends, key_lengths = ends.minimum(key_lengths.unsqueeze(1)), None
+            center = ends - 1  # keys outside of a window are not computed, in the joint backward neither
         context, weights = self._attend(
-            query.unsqueeze(1), keys, mask=mask, key_lengths=key_lengths, return_weights=return_weights
+            query.unsqueeze(1),
+            keys,
+            mask=mask,
+            key_lengths=key_lengths,
+            is_causal=visible is not None,
+            window_center=center,
+            return_weights=return_weights,
         )
         context = context.squeeze(1)
         return (context, weights.squeeze(2)) if return_weights else context
