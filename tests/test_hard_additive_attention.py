@@ -41,9 +41,10 @@ def sampled(function, inputs, seed=5, **options):
     return function(*inputs, **options)
 
 
-def plain(query, key, value, weight, index, visible=None, scale=1.0):
+def plain(query, key, value, weight, *bias, index, visible=None, scale=1.0):
     """context, log_prob and entropy for keys that are chosen already, written out; there is a visible key."""
     scores = scale * (torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3)) * weight[..., None, None, :]).sum(-1)
+    scores = sum(bias, scores)
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     log_p = scores.log_softmax(-1)
@@ -61,17 +62,21 @@ def with_gradients(function, inputs, dtype=None):
 
 
 def check(inputs, visible=None, **options):
-    """Against the formulas for the same keys, results and gradients; returns the keys."""
-    output = sampled(hard_additive_attention, inputs, **options)
+    """Against the formulas for the same keys, results and gradients; returns the keys. A fifth input is a bias."""
+
+    def call(*given):
+        return sampled(hard_additive_attention, given[:4], **options, bias=given[4] if given[4:] else None)
+
+    output = call(*inputs)
     scale = options.get("scale", 1.0)
 
     def ours(*given):
-        found = sampled(hard_additive_attention, given, **options)
+        found = call(*given)
         assert torch.equal(found.index, output.index)
         return found.context, found.log_prob, found.entropy
 
     def written_out(*given):
-        return plain(*given, output.index, visible, scale)
+        return plain(*given, index=output.index, visible=visible, scale=scale)
 
     wide = inputs[0].dtype in HALF
     rounded = lambda *given: tuple(  # noqa: E731  # eager makes its scores in half precision, ours in float32
@@ -92,8 +97,9 @@ def check(inputs, visible=None, **options):
         "grad_key": (Tq, steep),
         "grad_value": (Tq, 1.0),
         "grad_weight": (math.prod(inputs[0].shape[:-1]) * Tk, steep),
+        "grad_bias": (math.prod(inputs[0].shape[:-2]), noise),
     }
-    for (name, (terms, magnitude)), actual, eager, right in zip(bounds.items(), *found, exact, strict=True):
+    for (name, (terms, magnitude)), actual, eager, right in zip(bounds.items(), *found, exact, strict=False):
         sums = magnitude * (math.sqrt(terms) if name.startswith("grad") else 1.0)
         assert_close_to_reference(actual, eager, right, terms=terms, name=name, scale=sums)
     return output
@@ -108,7 +114,7 @@ def check(inputs, visible=None, **options):
     dtype=DTYPES,
     H=[None, 3],
     sample=[True, False],
-    hidden=[None, "mask", "lengths", "causal"],
+    hidden=[None, "mask", "lengths", "causal", *["window", "bias"] * (not INTERPRETED)],
 )
 def test_values_and_gradients(shape, dtype, H, sample, hidden):
     B, Tq, Tk = shape[:3]
@@ -126,6 +132,16 @@ def test_values_and_gradients(shape, dtype, H, sample, hidden):
     elif hidden == "causal":
         visible = torch.ones(Tq, Tk, dtype=torch.bool).tril().expand(full)
         options = {"is_causal": True}
+    elif hidden == "window":
+        center = torch.randint(0, Tk, full[:-1])
+        offset = torch.arange(Tk) - center.unsqueeze(-1)
+        visible = (offset >= -2) & (offset <= 1)
+        options = {"window_size": (2, 1), "window_center": center}
+    elif hidden == "bias":
+        bias = 2 * torch.randn(Tq, Tk)
+        bias[:, 1::3] = -math.inf
+        visible = (bias > -math.inf).expand(full)
+        inputs.append(bias.to(dtype))
     output = check(inputs, visible, sample=sample, scale=0.7, **options)
     if visible is not None:
         assert visible.gather(-1, output.index.unsqueeze(-1)).all()

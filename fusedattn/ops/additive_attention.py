@@ -254,14 +254,19 @@ def _check_broadcasts(op, argument, t, full, device):
         fail(op, argument, f"a shape broadcastable to {shape_text(*full)}", tuple(t.shape))
 
 
-def _checked_bias(bias, full, dtype, device):
+def autocast_bias(bias: Tensor | None) -> Tensor | None:
+    """As autocast has it; float32 stays, which scores of lower precision take unrounded."""
+    return bias if bias is None or bias.dtype == torch.float32 else autocast(bias)
+
+
+def checked_bias(bias, full, dtype, device, op="additive_attention"):
     """With as many dimensions as the scores."""
     dtypes = tuple(dict.fromkeys((dtype, accumulation_dtype(dtype))))
     if not isinstance(bias, Tensor) or bias.dtype not in dtypes:
         got = getattr(bias, "dtype", type(bias).__name__)
         of_bool = " (what is True where a query may attend to a key is mask)" if got == torch.bool else ""
-        _fail("bias", f"a Tensor of {' or '.join(map(str, dtypes))}", f"{got}{of_bool}")
-    _check_broadcasts("additive_attention", "bias", bias, full, device)
+        fail(op, "bias", f"a Tensor of {' or '.join(map(str, dtypes))}", f"{got}{of_bool}")
+    _check_broadcasts(op, "bias", bias, full, device)
     return bias.view((1,) * (len(full) - bias.dim()) + bias.shape)
 
 
@@ -521,7 +526,7 @@ def attend(
             return attend(
                 *inputs,
                 mask=mask,
-                bias=bias if bias is None or bias.dtype == torch.float32 else autocast(bias),
+                bias=autocast_bias(bias),
                 key_lengths=key_lengths,
                 is_causal=is_causal,
                 window_size=window_size,
@@ -552,7 +557,7 @@ def attend(
         if mask is not None:
             check_mask(mask, full, device)
         if bias is not None:
-            bias = _checked_bias(bias, full, dtype, device)
+            bias = checked_bias(bias, full, dtype, device)
     if key_lengths is not None:
         check_lengths(key_lengths, query.shape[0], key.shape[-2], device)
         key_lengths = key_lengths.to(torch.int64)

@@ -25,12 +25,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedattn import _autograd, _normalizers, _philox, _scores
+from fusedattn import _autograd, _normalizers, _philox, _scores, _windows
 from fusedattn._dispatch import autocast, autocast_enabled, choose, overridable, without_autocast
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import HardAdditiveAttentionOptions as Options
 from fusedattn._philox import EVERYTHING, Place, draw_seed
-from fusedattn.ops.additive_attention import _visible_keys, check_lengths, check_mask
+from fusedattn.ops.additive_attention import (
+    _visible_keys,
+    autocast_bias,
+    check_lengths,
+    check_mask,
+    checked_bias,
+)
 from fusedattn.ops.additive_scores import additive_scores
 
 OP = "hard_additive_attention"
@@ -90,8 +96,11 @@ def hard_additive_attention_ref(
     weight: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -111,8 +120,11 @@ def hard_additive_attention_ref(
         value,
         weight,
         mask=mask,
+        bias=bias,
         key_lengths=key_lengths,
         is_causal=is_causal,
+        window_size=window_size,
+        window_center=window_center,
         scale=scale,
         softcap=softcap,
         activation=activation,
@@ -189,8 +201,11 @@ def attend(
     seed: Tensor | None,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -204,13 +219,19 @@ def attend(
     device = query.device
     if autocast_enabled(device):
         query, key, value, weight = (autocast(t) for t in (query, key, value, weight))
+        bias = autocast_bias(bias)
     query, key, weight, value = _scores.broadcast(OP, query, key, weight, value)
     _scores.check_numbers(OP, scale, softcap, activation, negative_slope)
     shape, dtype = (*query.shape[:-1], key.shape[-2]), query.dtype
     if mask is not None:
         check_mask(mask, shape, device, OP)
+    if bias is not None:
+        bias = checked_bias(bias, shape, dtype, device, OP)
     if key_lengths is not None:
         check_lengths(key_lengths, shape[0], shape[-1], device, OP)
+    window = _windows.sides(OP, window_size, window_center, is_causal)
+    if window_center is not None:
+        window_center = _windows.centers(OP, window_center, shape[:-1], device)
     backend = choose(
         OP,
         backend,
@@ -220,8 +241,8 @@ def attend(
         _UNABLE,
     )
     visible = None
-    if mask is not None or key_lengths is not None or is_causal:
-        visible = _visible_keys(shape, device, mask, key_lengths, (-1, 0 if is_causal else -1))
+    if mask is not None or key_lengths is not None or window != _windows.ALL:
+        visible = _visible_keys(shape, device, mask, key_lengths, window, window_center)
         (key,) = _scores.without_unseen(visible, key)
     wide = accumulation_dtype(dtype)
     with without_autocast(device):
@@ -235,6 +256,9 @@ def attend(
             negative_slope=negative_slope,
             backend=backend,
         )
+        if bias is not None:
+            scores, visible = _scores.biased(scores, bias, visible)
+            visible = visible.expand(shape)
         log_prob, entropy, lse, index, best = HARD_ATTENTION(backend, (scores, visible, seed), Options(*place))
         expected = None
         if return_expected:
@@ -259,8 +283,11 @@ def hard_additive_attention(
     weight: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    window_center: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     activation: str = "tanh",
@@ -275,8 +302,9 @@ def hard_additive_attention(
     length, D score width, Dv value width.
 
     Args:
-        query, key, value, weight, mask, key_lengths, is_causal, scale, softcap, activation, negative_slope: see
-            :func:`fusedattn.additive_attention`.
+        query, key, value, weight, mask, bias, key_lengths, is_causal, window_size, window_center, scale, softcap,
+            activation, negative_slope: see :func:`fusedattn.additive_attention`. Keys outside of a window are
+            hidden, but their scores are computed.
         generator: draws the seed of the samples, in eager mode alone. Default: PyTorch's own of the device, so
             that ``torch.manual_seed`` decides. The same seed gives the same keys on every backend and for any
             number of threads, except where rounding decides between two of them.
@@ -313,8 +341,11 @@ def hard_additive_attention(
         weight,
         seed,
         mask=mask,
+        bias=bias,
         key_lengths=key_lengths,
         is_causal=is_causal,
+        window_size=window_size,
+        window_center=window_center,
         scale=scale,
         softcap=softcap,
         activation=activation,
