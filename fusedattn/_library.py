@@ -43,6 +43,7 @@ def _load_triton() -> str | None:
         "film",
         "gated_film",
         "hard_additive_attention",
+        "location_attention",
         "norm_film",
     ):
         importlib.import_module(f"fusedattn.triton.{op}")

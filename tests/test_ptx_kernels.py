@@ -23,11 +23,12 @@ import test_film
 import test_film_parameters
 import test_gated_film
 import test_hard_additive_attention
+import test_location_attention
 import test_norm_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import _philox, additive_attention, attention_pool, film, gated_film, norm_film
+from fusedattn import _philox, additive_attention, attention_pool, film, gated_film, location_attention, norm_film
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import (
     additive_attention_bwd,
@@ -41,6 +42,7 @@ from fusedattn.triton import attention_pool as attention_pool_kernels
 from fusedattn.triton import film as film_kernels
 from fusedattn.triton import gated_film as gated_film_kernels
 from fusedattn.triton import hard_additive_attention as hard_additive_attention_kernels
+from fusedattn.triton import location_attention as location_attention_kernels
 
 pytestmark = pytest.mark.compiled
 
@@ -156,6 +158,17 @@ def test_hard_additive_attention_kernels(arch):
     with on_ptx(arch) as launches:
         test_hard_additive_attention.check(inputs, visible, mask=visible, sample=sample, backend="triton")
     assert set(launches.executed) >= names_of_kernels(hard_additive_attention_kernels)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_location_attention_kernels(arch):
+    """Projected and folded, over two tiles of keys and of channels, with keys hidden."""
+    filters, dtype = ((2, 3, 11), torch.float32) if arch == 80 else ((1, 40, 3), torch.bfloat16)
+    inputs = test_location_attention.make_inputs(1, 70, 20, 4, *filters, dtype)
+    hidden = test_location_attention.hiding("mask", 1, 70)
+    with on_ptx(arch) as launches:
+        test_location_attention.check(inputs, hidden, on_triton(location_attention), softcap=2.0)
+    assert set(launches.executed) >= names_of_kernels(location_attention_kernels)
 
 
 def check_norm_film(norm, x, dtype=torch.float32, channel_dim=None, **shapes):

@@ -57,6 +57,7 @@ COLUMNS: dict[str, dict[str, Callable[[Kernel], str]]] = {
     "additive_attention": {**COMMON, "slots": lambda k: _number(k.slots), "MUFU": lambda k: _number(k.mufu)},
     "attention_pool": COMMON,
     "hard_additive_attention": COMMON,
+    "location_attention": COMMON,
     **{op: {**COMMON, "bytes": lambda k: ", ".join(map(str, k.widths)) or "–"} for op in STREAMS},
     "norm_film": COMMON,
 }

@@ -19,7 +19,8 @@ several queries, each with previous weights of its own: those of all steps of a 
 
 Symbols: B batch, Tq queries, Tk key length, D score width,
 Dv value width, C channels of previous weights, N filters, K their width, G groups of batch elements with a set of
-parameters each. Kernels: ``csrc/location_attention/`` (C++). Tests: ``tests/test_location_attention.py``.
+parameters each. Kernels: ``csrc/location_attention/`` (C++), ``fusedattn/triton/location_attention.py``. Tests:
+``tests/test_location_attention.py``.
 """
 
 from collections.abc import Callable
@@ -145,7 +146,7 @@ LOCATION_ATTENTION = _autograd.Op(
 
 # Public function
 
-_UNABLE = dict.fromkeys(("cuda", "triton"), f"it has no kernels of {OP}")
+MOST_PROJECTED = 32  # numbers of a key, in Triton: what is made of the previous weights before the projection
 
 
 @overridable
@@ -193,7 +194,8 @@ def location_attention(
         activation, negative_slope: see :func:`fusedattn.additive_attention`.
         normalizer: ``"softmax"``; ``"sigmoid"``, which smooths (section 2.3 of the paper); or a callable on the
             scores (B, 1, Tk), see :func:`fusedattn.additive_attention`. Default: ``"softmax"``.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; there are kernels for the CPU.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. There are kernels for the CPU,
+            and in Triton for up to 32 filters, or taps C K where filters and projection cost less folded into one.
 
         The last four tensors but mask may be in float32 beside half precision, and count unrounded.
 
@@ -273,9 +275,10 @@ def attend(
         query, key, weight, value = _scores.broadcast(OP, query.unsqueeze(1), key, weight, value)
         _scores.check_numbers(OP, scale, softcap, activation, negative_slope)
         _check(query, key, previous, conv_weight, location_weight)
+        unable = _unable(conv_weight, location_weight)
         mask = _visible(key, mask, key_lengths)
         sizes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
-        backend = choose(OP, backend, device, query.dtype, lambda: sizes, _UNABLE)
+        backend = choose(OP, backend, device, query.dtype, lambda: sizes, unable)
         wide = accumulation_dtype(query.dtype)
         previous = previous.to(wide).unsqueeze(1)
         if parameters is None:
@@ -301,11 +304,29 @@ def prepared(
     (1, N, C, K) with their projection (1, D, N), or with as many channels as the score and None, whichever costs
     less."""
     weight, conv_weight, location_weight = (t.to(dtype) for t in (weight, conv_weight, location_weight))
-    (N, C, K), D = conv_weight.shape, location_weight.shape[0]
-    if D * C * K > N * C * K + D * N:
+    if not _are_folded(conv_weight, location_weight):
         return weight[None], conv_weight[None], location_weight[None]
     with without_autocast(weight.device):
-        return weight[None], (location_weight @ conv_weight.flatten(1)).view(1, D, C, K), None
+        folded = location_weight @ conv_weight.flatten(1)
+    return weight[None], folded.view(1, -1, *conv_weight.shape[1:]), None
+
+
+def _are_folded(conv_weight: Tensor, location_weight: Tensor) -> bool:
+    """Whether filters of as many channels as the score cost less than theirs and the projection."""
+    (N, C, K), D = conv_weight.shape, location_weight.shape[0]
+    return D * C * K <= N * C * K + D * N
+
+
+def _unable(conv_weight: Tensor, location_weight: Tensor) -> dict[str, str]:
+    """Backends without kernels for these sizes, and why."""
+    unable = {"cuda": f"it has no kernels of {OP}"}
+    (N, C, K), folded = conv_weight.shape, _are_folded(conv_weight, location_weight)
+    if (C * K if folded else N) > MOST_PROJECTED:
+        of = "taps, of filters folded with the projection" if folded else "filters"
+        unable["triton"] = (
+            f"its kernels take at most {MOST_PROJECTED} {of}: conv_weight is {tuple(conv_weight.shape)}"
+        )
+    return unable
 
 
 def _visible(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor | None:

@@ -23,6 +23,7 @@ from fusedattn.ops.attention_pool import ATTENTION_POOL
 from fusedattn.ops.film import FILM
 from fusedattn.ops.gated_film import GATED_FILM
 from fusedattn.ops.hard_additive_attention import HARD_ATTENTION
+from fusedattn.ops.location_attention import LOCATION_ATTENTION
 from fusedattn.ops.norm_film import NORM_FILM
 
 from .executor import launch
@@ -120,7 +121,8 @@ class Launches:
 @functools.cache
 def _register_for_cpu_tensors() -> torch.library.Library:
     """The raw operators' kernels for GPUs also for tensors of the CPU, whose launches end up here."""
-    for op in (FILM, GATED_FILM, NORM_FILM, ATTENTION, ATTENTION_POOL, SCORES, HARD_ATTENTION):
+    scored = (ATTENTION, ATTENTION_POOL, SCORES, HARD_ATTENTION, LOCATION_ATTENTION)
+    for op in (FILM, GATED_FILM, NORM_FILM, *scored):
         importlib.import_module(f"fusedattn.triton.{op.name}")
         if "triton" not in op.operators:  # a torch built for the CPU
             op.operators["triton"] = _autograd.Operators(op, "_triton")
