@@ -130,7 +130,7 @@ class ReplacedLoop(ReplacedCase):
         return 3 * self.itemsize * self.B * self.T * self.D * (1 if mode == "forward" else self.steps)
 
     def reduced(self) -> "ReplacedLoop":
-        return replace(self, B=3, steps=3)
+        return replace(self, B=3, K=min(self.K, 512), steps=2)
 
 
 @dataclass(frozen=True)
