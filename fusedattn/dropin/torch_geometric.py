@@ -41,7 +41,7 @@ ADAPTERS = (
         name="torch_geometric.FiLMConv",
         source="pyg-team/pytorch_geometric 2.8, torch_geometric/nn/conv/film_conv.py",
         fuses="scale, shift and activation of messages in one pass",
-        least=LEAST_OF_FILM,
+        least=2 * LEAST_OF_FILM,  # gamma and beta are as large as the messages
         shapes={
             "lins.0.weight": ("C", "I"),
             "lins.*.weight": ("C", "I"),
