@@ -38,6 +38,7 @@ def _load_triton() -> str | None:
         return f"Triton {'.'.join(map(str, LEAST_TRITON))} or later is needed, found {triton.__version__}"
     for op in (
         "additive_attention",
+        "additive_attention_varlen",
         "additive_scores",
         "attention_pool",
         "film",

@@ -20,6 +20,7 @@ from fusedattn import (
 
 pytestmark = pytest.mark.levels
 IS_A_LOOP = BACKEND == "auto" and DEVICE == "cpu"  # to the bit
+TAKES_THE_SAME_TILES = IS_A_LOOP or BACKEND == "triton"  # for segments of similar lengths
 NAMES = ("query", "key", "value", "weight")
 BOTH = pytest.mark.parametrize("function", [additive_attention_varlen, additive_attention_varlen_ref])
 # Lengths of queries and keys by segment; keys of the last are split among tasks, rows of some are none.
@@ -80,7 +81,7 @@ def run(function, inputs, dtype=None):
     return *outputs, *torch.autograd.grad(outputs, leaves, grads)
 
 
-def check(inputs, lengths, **options):
+def check(inputs, lengths, exactly=IS_A_LOOP, **options):
     dtype = inputs[0].dtype
     found = run(packed(additive_attention_varlen, lengths, **options), inputs, dtype)
     loop = run(looped(additive_attention, lengths, **options), inputs, dtype)
@@ -89,7 +90,7 @@ def check(inputs, lengths, **options):
     terms = max([sum(lengths[0]) * max(lengths[1], default=0), *lengths[0], *lengths[1], inputs[0].shape[-1]])
     for name, *of in zip(("context", "lse", *NAMES), found, loop, eager, exact, strict=True):
         actual, one_by_one, plain, right = of
-        if IS_A_LOOP and name != "weight":
+        if exactly and name != "weight":
             assert torch.equal(actual, one_by_one), name
         finite = right != -torch.inf
         assert torch.equal(finite, actual != -torch.inf), name
@@ -114,8 +115,45 @@ def test_a_loop_over_the_segments(lengths, dtype, H, window, activation, softcap
 @pytest.mark.interpreted
 @pytest.mark.parametrize("H", [None, 2])
 def test_a_loop_over_few_segments(H):
-    lengths = [3, 0, 7], [4, 2, 5]
-    check(make_inputs(*lengths, H=H, dtype=torch.float32), lengths, is_causal=H is None)
+    lengths = [6, 0, 7], [4, 2, 9]
+    inputs = make_inputs(*lengths, H=H, dtype=torch.float32)
+    check(inputs, lengths, TAKES_THE_SAME_TILES, is_causal=H is None)
+
+
+@pytest.mark.interpreted
+def test_few_queries_of_every_segment():
+    lengths = [2, 0, 3], [3, 2, 0]
+    check(make_inputs(*lengths, H=2, dtype=torch.float64), lengths, window_size=(1, 0), softcap=2.0)
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(BACKEND != "triton", reason="scratch of other backends is not by packed rows")
+def test_several_chunks_of_packed_queries(monkeypatch):
+    """The second begins within a segment, and the first has none of the last segment's."""
+    monkeypatch.setattr("fusedattn.triton.additive_attention_problem.CHUNK", 1)
+    monkeypatch.setattr("fusedattn.ops.additive_attention.keeps_scores", lambda *_, **__: False)
+    lengths = [28, 6, 3], [20, 7, 2]
+    inputs = make_inputs(*lengths, dtype=torch.float32)
+    found, expected = (
+        run(packed(function, lengths, is_causal=True), inputs, torch.float32)
+        for function in (additive_attention_varlen, additive_attention_varlen_ref)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpreted
+def test_keys_past_the_last_query_and_large_numbers_leave_other_segments_alone():
+    lengths = [6, 5], [9, 7]
+    inputs = [t.detach() for t in make_inputs(*lengths, dtype=torch.float32)]
+    function = packed(additive_attention_varlen, lengths, is_causal=True)
+    clean = run(function, inputs, torch.float32)
+    for t in inputs[1:3]:
+        t[6:9] = torch.nan  # seen by no query of theirs
+    inputs[0][6:] *= 100
+    for name, actual, expected in zip(("context", "lse", *NAMES[:3]), run(function, inputs), clean, strict=False):
+        rows = 9 if name in ("key", "value") else 6
+        assert torch.equal(actual[:rows], expected[:rows]), name
+        assert actual.isfinite().all(), name
 
 
 @pytest.mark.parametrize("function", [additive_attention_varlen_ref])

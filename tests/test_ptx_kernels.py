@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
 import test_additive_attention
+import test_additive_attention_varlen
 import test_attention_pool
 import test_film
 import test_film_parameters
@@ -28,7 +29,16 @@ import test_norm_film
 import triton
 from ptx.launcher import on_ptx
 
-from fusedattn import _philox, additive_attention, attention_pool, film, gated_film, location_attention, norm_film
+from fusedattn import (
+    _philox,
+    additive_attention,
+    additive_attention_varlen,
+    attention_pool,
+    film,
+    gated_film,
+    location_attention,
+    norm_film,
+)
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.triton import (
     additive_attention_bwd,
@@ -235,6 +245,17 @@ def test_every_attention_kernel(arch, dtype, cases):
         check_attention("few_queries", dtype, window_size=(9, 5), window_center=centers)
     files = (additive_attention_problem, additive_attention_fwd, additive_attention_bwd)
     assert set(launches.executed) == names_of_kernels(*files)
+
+
+@pytest.mark.parametrize("arch, lengths", [(80, ([19, 0, 3], [40, 2, 5])), (90, ([2, 4], [3, 70]))])
+def test_attention_of_packed_sequences(arch, lengths):
+    """Tiles that begin with a segment, and few queries of each; empty segments, and none beyond the last row."""
+    inputs = test_additive_attention_varlen.make_inputs(*lengths, D=21, Dv=17, H=2, dtype=torch.float32)
+    call = functools.partial(additive_attention_varlen, is_causal=arch == 80)
+    on = functools.partial(test_additive_attention_varlen.packed, call, lengths)
+    with on_ptx(arch):
+        found = test_additive_attention_varlen.run(on(backend="triton"), inputs)
+    torch.testing.assert_close(found, test_additive_attention_varlen.run(on(backend="reference"), inputs))
 
 
 # In float64 scale and soft cap have more bits than a kernel's argument of float32.

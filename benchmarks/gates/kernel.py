@@ -9,6 +9,7 @@ DTYPES = {"float": "float32", "double": "float64", "half": "float16", "bfloat16"
 DTYPES |= {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}
 
 STREAMS = ("film", "gated_film")  # ops whose kernels do little but read and write
+ATTENTION = ("additive_attention", "additive_attention_varlen")  # those whose kernels count by tanh
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Kernel:
 
     @classmethod
     def from_sass(cls, function: sass.Function, **known) -> "Kernel":
-        score = function.score_loop() if known["op"] == "additive_attention" else None
+        score = function.score_loop() if known["op"] in ATTENTION else None
         memory = function.memory_loop() if known["op"] in STREAMS else None
         counts = {}
         if score is not None:

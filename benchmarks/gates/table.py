@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from .kernel import STREAMS, Kernel
+from .kernel import ATTENTION, STREAMS, Kernel
 from .thresholds import MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures
 
 HEAD = f"""# What the compiled kernels cost
@@ -54,7 +54,7 @@ COMMON: dict[str, Callable[[Kernel], str]] = {
     "local": lambda k: f"{k.stack} / {k.local}",
 }
 COLUMNS: dict[str, dict[str, Callable[[Kernel], str]]] = {
-    "additive_attention": {**COMMON, "slots": lambda k: _number(k.slots), "MUFU": lambda k: _number(k.mufu)},
+    **dict.fromkeys(ATTENTION, {**COMMON, "slots": lambda k: _number(k.slots), "MUFU": lambda k: _number(k.mufu)}),
     "attention_pool": COMMON,
     "hard_additive_attention": COMMON,
     "location_attention": COMMON,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..devices import DEVICES, ISSUE_LANES, MUFU_LANES
-from .kernel import Kernel
+from .kernel import ATTENTION, Kernel
 
 MUFU = 0.55
 SLOTS_ARCH = "sm_90"
@@ -119,7 +119,7 @@ def must_score(kernel: Kernel) -> bool:
     if "relu" in kernel.name or ", Linear" in kernel.name:
         return False
     scores = re.search(r"_fwd_kernel(<|_split|_few)|_(scores|inputs)\b", kernel.name)
-    return kernel.op == "additive_attention" and scores is not None and kernel.dtype != "float64"
+    return kernel.op in ATTENTION and scores is not None and kernel.dtype != "float64"
 
 
 def must_be_wide(kernel: Kernel) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import amdgcn, sass, tools
-from .kernel import Kernel
+from .kernel import ATTENTION, Kernel
 from .occupancy import occupancy
 
 FOLDER = tools.ROOT / "fusedattn" / "triton"
@@ -78,7 +78,7 @@ def read_amdgcn(op: str, name: str, arch: str, threads: int, text: str) -> Kerne
             raise tools.ToolError(f"{name}: no .{key} in the assembler's metadata of {arch}")
         return int(found[1])
 
-    score = amdgcn.score_loop(text) if op == "additive_attention" else None
+    score = amdgcn.score_loop(text) if op in ATTENTION else None
     counts = {}
     if score is not None:
         counts = {"slots": score.slots / score.tanh, "mufu": score.transcendental / score.tanh}

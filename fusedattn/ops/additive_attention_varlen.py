@@ -4,8 +4,9 @@ Mathematics: that of ``additive_attention.py`` for each segment s by itself, who
 ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` of all queries, and whose keys those of ``cu_seqlens_k``. The
 gradient of weight is the sum over the segments.
 
-The C++ CPU kernels are those of ``additive_attention``, run segment by segment (``csrc/additive_attention/
-cpu_varlen.h``). On GPUs, and in the reference, segments are padded to the longest around ``additive_attention``.
+The kernels are those of ``additive_attention``: in C++ on the CPU run segment by segment
+(``csrc/additive_attention/cpu_varlen.h``), in Triton with a segment for a batch element (``fusedattn/triton/
+additive_attention_varlen.py``). For CUDA C++, and in the reference, segments are padded to the longest around it.
 
 Symbols: S segments, total_q / total_k rows of all of them, H heads, D score width, Dv value width. Tests:
 ``tests/test_additive_attention_varlen.py``. Benchmark: ``benchmarks/wide.py``.
@@ -26,6 +27,7 @@ from fusedattn._dispatch import (
     fail,
     overridable,
     tf32_allowed,
+    triton_reasons,
     without_autocast,
 )
 from fusedattn._dtypes import accumulation_dtype
@@ -242,9 +244,10 @@ def additive_attention_varlen(
 
     Segment s has the queries ``cu_seqlens_q[s]:cu_seqlens_q[s + 1]`` and the keys and values
     ``cu_seqlens_k[s]:cu_seqlens_k[s + 1]``, and nothing to do with others: the result is that of a loop over the
-    segments. On the CPU to the bit, gradients of query, key and value included, and no padding is computed. On
-    GPUs segments are padded to the longest: keys past the end of one are skipped, queries are not. Shapes: S
-    segments, H heads (or none), D score width, Dv value width.
+    segments, and no padding is computed. On the CPU to the bit, gradients of query, key and value included; in
+    Triton, too, where a segment by itself would take the same tiles. ``backend="cuda"``, which ``"auto"`` takes
+    only where Triton cannot run, pads segments to the longest: keys past the end of one are skipped, queries are
+    not. Shapes: S segments, H heads (or none), D score width, Dv value width.
 
     Args:
         query: (total_q, D) or (total_q, H, D), already projected; float32, float64, float16 or bfloat16. Heads of
@@ -301,14 +304,16 @@ def additive_attention_varlen(
 
 def _attend(query, key, value, weight, cu_seqlens_q, cu_seqlens_k, options, backend):
     """(context, lse) of rows (1, [H,] total, width)."""
+    prefers_triton = backend == "auto" and not triton_reasons(query.device, query.dtype)
     backend = choose(
         OP,
         backend,
         query.device,
         query.dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
+        {"cuda": "Triton needs no padding"} if prefers_triton else {},
     )
-    if backend in ("cpu", "reference"):
+    if backend != "cuda":
         tensors = (query, key, value, weight, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
         keeps = dense.keeps_scores(*tensors[:4], row=options.max_seqlen_k)
         flags = keeps, query.dtype == torch.float32 and tf32_allowed()

@@ -50,8 +50,9 @@ from fusedattn._options import AdditiveAttentionOptions as Options
 from fusedattn.triton._common import Kernel, asked_for, distinct, on_device_of, recorded, register
 from fusedattn.triton.additive_attention_bwd import (
     key_gradient,
-    packed_rows,
+    key_rows,
     query_gradient,
+    query_rows,
     score_gradient,
     value_gradient,
 )
@@ -78,6 +79,15 @@ def _weights(scores, lse, dtype):
     return p.exp_().masked_fill_(scores == float("-inf"), 0.0).to(dtype)
 
 
+def forward(problem: Problem, context, lse, scores, allow_tf32) -> None:
+    """Writes context (B, H, Tq, Dv) and lse, and, unless they are empty, scores."""
+    kept = scores.numel() > 0
+    for first, end in problem.chunks(kept):
+        s = scores if kept else lse.new_empty(problem.batch * problem.H * (end - first) * problem.Tk)
+        write_scores(problem, s, first, end)
+        attend(problem, s, context[:, :, first:end], lse[:, :, first:end], first, allow_tf32)
+
+
 def additive_attention_fwd(
     query, key, value, weight, bias, mask, key_lengths, window_center, key_exp, key_bound, seed, *numbers
 ):  # fmt: skip
@@ -96,11 +106,7 @@ def additive_attention_fwd(
         with on_device_of(query):
             problem = Problem(query, key, value, weight, bias, mask, key_lengths, window_center, options, seed)
             heads = (problem.B, problem.H, problem.Tq)
-            c, row_lse = context.view(*heads, Dv), lse.view(heads)
-            for first, end in problem.chunks(keep_scores or return_weights):
-                kept = scores if scores.numel() else lse.new_empty(problem.BH * (end - first) * Tk)
-                write_scores(problem, kept, first, end)
-                attend(problem, kept, c[:, :, first:end], row_lse[:, :, first:end], first, allow_tf32)
+            forward(problem, context.view(*heads, Dv), lse.view(heads), scores, allow_tf32)
     weights = _weights(scores, lse, query.dtype) if return_weights else query.new_empty(0)
     return context, lse, weights, (scores if keep_scores else lse.new_empty(0))
 
@@ -112,6 +118,61 @@ register(
 )
 
 
+def backward(problem: Problem, asked, grad_context, grad_lse, grad_weights, context, lse, scores) -> tuple:
+    """Gradients of query, key, value, weight and bias, those asked for, each with its batch and heads."""
+    of_query, of_key, of_value, of_weight, of_bias = asked
+    problem.find_queries_in_sight()
+    rows, kept = (problem.batch, problem.H, problem.rows_q), scores.numel() > 0
+    context = context.contiguous().view(*rows, problem.Dv)
+    lse, scores = lse.reshape(rows), scores.contiguous()
+    if grad_context is not None:
+        grad_context = grad_context.contiguous().view(context.shape)
+    if grad_weights is not None:
+        grad_weights = grad_weights.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.reshape(rows)
+    grad_query = torch.empty(*rows, problem.D, dtype=context.dtype, device=context.device)
+    keys = key_rows(problem)
+    totals: dict = {}  # by input: sums over the chunks of queries
+    biases = []  # gradients of the queries of each, where a bias has its own for every query
+    for first, end in problem.chunks(kept or grad_weights is not None):
+        part = slice(first, end)
+        s, row_lse = scores, lse[:, :, part].contiguous()
+        if not kept:
+            s = row_lse.new_empty(*rows[:2], end - first, problem.Tk)
+            write_scores(problem, s, first, end)
+        shift = None
+        if grad_weights is not None:
+            p = _weights(s.view(*rows, problem.Tk), lse, lse.dtype)
+            shift = (p * grad_weights.view(p.shape)).sum(-1)
+        if grad_lse is not None:
+            shift = -grad_lse[:, :, part] if shift is None else shift - grad_lse
+        shift = None if shift is None else shift.contiguous()
+        dc = None if grad_context is None else grad_context[:, :, part]
+        outputs = (context[:, :, part], dc, grad_weights, shift)
+        g, g_transposed, grad = score_gradient(problem, s, row_lse, *outputs, first, of_bias)
+        queries = query_rows(problem, first, end)
+        sums = {}
+        if of_query or of_weight:
+            grad_query[:, :, part], sums["weight"] = query_gradient(problem, g_transposed, queries, keys, first)
+        if of_key:
+            sums["key"] = key_gradient(problem, g, queries, keys, first)
+        if of_value and dc is not None:
+            sums["value"] = value_gradient(problem, s, row_lse, dc, first)
+        if of_bias:
+            grad = grad.sum_to_size(problem.bias_of(first, end)[0].shape)
+            if problem.bias.shape[2] == 1:
+                sums["bias"] = grad.contiguous()
+            else:
+                biases.append(grad)
+        totals = {name: totals[name].add_(x) if name in totals else x for name, x in sums.items()}
+    if of_value and grad_context is None:
+        totals["value"] = context.new_zeros(problem.batch, problem.H, problem.rows_k, problem.Dv)
+    if biases:
+        totals["bias"] = torch.cat(biases, 2)
+    return (grad_query, *(totals.get(name) for name in ("key", "value", "weight", "bias")))
+
+
 def additive_attention_bwd(
     grad_context, grad_lse, grad_weights, query, key, value, weight, bias, mask, key_lengths, window_center,
     key_exp, key_bound, seed,
@@ -121,7 +182,6 @@ def additive_attention_bwd(
     *options, context, lse, scores, output_mask = rest
     inputs = (query, key, value, weight, bias)
     asked = [a and t is not None for a, t in zip(asked_for(output_mask, 5), inputs, strict=True)]
-    of_query, of_key, of_value, of_weight, of_bias = asked
     Tq, Tk, Dv, wide = query.shape[-2], key.shape[-2], value.shape[-1], accumulation_dtype(query.dtype)
     check(
         *inputs,
@@ -140,56 +200,7 @@ def additive_attention_bwd(
         return tuple(t.new_zeros(t.shape) if a else query.new_empty(0) for t, a in zip(inputs, asked, strict=True))
     with on_device_of(query):
         problem = Problem(*inputs, mask, key_lengths, window_center, Options(*options), seed)
-        problem.find_queries_in_sight()
-        B, H = problem.B, problem.H
-        queries, keys = packed_rows(problem)
-        kept = scores.numel() > 0
-        lse, context, scores = lse.reshape(B, H, Tq), context.contiguous().view(B, H, Tq, Dv), scores.contiguous()
-        if grad_context is not None:
-            grad_context = grad_context.contiguous().view(B, H, Tq, Dv)
-        if grad_weights is not None:
-            grad_weights = grad_weights.contiguous()
-        if grad_lse is not None:
-            grad_lse = grad_lse.reshape(B, H, Tq)
-        grad_query = torch.empty(B, H, Tq, problem.D, dtype=query.dtype, device=query.device)
-        totals: dict = {}  # by input: sums over the chunks of queries
-        biases = []  # gradients of the queries of each, where a bias has its own for every query
-        for first, end in problem.chunks(kept or grad_weights is not None):
-            part = slice(first, end)
-            s, row_lse = scores, lse[:, :, part].contiguous()
-            if not kept:
-                s = row_lse.new_empty(B, H, end - first, Tk)
-                write_scores(problem, s, first, end)
-            shift = None
-            if grad_weights is not None:
-                p = _weights(s.view(B, H, Tq, Tk), lse, lse.dtype)
-                shift = (p * grad_weights.view(p.shape)).sum(-1)
-            if grad_lse is not None:
-                shift = -grad_lse[:, :, part] if shift is None else shift - grad_lse
-            shift = None if shift is None else shift.contiguous()
-            dc = None if grad_context is None else grad_context[:, :, part]
-            outputs = (context[:, :, part], dc, grad_weights, shift)
-            g, g_transposed, grad = score_gradient(problem, s, row_lse, *outputs, first, of_bias)
-            rows = queries.part(first, end)
-            sums = {}
-            if of_query or of_weight:
-                grad_query[:, :, part], sums["weight"] = query_gradient(problem, g_transposed, rows, keys, first)
-            if of_key:
-                sums["key"] = key_gradient(problem, g, rows, keys, first)
-            if of_value and dc is not None:
-                sums["value"] = value_gradient(problem, s, row_lse, dc, first)
-            if of_bias:
-                grad = grad.sum_to_size(problem.bias_of(first, end)[0].shape)
-                if problem.bias.shape[2] == 1:
-                    sums["bias"] = grad.contiguous()
-                else:
-                    biases.append(grad)
-            totals = {name: totals[name].add_(x) if name in totals else x for name, x in sums.items()}
-    if of_value and grad_context is None:
-        totals["value"] = value.new_zeros(value.shape)
-    if biases:
-        totals["bias"] = torch.cat(biases, 2)
-    grads = (grad_query, *(totals.get(name) for name in ("key", "value", "weight", "bias")))
+        grads = backward(problem, asked, grad_context, grad_lse, grad_weights, context, lse, scores)
     return tuple(
         grad.to(t.dtype).reshape(t.shape) if a else query.new_empty(0)
         for grad, t, a in zip(grads, inputs, asked, strict=True)

@@ -18,9 +18,11 @@ from fusedattn.triton.additive_attention_problem import (
     keys_in_windows,
     linear,
     linear_gradient,
+    pairs_of_segment,
     programs_wanted,
     queries_in_sight,
     reciprocal_beyond_range,
+    segment,
     strides,
 )
 
@@ -56,7 +58,7 @@ def _part_of_cap(s, softcap, bias, i64, j64, stride_bq, stride_bk, inside):
 def additive_attention_bwd_kernel_gradient(
     scores, lse, value, bias, context, grad_context, grad_weights, shift, g, g_transposed, grad_bias,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_bb, stride_bh, stride_bq, stride_bk, stride_cb, stride_ch,
-    H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap,
+    H, Tq, Tk, first_query, offsets_q, offsets_k, rows_q, rows_k, center, stride_n, left, right, scale, softcap,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAD: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -71,14 +73,24 @@ def additive_attention_bwd_kernel_gradient(
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
     bh, b, h = batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
+    row_q, width = bh * Tq, Tk
+    if offsets_q is not None:
+        first_q, Tq, first_query, first_k, Tk = segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k)
+        if (q_tile * BLOCK_Q >= Tq) | (k_tile * BLOCK_K >= Tk):
+            return
+        row_q = h * rows_q + first_q
+        value += first_k * stride_vt
+        if grad_context is not None:
+            context += first_q * Dv
+            grad_context += first_q * Dv
     i, j = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q), k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
     in_q, in_k = i < Tq, j < Tk
-    at = (bh * Tq + i64)[:, None] * Tk + j64[None, :]
+    at = (row_q + i64)[:, None] * width + j64[None, :]
     inside = in_q[:, None] & in_k[None, :]
 
     s = tl.load(scores + at, mask=inside, other=float("-inf"))  # [BLOCK_Q, BLOCK_K]
-    row_lse = tl.load(lse + bh * Tq + i64, mask=in_q, other=0.0)
+    row_lse = tl.load(lse + row_q + i64, mask=in_q, other=0.0)
     p = _probability(s, row_lse[:, None])
     # Before the products on AMD, which would spill scalars, its addresses, beside them; others lack registers.
     is_early: tl.constexpr = bias is not None and not NVIDIA
@@ -89,18 +101,18 @@ def additive_attention_bwd_kernel_gradient(
     a = tl.zeros((BLOCK_Q, BLOCK_K), ARITHMETIC)
     mean = tl.zeros((BLOCK_Q,), ARITHMETIC)
     if grad_context is not None:
-        width = Dv
+        summed = Dv
         if left is not None or right is not None:  # nothing is summed where no key of the tile is visible
             j0, i0 = k_tile * BLOCK_K, (first_query + q_tile * BLOCK_Q).to(tl.int64)
             first, last = keys_in_windows(
                 j0.to(tl.int64), (j0 + BLOCK_K).to(tl.int64), i0, Tq - q_tile * BLOCK_Q,
                 center, stride_n, left, right, bh, BLOCK_Q,
             )  # fmt: skip
-            width = tl.where(first < last, Dv, 0)
+            summed = tl.where(first < last, Dv, 0)
         terms = tl.zeros((BLOCK_Q, BLOCK_V), ARITHMETIC)
         base = b * stride_cb + h * stride_ch + i64[:, None] * Dv
         values = value + b * stride_vb + h * stride_vh + j64[None, :] * stride_vt
-        for start in tl.range(0, width, BLOCK_V):
+        for start in tl.range(0, summed, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
             rows = in_q[:, None] & (v < Dv)[None, :]
             dc = tl.load(grad_context + base + v[None, :], mask=rows, other=0.0)
@@ -120,7 +132,7 @@ def additive_attention_bwd_kernel_gradient(
     if grad_weights is not None:
         a += load_wide(grad_weights + at, inside)
     if shift is not None:
-        mean += tl.load(shift + bh * Tq + i64, mask=in_q, other=0.0)
+        mean += tl.load(shift + row_q + i64, mask=in_q, other=0.0)
     gradient = p * (a - mean[:, None])
     if grad_bias is not None:
         tl.store(grad_bias + at, tl.where(s == float("-inf"), 0.0, gradient), mask=inside)
@@ -131,9 +143,13 @@ def additive_attention_bwd_kernel_gradient(
         gradient *= 1.0 - part * part
     gradient = tl.where(s == float("-inf"), 0.0, gradient)
     q_padded, k_padded = tl.cdiv(Tq, PAD) * PAD, tl.cdiv(Tk, PAD) * PAD
-    out = g + (bh * Tq + i64)[:, None] * k_padded + j64[None, :]
+    row_g, row_transposed = bh * Tq, bh * Tk
+    if offsets_q is not None:
+        pairs = pairs_of_segment(b, h, H, first_q, Tq, width, PAD)
+        g, g_transposed, row_g, row_transposed = g + pairs, g_transposed + pairs, 0, 0
+    out = g + (row_g + i64)[:, None] * k_padded + j64[None, :]
     tl.store(out, gradient, mask=in_q[:, None] & (j < k_padded)[None, :])
-    out_transposed = g_transposed + (bh * Tk + j64)[:, None] * q_padded + i64[None, :]
+    out_transposed = g_transposed + (row_transposed + j64)[:, None] * q_padded + i64[None, :]
     tl.store(out_transposed, tl.trans(gradient), mask=in_k[:, None] & (i < q_padded)[None, :])
 
 
@@ -143,18 +159,23 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
     Of the queries from first on; context and its gradient are (B, H, n, Dv).
     """
     n, block_q, block_k = lse.shape[2], 32, 32
+    Tq = problem.most_queries(n)
     q_padded, k_padded = (triton.cdiv(size, PAD) * PAD for size in (n, problem.Tk))
-    g, g_transposed = problem.empty(problem.BH, n, k_padded), problem.empty(problem.BH, problem.Tk, q_padded)
+    if problem.segments is None:
+        g, g_transposed = problem.empty(problem.BH, n, k_padded), problem.empty(problem.BH, problem.Tk, q_padded)
+    else:
+        pairs = (problem.H, n // PAD + problem.B, PAD, k_padded)  # see pairs_of_segment
+        g, g_transposed = problem.empty(pairs), problem.empty(pairs)
     grad_bias = problem.empty(problem.B, problem.H, n, problem.Tk) if of_bias and problem.is_sloped else None
     bias, bias_strides = problem.bias_of(first, first + n) if problem.options["softcap"] else (None, (0, 0, 0, 0))
     # Where no tensor core takes float64 (sm_120), its products spill beside the operands of a second stage.
     warps, stages = (8, 1) if g.dtype == torch.float64 else (4, 2)
     launch(
         additive_attention_bwd_kernel_gradient,
-        (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
+        (triton.cdiv(Tq, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
         scores, lse, problem.value, bias, context, grad_context, grad_weights, shift, g, g_transposed, grad_bias,
-        *problem.value.stride(), *bias_strides, *context.stride()[:2], problem.H, n, problem.Tk, first,
-        options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
+        *problem.value.stride(), *bias_strides, *strides(context), problem.H, Tq, problem.Tk, first,
+        options=problem.options_of(first, first + n), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_V=_dot_terms(context.dtype), PAD=PAD, NVIDIA=NVIDIA, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if of_bias and grad_bias is None:
@@ -165,7 +186,7 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_bwd_kernel_value(
     scores, lse, grad_context, key_lengths, grad_value, stride_cb, stride_ch, H, Tq, Tk, first_query,
-    seeing, tiles_seen, center, left, right,
+    offsets_q, offsets_k, rows_q, rows_k, seeing, tiles_seen, center, left, right,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -174,6 +195,13 @@ def additive_attention_bwd_kernel_value(
     k_tiles = tl.cdiv(Tk, BLOCK_K)
     k_tile = tl.program_id(0) % k_tiles
     bh, b, h = batch_and_head(tl.program_id(0) // k_tiles, H)
+    row_q, row_k, width = bh * Tq, bh * Tk, Tk
+    if offsets_q is not None:
+        first_q, Tq, first_query, first_k, Tk = segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k)
+        if k_tile * BLOCK_K >= Tk:
+            return
+        row_q, row_k = h * rows_q + first_q, h * rows_k + first_k
+        grad_context += first_q * Dv
     j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     j64 = j.to(tl.int64)
@@ -186,15 +214,15 @@ def additive_attention_bwd_kernel_value(
     if key_lengths is not None:
         last = tl.where(tl.load(key_lengths + b) <= k_tile * BLOCK_K, first, last)
 
-    scores += bh * Tq * Tk
-    lse += bh * Tq
+    scores += row_q * width
+    lse += row_q
     grad_context += b * stride_cb + h * stride_ch
     acc = tl.zeros((BLOCK_K, BLOCK_V), ARITHMETIC)
     for start in tl.range(first, last, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
         i64 = i.to(tl.int64)
         in_q = i < Tq
-        s_at = scores + i64[None, :] * Tk + j64[:, None]
+        s_at = scores + i64[None, :] * width + j64[:, None]
         s = tl.load(s_at, mask=in_k[:, None] & in_q[None, :], other=float("-inf"))  # [BLOCK_K, BLOCK_Q]
         row_lse = tl.load(lse + i64, mask=in_q, other=0.0)
         p = tl.where(s == float("-inf"), 0.0, _probability(s, row_lse[None, :]))
@@ -207,25 +235,39 @@ def additive_attention_bwd_kernel_value(
         dc = tl.load(dc_at, mask=in_q[:, None] & in_v[None, :], other=0.0)
         precision: tl.constexpr = "tf32x3" if NVIDIA else "ieee"
         acc = tl.dot(p.to(dc.dtype), dc, acc, input_precision=precision, out_dtype=ARITHMETIC)
-    out = grad_value + (bh * Tk + j64)[:, None] * Dv + v[None, :]
+    out = grad_value + (row_k + j64)[:, None] * Dv + v[None, :]
     tl.store(out, acc, mask=in_k[:, None] & in_v[None, :])
 
 
 def value_gradient(problem, scores, lse, grad_context, first):
     """(B, H, Tk, Dv): what the queries from first on give."""
-    out = problem.empty(problem.B, problem.H, problem.Tk, problem.Dv)
+    n, out = lse.shape[2], problem.empty(problem.batch, problem.H, problem.rows_k, problem.Dv)
     block_q, block_k = _dot_terms(grad_context.dtype), 32
     block_v = min(64, max(16, triton.next_power_of_2(problem.Dv)))
     stages = 2 if problem.options["seed"] is None else 1  # a second one spills beside the random words
     launch(
         additive_attention_bwd_kernel_value,
         (triton.cdiv(problem.Tk, block_k) * problem.BH, triton.cdiv(problem.Dv, block_v), 1),
-        scores, lse, grad_context, problem.key_lengths, out, *grad_context.stride()[:2],
-        problem.H, lse.shape[2], problem.Tk, first,
-        options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-        NVIDIA=NVIDIA, num_warps=4, num_stages=stages,
+        scores, lse, grad_context, problem.key_lengths, out, *strides(grad_context),
+        problem.H, problem.most_queries(n), problem.Tk, first,
+        options=problem.options_of(first, first + n), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_V=block_v, NVIDIA=NVIDIA, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _largest_bound(bounds, bh, tile, T, offsets, PAD: tl.constexpr):
+    """Of all rows of a batch element and head: found before, or of a segment, whose tiles begin with this one."""
+    if offsets is None:
+        top = tl.load(bounds + bh)
+    else:
+        n, tiles = tl.arange(0, 32), tl.cdiv(T, PAD)
+        tops = tl.zeros((32,), bounds.dtype.element_ty)
+        for start in tl.range(0, tiles, 32):
+            tops = tl.maximum(tops, tl.load(bounds + tile + start + n, mask=start + n < tiles, other=0.0))
+        top = tl.max(tops, 0)
+    return top
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -233,7 +275,8 @@ def additive_attention_bwd_kernel_inputs(
     held, passing, held_exp, passing_exp, held_bound, passing_bound, weight, g, key_lengths, grad, grad_weight,
     stride_hb, stride_hh, stride_ht, stride_hd, stride_pb, stride_ph, stride_pt, stride_pd,
     held_tiles_b, held_tiles_h, passing_tiles_b, passing_tiles_h, stride_wh, H, BH, T, passing_T, first_query,
-    split_rows, seeing, tiles_seen, center, stride_n, left, right, negative_slope,
+    split_rows, offsets_q, offsets_k, rows_q, rows_k, seeing, tiles_seen, center, stride_n, left, right,
+    negative_slope,
     ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, PAD: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -250,6 +293,22 @@ def additive_attention_bwd_kernel_inputs(
         tile = tiles - 1 - tile  # queries that see most keys start first; keys that most see do so anyway
     bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
     split = tl.program_id(2).to(tl.int64)
+    held_tile, passing_tile = b * held_tiles_b + h * held_tiles_h, b * passing_tiles_b + h * passing_tiles_h
+    if offsets_q is not None:
+        first_q, Tq, first_query, first_k, Tk = segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k)
+        if grad_weight is not None:
+            g += pairs_of_segment(b, h, H, first_q, Tq, passing_T, PAD)
+            T, passing_T, first_t, first_p, rows_t = Tq, Tk, first_q, first_k, rows_q
+        else:
+            g += pairs_of_segment(b, h, H, first_q, Tq, T, PAD)
+            T, passing_T, first_t, first_p, rows_t = Tk, Tq, first_k, first_q, rows_k
+        if tile * BLOCK_T >= T:
+            return
+        row = (split * H + h) * rows_t + first_t
+        held += first_t * stride_ht
+        passing += first_p * stride_pt
+        held_tile += first_t // PAD + b
+        passing_tile += first_p // PAD + b
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     t64 = t.to(tl.int64)
@@ -273,15 +332,14 @@ def additive_attention_bwd_kernel_inputs(
             )
 
     padded = tl.cdiv(T, PAD) * PAD
-    g += bh * passing_T * padded + t64
-    held_tile = b * held_tiles_b + h * held_tiles_h
+    g += t64 if offsets_q is not None else bh * passing_T * padded + t64
     acc = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)
     sums = tl.zeros((BLOCK_T, BLOCK_D), ARITHMETIC)  # of g r, or of g phi
     total = tl.zeros((BLOCK_T,), ARITHMETIC)  # of g
     if RATE == 0.0:
         x_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
         x = tl.load(x_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
-        rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
+        rows = passing_exp + passing_tile * (PAD * CHANNELS) + d
         UNROLL: tl.constexpr = 2 if NVIDIA else 1  # 1 spills on sm_100, 2 on AMD
         for n in tl.range(first, last, loop_unroll_factor=UNROLL):
             z = x + tl.load(rows + n * CHANNELS, mask=in_pack, other=0.0)[None, :]
@@ -289,10 +347,14 @@ def additive_attention_bwd_kernel_inputs(
             acc += linear_gradient(z, g1, negative_slope, ACTIVATION)
             if grad_weight is not None:
                 sums = tl.fma(g1, linear(z, negative_slope, ACTIVATION), sums)
-    elif tl.load(held_bound + held_tile + tile * BLOCK_T // PAD) + tl.load(passing_bound + bh) <= PAIR_RANGE:
+    elif (
+        tl.load(held_bound + held_tile + tile * BLOCK_T // PAD)
+        + _largest_bound(passing_bound, bh, passing_tile, passing_T, offsets_q, PAD)
+        <= PAIR_RANGE
+    ):
         e_at = held_exp + (held_tile * PAD + t64)[:, None] * CHANNELS + d[None, :]
         e = tl.load(e_at, mask=in_pack[None, :], other=0.0)  # [BLOCK_T, BLOCK_D]
-        rows = passing_exp + (b * passing_tiles_b + h * passing_tiles_h) * (PAD * CHANNELS) + d
+        rows = passing_exp + passing_tile * (PAD * CHANNELS) + d
         for n in tl.range(first, last, 2):
             t1 = tl.fma(e, tl.load(rows + n * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
             t2 = tl.fma(e, tl.load(rows + (n + 1) * CHANNELS, mask=in_pack, other=0.0)[None, :], 1.0)
@@ -337,7 +399,9 @@ def additive_attention_bwd_kernel_inputs(
         else:
             tl.store(w_at, tl.sum(sums, 0), mask=in_d)
     w = tl.load(weight + h * stride_wh + d, mask=in_d, other=0.0)
-    out = grad + (part * T + t64)[:, None] * D + d[None, :]
+    if offsets_q is None:
+        row = part * T
+    out = grad + (row + t64)[:, None] * D + d[None, :]
     slope: tl.constexpr = RATE * RATE if RATE > 0.0 else 1.0
     tl.store(out, slope * acc * w[None, :], mask=(t < T)[:, None] & in_d[None, :])
 
@@ -349,17 +413,13 @@ class Rows(NamedTuple):
     packed: Tensor  # exponentials in tiles of PAD rows, and their bounds; B and H are 1 where x is expanded
     bounds: Tensor
 
-    def part(self, first, end):
-        tiles = slice(first // PAD, triton.cdiv(end, PAD))
-        return Rows(self.x[:, :, first:end], self.packed[:, :, tiles], self.bounds[:, :, tiles])
+
+def query_rows(problem, first, end):
+    return Rows(problem.query[:, :, first:end], *problem.pack_queries(first, end, PAD, by_row=True))
 
 
-def packed_rows(problem):
-    """Queries and keys."""
-    return (
-        Rows(problem.query, *problem.pack_queries(problem.query, PAD, by_row=True)),
-        Rows(problem.key, *problem.pack_keys(PAD, by_row=True)),
-    )
+def key_rows(problem):
+    return Rows(problem.key, *problem.pack_keys(PAD, by_row=True))
 
 
 def query_gradient(problem, g_transposed, queries, keys, first):
@@ -383,7 +443,11 @@ def _input_gradient(problem, g, held, passing, first, of_query):
 
 
 def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
-    T, passing_T, (block_t, block_d) = held.x.shape[2], passing.x.shape[2], tile.extents_in(held.x.dtype)
+    rows, n = held.x.shape[2], (held if of_query else passing).x.shape[2]
+    block_t, block_d = tile.extents_in(held.x.dtype)
+    T, passing_T = problem.most_queries(n), problem.Tk
+    if not of_query:
+        T, passing_T = passing_T, T
     tiles, channel_tiles = triton.cdiv(T, block_t), max(1, triton.cdiv(problem.D, block_d))
     # A program is one warp or two: a multiprocessor wants many. Their number bounds the scratch, too.
     wanted = 8 * programs_wanted(held.x.device) // (tiles * channel_tiles * problem.BH)
@@ -393,18 +457,24 @@ def _input_gradient_by(tile, problem, g, held, passing, first, of_query):
     device = held.x.device
     alone = problem.options["center"] is None or _tiles.capability_of(device) == 9
     alone |= block_t > 8 and _tiles.gpu_of(device) == _tiles.SM_90
+    # So it does there for keys of segments, of which it has 8.
+    alone &= problem.segments is None or of_query or block_t > 8 or _tiles.capability_of(device) != 9
     warps = tile.warps if alone else max(tile.warps, 2)
-    grad = problem.empty(splits, problem.B, problem.H, T, problem.D)
+    grad = problem.empty(splits, problem.batch, problem.H, rows, problem.D)
     grad_weight = problem.empty(splits, problem.B, problem.H, tiles, problem.D) if of_query else None
+    passing_bounds = passing.bounds
+    if problem.segments is None:
+        passing_bounds = passing_bounds.amax(-1).expand(problem.B, problem.H).contiguous()
+    elif of_query:
+        grad_weight.zero_()  # most segments are not the longest
     launch(
         additive_attention_bwd_kernel_inputs, (tiles * problem.BH, channel_tiles, splits),
-        held.x, passing.x, held.packed, passing.packed, held.bounds,
-        passing.bounds.amax(-1).expand(problem.B, problem.H).contiguous(),
+        held.x, passing.x, held.packed, passing.packed, held.bounds, passing_bounds,
         problem.weight, g, problem.key_lengths, grad, grad_weight,
         *held.x.stride(), *passing.x.stride(), *strides(held.bounds), *strides(passing.bounds), problem.stride_wh,
         problem.H, problem.BH, T, passing_T, first, split_rows,
-        options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_T=block_t, BLOCK_D=block_d,
-        PAD=PAD, NVIDIA=NVIDIA, num_warps=warps,
+        options=problem.options_of(first, first + n), D=problem.D, CHANNELS=problem.channels, BLOCK_T=block_t,
+        BLOCK_D=block_d, PAD=PAD, NVIDIA=NVIDIA, num_warps=warps,
     )  # fmt: skip
     grad = grad.sum(0) if splits > 1 else grad[0]
     return grad, (grad_weight.sum((0, 1, 3)) if of_query else None)

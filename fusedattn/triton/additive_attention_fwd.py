@@ -19,6 +19,7 @@ from fusedattn.triton.additive_attention_problem import (
     programs_wanted,
     reciprocal_beyond_range,
     reciprocal_of_sum,
+    segment,
     strides,
 )
 
@@ -134,7 +135,8 @@ def additive_attention_fwd_kernel_scores(
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_mb, stride_mh, stride_mq, stride_mk,
     q_tiles_b, q_tiles_h, k_tiles_b, k_tiles_h, stride_wh,
-    H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap, negative_slope,
+    H, Tq, Tk, first_query, offsets_q, offsets_k, rows_q, rows_k, center, stride_n, left, right, scale, softcap,
+    negative_slope,
     ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -143,6 +145,17 @@ def additive_attention_fwd_kernel_scores(
     q_tile = tl.program_id(0) % q_tiles
     k_tile = (tl.program_id(0) // q_tiles) % k_tiles
     bh, b, h = batch_and_head(tl.program_id(0) // q_tiles // k_tiles, H)
+    row_q, width = bh * Tq, Tk
+    tile_q, tile_k = b * q_tiles_b + h * q_tiles_h + q_tile, b * k_tiles_b + h * k_tiles_h + k_tile
+    if offsets_q is not None:
+        first_q, Tq, first_query, first_k, Tk = segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k)
+        if (q_tile * BLOCK_Q >= Tq) | (k_tile * BLOCK_K >= Tk):
+            return
+        row_q = h * rows_q + first_q
+        tile_q += first_q // BLOCK_Q + b
+        tile_k += first_k // BLOCK_K + b
+        query += first_q * stride_qt
+        key += first_k * stride_kt
     # Rows and columns count within the tile, whose place is one number: on AMD a wave holds whole rows, and what
     # differs between rows lives in scalar registers, which are few.
     first_i, first_j = q_tile * BLOCK_Q, k_tile * BLOCK_K
@@ -161,8 +174,6 @@ def additive_attention_fwd_kernel_scores(
     weight += h * stride_wh
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0.0)
-    tile_q = b * q_tiles_b + h * q_tiles_h + q_tile
-    tile_k = b * k_tiles_b + h * k_tiles_h + k_tile
     q_exp = query_exp + tile_q * (CHANNELS * BLOCK_Q) + row
     k_exp = key_exp + tile_k * (CHANNELS * BLOCK_K) + column
     paired = tl.load(query_bound + tile_q) + tl.load(key_bound + tile_k) <= PAIR_RANGE
@@ -191,7 +202,7 @@ def additive_attention_fwd_kernel_scores(
         mask += b * stride_mb + h * stride_mh + first_i * stride_mq + first_j * stride_mk
         at = mask + row64[:, None] * stride_mq + column64[None, :] * stride_mk
         visible = visible & (tl.load(at, mask=inside, other=0) != 0)
-    out = scores + (bh * Tq + first_i) * Tk + first_j + row64[:, None] * Tk + column64[None, :]
+    out = scores + (row_q + first_i) * width + first_j + row64[:, None] * width + column64[None, :]
     tl.store(out, _stored(s, visible), mask=inside)
 
 
@@ -200,7 +211,8 @@ def additive_attention_fwd_kernel_few(
     query, key, weight, bias, mask, key_lengths, scores,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_mb, stride_mh, stride_mq, stride_mk, stride_wh,
-    H, Tq, Tk, first_query, center, stride_n, left, right, scale, softcap, negative_slope,
+    H, Tq, Tk, first_query, offsets_q, offsets_k, rows_q, rows_k, center, stride_n, left, right, scale, softcap,
+    negative_slope,
     ACTIVATION: tl.constexpr, RATE: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -213,9 +225,17 @@ def additive_attention_fwd_kernel_few(
     i = tl.program_id(0) % Tq
     k_tile = (tl.program_id(0) // Tq) % k_tiles
     bh, b, h = batch_and_head(tl.program_id(0) // Tq // k_tiles, H)
+    row_q, width = bh * Tq, Tk
+    if offsets_q is not None:
+        first_q, Tq, first_query, first_k, Tk = segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k)
+        if (i >= Tq) | (k_tile * BLOCK_K >= Tk):
+            return
+        row_q = h * rows_q + first_q
+        query += first_q * stride_qt
+        key += first_k * stride_kt
     j = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     j64 = j.to(tl.int64)
-    out = scores + (bh * Tq + i) * Tk + j64
+    out = scores + (row_q + i) * width + j64
 
     first, last = tl.cast(0, tl.int64), Tk.to(tl.int64)
     if key_lengths is not None:
@@ -271,20 +291,20 @@ def write_scores(problem, out, first, end):
 
 
 def _write_scores_by(tile, problem, out, first, end):
-    query, mask = problem.query[:, :, first:end], problem.mask
+    query, mask, options = problem.query[:, :, first:end], problem.mask, problem.options_of(first, end)
     if mask is not None:
         mask = mask[:, :, first:end]
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     bias, bias_strides = problem.bias_of(first, end)
-    n = end - first
+    Tq = problem.most_queries(end - first)
     if problem.few:
         block_k, block_d = tile.extents_in(query.dtype)
         launch(
-            additive_attention_fwd_kernel_few, (n * triton.cdiv(problem.Tk, block_k) * problem.BH,),
+            additive_attention_fwd_kernel_few, (Tq * triton.cdiv(problem.Tk, block_k) * problem.BH,),
             query, problem.key, problem.weight, bias, mask, problem.key_lengths, out,
             *query.stride(), *problem.key.stride(), *bias_strides, *mask_strides, problem.stride_wh,
-            problem.H, n, problem.Tk, first,
-            options=problem.options, D=problem.D, BLOCK_K=block_k, BLOCK_D=block_d, NVIDIA=NVIDIA,
+            problem.H, Tq, problem.Tk, first,
+            options=options, D=problem.D, BLOCK_K=block_k, BLOCK_D=block_d, NVIDIA=NVIDIA,
             num_warps=tile.warps,
         )  # fmt: skip
         return
@@ -292,7 +312,7 @@ def _write_scores_by(tile, problem, out, first, end):
     if block_k not in problem.key_packed:
         problem.key_packed[block_k] = problem.pack_keys(block_k)
     key_exp, key_bound = problem.key_packed[block_k]
-    query_exp, query_bound = problem.pack_queries(query, block_q)
+    query_exp, query_bound = problem.pack_queries(first, end, block_q)
     gpu, warps = _tiles.gpu_of(query.device), tile.warps
     if (problem.options["left"] is not None or problem.options["center"] is not None) and gpu != _tiles.SM_90:
         warps = max(warps, 4)  # beside the bounds of windows two lack registers; on sm_90 four exchange too much
@@ -300,13 +320,13 @@ def _write_scores_by(tile, problem, out, first, end):
         warps = max(warps, 8)  # so that a wave holds fewer rows, each with an address more
     launch(
         additive_attention_fwd_kernel_scores,
-        (triton.cdiv(n, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
+        (triton.cdiv(Tq, block_q) * triton.cdiv(problem.Tk, block_k) * problem.BH,),
         query, problem.key, problem.weight, bias, mask, problem.key_lengths,
         query_exp, key_exp, query_bound, key_bound, out,
         *query.stride(), *problem.key.stride(), *bias_strides, *mask_strides,
         *strides(query_bound), *strides(key_bound), problem.stride_wh,
-        problem.H, n, problem.Tk, first,
-        options=problem.options, D=problem.D, CHANNELS=problem.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
+        problem.H, Tq, problem.Tk, first,
+        options=options, D=problem.D, CHANNELS=problem.channels, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_D=triton.next_power_of_2(problem.channels), UNROLL=UNROLL, NVIDIA=NVIDIA, num_warps=warps,
     )  # fmt: skip
 
@@ -315,7 +335,8 @@ def _write_scores_by(tile, problem, out, first, end):
 def additive_attention_fwd_kernel_context(
     scores, value, key_lengths, context, lse,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_ls,
-    H, Tq, Tk, first_query, split_keys, seen, stride_sb, stride_sh, keys_end, center, stride_n, left, right,
+    H, Tq, Tk, first_query, split_keys, offsets_q, offsets_k, rows_q, rows_k,
+    seen, stride_sb, stride_sh, keys_end, center, stride_n, left, right,
     seed, heads_of_seed, first_head, heads, drop_query, drop_key, drop_below, drop_factor,
     Dv: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TF32: tl.constexpr, NVIDIA: tl.constexpr,
@@ -330,6 +351,15 @@ def additive_attention_fwd_kernel_context(
     if left is None and right is not None:
         q_tile = q_tiles - 1 - q_tile  # those with most keys start first
     bh, b, h = batch_and_head(tl.program_id(0) // q_tiles, H)
+    row_q, width = bh * Tq, Tk
+    if offsets_q is not None:
+        first_q, Tq, first_query, first_k, keys_end = segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k)
+        if q_tile * BLOCK_Q >= Tq:
+            return
+        row_q = h * rows_q + first_q
+        value += first_k * stride_vt
+        context += first_q * Dv
+        lse += first_q
     split = tl.program_id(1).to(tl.int64)
     i = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -347,7 +377,7 @@ def additive_attention_fwd_kernel_context(
     if left is not None:
         first = first // BLOCK_K * BLOCK_K
 
-    rows = scores + (bh * Tq + i64)[:, None] * Tk
+    rows = scores + (row_q + i64)[:, None] * width
     columns = value + b * stride_vb + h * stride_vh + v.to(tl.int64)[None, :] * stride_vd
     if seen is not None:
         seen += b * stride_sb + h * stride_sh
@@ -432,30 +462,31 @@ def attend(problem, scores, context, lse, first, allow_tf32):
 def _attend_by(tile, problem, scores, context, lse, first, allow_tf32):
     n, (block_q, block_k) = lse.shape[2], tile.extents_in(lse.dtype)
     block_v = min(128, max(16, triton.next_power_of_2(problem.Dv)))
-    q_tiles, v_tiles = triton.cdiv(n, block_q), max(1, triton.cdiv(problem.Dv, block_v))
+    Tq = problem.most_queries(n)
+    q_tiles, v_tiles = triton.cdiv(Tq, block_q), max(1, triton.cdiv(problem.Dv, block_v))
     wanted = programs_wanted(problem.query.device) // (q_tiles * v_tiles * problem.BH)
     split_keys = triton.cdiv(triton.cdiv(problem.Tk, max(1, min(wanted, MOST_SPLITS))), 256) * 256
     splits = triton.cdiv(problem.Tk, split_keys)
-    parts, lse_parts, stride_s = context, lse, (0, 0)
+    parts, lse_parts = context.unsqueeze(0), lse.unsqueeze(0)
     if splits > 1:
-        parts = problem.empty(splits, problem.B, problem.H, n, problem.Dv)
+        parts = problem.empty(splits, problem.batch, problem.H, n, problem.Dv)
         lse_parts = problem.empty(parts.shape[:-1])
-        stride_s = (parts.stride(0), lse_parts.stride(0))
     stages = 1 if lse.dtype == torch.float64 else 2  # a second stage of doubles spills on some GPUs
     launch(
         additive_attention_fwd_kernel_context, (q_tiles * problem.BH, splits, v_tiles),
         scores, problem.value, problem.key_lengths, parts, lse_parts,
-        *problem.value.stride(), *parts.stride()[-4:-2], stride_s[0], *lse_parts.stride()[-3:-1], stride_s[1],
-        problem.H, n, problem.Tk, first, split_keys,
-        options=problem.options_from(first), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_V=block_v,
-        TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=stages,
+        *problem.value.stride(), *strides(parts[0]), parts.stride(0), *strides(lse_parts[0]), lse_parts.stride(0),
+        problem.H, Tq, problem.Tk, first, split_keys,
+        options=problem.options_of(first, first + n), Dv=problem.Dv, BLOCK_Q=block_q, BLOCK_K=block_k,
+        BLOCK_V=block_v, TF32=allow_tf32, NVIDIA=NVIDIA, num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         block_s = 16 if splits <= 16 else MOST_SPLITS  # two kernels, whatever the lengths
         block_v = min(block_v, COMBINED_BYTES // (block_s * parts.itemsize))
+        rows = problem.batch * problem.H * n
         launch(
-            additive_attention_fwd_kernel_combine, (problem.BH * n,),
+            additive_attention_fwd_kernel_combine, (rows,),
             parts, lse_parts, context, lse, *context.stride()[:2], *lse.stride()[:2],
-            problem.H, n, problem.BH * n, splits,
+            problem.H, n, rows, splits,
             Dv=problem.Dv, BLOCK_S=block_s, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip

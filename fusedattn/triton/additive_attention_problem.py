@@ -1,6 +1,7 @@
 """Additive attention in Triton: what forward and backward share. See ``additive_attention.py``."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,6 +34,7 @@ UNSPECIALISED = [
     "q_tiles_b", "q_tiles_h", "k_tiles_b", "k_tiles_h", "held_tiles_b", "held_tiles_h", "passing_tiles_b",
     "passing_tiles_h", "H", "BH", "passing_T", "split_rows", "T", "Tq", "Tk", "rows", "tiles", "first_query",
     "split_keys", "splits", "keys_end", "stride_sb", "stride_sh", "left", "right", "stride_n", "tiles_seen",
+    "rows_q", "rows_k", "first_row", "packed_tiles",
     *Options._fields, "heads_of_seed", "drop_below", "drop_factor", "drop_query", "drop_key",
 ]  # fmt: skip
 
@@ -88,6 +90,29 @@ def linear_gradient(z, g, negative_slope, ACTIVATION: tl.constexpr):
 def batch_and_head(bh, H):
     """bh = b H + h, b and h in 64 bits, divided in 32: a division of 64 bits is a call, and spills."""
     return bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+@triton.jit
+def rows_of_segment(offsets, b, first, rows):
+    """Of `rows` packed rows, from `first` on, those of segment b: (the first, how many, how many came before)."""
+    start = tl.load(offsets + b) - first
+    row = tl.maximum(start, 0)
+    n = tl.maximum(tl.minimum(tl.load(offsets + b + 1) - first, rows) - row, 0)
+    return row.to(tl.int64), n, row - start
+
+
+@triton.jit
+def segment(offsets_q, offsets_k, b, first_query, rows_q, rows_k):
+    """(First row of queries, how many, how many came before; first row of keys, how many) of segment b."""
+    row_q, Tq, before = rows_of_segment(offsets_q, b, first_query, rows_q)
+    row_k, Tk, _ = rows_of_segment(offsets_k, b, 0, rows_k)
+    return row_q, Tq, before, row_k, Tk
+
+
+@triton.jit
+def pairs_of_segment(b, h, H, row_q, Tq, most_keys, PAD: tl.constexpr):
+    """Where the gradients of a segment's pairs begin, in rows of PAD numbers; their transpose, too."""
+    return ((row_q // PAD + b) * H + h * tl.cdiv(Tq, PAD)) * PAD * (tl.cdiv(most_keys, PAD) * PAD)
 
 
 @triton.jit
@@ -253,20 +278,28 @@ def additive_attention_seeing_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def additive_attention_pack_kernel(
     source, packed, bounds, key_lengths, stride_b, stride_h, stride_t, stride_d, H, T, tiles,
-    seen, stride_sb, stride_sh, keys_end, RATE: tl.constexpr,
+    seen, stride_sb, stride_sh, keys_end, offsets, first_row, rows, packed_tiles, RATE: tl.constexpr,
     D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """exp(RATE x), or x for RATE 0, as [tile, channel, row], or [row, channel], padded with 0; the largest
     |RATE x / 2| of every tile.
 
-    Keys that no query sees are padding, too. Grid: (tiles * B * H,).
+    Keys that no query sees are padding, too. Those of segment b begin with tile (its first row) / BLOCK_T + b.
+    Grid: (tiles * B * H,).
     """
     tile = tl.program_id(0) % tiles
     bh, b, h = batch_and_head(tl.program_id(0) // tiles, H)
+    to = bh * tiles + tile
+    if offsets is not None:
+        first, keys_end, _ = rows_of_segment(offsets, b, first_row, rows)
+        if tile * BLOCK_T >= keys_end:
+            return
+        source += first * stride_t
+        to = h * packed_tiles + first // BLOCK_T + b + tile
     row = tl.arange(0, BLOCK_T)
     t = tile * BLOCK_T + row
     at = source + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t
-    packed += (bh * tiles + tile) * (CHANNELS * BLOCK_T)
+    packed += to * (CHANNELS * BLOCK_T)
     exists = in_sight(seen, key_lengths, t, b, h, stride_sb, stride_sh, keys_end)
     bound = tl.zeros((BLOCK_T,), bounds.dtype.element_ty)
     for start in range(0, CHANNELS, BLOCK_D):
@@ -283,7 +316,7 @@ def additive_attention_pack_kernel(
             tl.store(packed + row[:, None] * CHANNELS + d[None, :], e, mask=d[None, :] < CHANNELS)
         else:
             tl.store(packed + d[:, None] * BLOCK_T + row[None, :], tl.trans(e), mask=d[:, None] < CHANNELS)
-    tl.store(bounds + bh * tiles + tile, tl.max(bound, 0))
+    tl.store(bounds + to, tl.max(bound, 0))
 
 
 def _expanded(t, dim):
@@ -303,24 +336,46 @@ def strides(t, block=1):
     return tuple(0 if t.shape[dim] == 1 else t.stride(dim) // block for dim in (0, 1))
 
 
-def pack(t, channels, block, rate, by_row=False, key_lengths=None, sight=None):
+class Segments(NamedTuple):
+    """Packed sequences: a batch whose elements have their rows one after the other, in dimension 2 of tensors."""
+
+    cu_seqlens_q: torch.Tensor  # int32 (B + 1,)
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    def seen_keys(self, right: int) -> torch.Tensor | None:
+        """How many keys of each segment some query sees, if that depends on how many queries it has."""
+        if right < 0:
+            return None
+        return torch.minimum(self.cu_seqlens_q.diff() + right, self.cu_seqlens_k.diff()).long()
+
+
+def pack(t, channels, block, rate, by_row=False, key_lengths=None, sight=None, part=None):
     """Packed exponentials and bounds (B, H, tiles) of rows (B, H, T, D); B and H are 1 where t is expanded.
 
     They are exp(rate t), or t for rate 0. Of keys, ``key_lengths`` and ``sight`` of a Problem say which are seen:
-    so that a batch or heads are not one where that differs.
+    so that a batch or heads are not one where that differs. Of packed rows, ``part`` is (their offsets, the first
+    row, the most of a segment); tiles are then of one segment each, (1, H, tiles).
     """
     seen = None if sight is None else sight["seen"]
     same = [dim for dim in (0, 1) if seen is None or _expanded(seen, dim)]
     t = _unexpanded(t, [dim for dim in same if dim > 0 or key_lengths is None])
     sight = sight or {"seen": None, "stride_sb": 0, "stride_sh": 0, "keys_end": t.shape[2]}
     (B, H, T, D), tiles = t.shape, triton.cdiv(t.shape[2], block)
+    stored, segments = (B, H, tiles), dict.fromkeys(("offsets", "first_row", "rows", "packed_tiles"))
+    if part is not None:
+        offsets, first, longest = part
+        B, tiles = offsets.shape[0] - 1, triton.cdiv(longest, block)
+        stored = (1, H, T // block + B)
+        segments = {"offsets": offsets, "first_row": first, "rows": T, "packed_tiles": stored[2]}
     empty = functools.partial(torch.empty, dtype=accumulation_dtype(t.dtype), device=t.device)
-    packed, bounds = empty(B, H, tiles, channels * block), empty(B, H, tiles)
+    packed, bounds = empty(*stored, channels * block), empty(stored)
     block_d = min(128, 8192 // block) // packed.itemsize  # whole sectors of a row; 16 numbers of float32 a thread
     launch(
         additive_attention_pack_kernel, (tiles * B * H,),
         t, packed, bounds, key_lengths, *t.stride(), H, T, tiles,
-        options=sight, RATE=rate, D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row,
+        options=sight | segments, RATE=rate, D=D, CHANNELS=channels, BLOCK_T=block, BLOCK_D=block_d, BY_ROW=by_row,
         num_warps=4,
     )  # fmt: skip
     return packed, bounds
@@ -429,13 +484,22 @@ class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
     def __init__(
-        self, query, key, value, weight, bias, mask, key_lengths, window_center, options: Options, seed=None
+        self, query, key, value, weight, bias, mask, key_lengths, window_center, options: Options, seed=None,
+        segments: Segments | None = None,
     ):  # fmt: skip
         if query.dim() == 3:
             bias, mask = (None if t is None else t.unsqueeze(1) for t in (bias, mask))
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
             weight = weight.expand(1, -1)
         (self.B, self.H, self.Tq, self.D), (self.Tk, self.Dv) = query.shape, value.shape[-2:]
+        # Of tensors with a row for each query or key: packed ones have one batch element, of all segments.
+        self.batch, self.rows_q, self.rows_k = self.B, self.Tq, self.Tk
+        self.segments = segments
+        if segments is not None:
+            self.B = segments.cu_seqlens_q.shape[0] - 1
+            self.Tq, self.Tk = segments.max_seqlen_q, segments.max_seqlen_k
+            query, key, value = (t.expand(self.B, -1, -1, -1) for t in (query, key, value))
+            key_lengths = segments.seen_keys(options.window_right)
         self.query, self.key, self.value = query, key, value
         self.bias = bias  # any size of it may be 1
         self.mask = None if mask is None else mask.view(torch.uint8)
@@ -457,6 +521,9 @@ class Problem:
             keys_end = min(self.Tq + options.window_right, self.Tk)
         self.options |= {"center": center, "stride_n": None if center is None else self.Tq}
         self.options |= {"seeing": None, "tiles_seen": None}
+        offsets = (None, None) if segments is None else segments[:2]
+        self.options |= {"offsets_q": offsets[0], "offsets_k": offsets[1]}
+        self.options |= {"rows_q": None, "rows_k": None if segments is None else self.rows_k}
         seen = None if self.mask is None and center is None else self._seen_keys()
         b, h = (0, 0) if seen is None else seen.stride()[:2]
         self.sight = {"seen": seen, "stride_sb": b, "stride_sh": h, "keys_end": keys_end}
@@ -482,11 +549,12 @@ class Problem:
             seen = seen.to(torch.int64)
         return seen.expand(self.B, self.H, self.Tk)
 
-    def options_from(self, first):
-        """Those of kernels whose queries count from this one."""
-        if self.options["seed"] is None:
-            return self.options
-        return self.options | {"drop_query": self.options["drop_query"] + first}
+    def options_of(self, first, end):
+        """Those of kernels that take these queries."""
+        options = self.options
+        if options["seed"] is not None:
+            options = options | {"drop_query": options["drop_query"] + first}
+        return options if self.segments is None else options | {"rows_q": end - first}
 
     def find_queries_in_sight(self):
         """For backward: a table of which queries see which keys, where their centers say so."""
@@ -507,18 +575,28 @@ class Problem:
         bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, first:end]
         return bias, tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
 
-    def pack_queries(self, query, block, by_row=False):
-        return pack(query, self.channels, block, self.options["RATE"], by_row)
+    def most_queries(self, n):
+        """Those of a batch element among n rows."""
+        return min(self.Tq, n)
+
+    def pack_queries(self, first, end, block, by_row=False):
+        query, part = self.query[:, :, first:end], None
+        if self.segments is not None:
+            part = self.segments.cu_seqlens_q, first, self.most_queries(end - first)
+        return pack(query, self.channels, block, self.options["RATE"], by_row, part=part)
 
     def pack_keys(self, block, by_row=False):
+        part = None if self.segments is None else (self.segments.cu_seqlens_k, 0, self.Tk)
         rate = self.options["RATE"]
-        return pack(self.key, self.channels, block, rate, by_row, self.key_lengths, self.sight)
+        return pack(self.key, self.channels, block, rate, by_row, self.key_lengths, self.sight, part)
 
     def chunks(self, all_at_once):
         """(first, end) of the queries whose scores are held at the same time."""
-        rows = max(32, CHUNK // (self.BH * self.Tk) // 32 * 32)
-        rows = self.Tq if all_at_once else rows
-        return [(first, min(first + rows, self.Tq)) for first in range(0, self.Tq, rows)]
+        most = CHUNK // (self.batch * self.H)
+        if self.segments is not None:  # a launch goes over all of them: few launches, no larger than query and key
+            most = max(most, (self.rows_q + self.rows_k) * self.D)
+        rows = self.rows_q if all_at_once else max(32, most // self.Tk // 32 * 32)
+        return [(first, min(first + rows, self.rows_q)) for first in range(0, self.rows_q, rows)]
 
     def tiled(self, kernel, size, sizes, run):
         """Runs with the tile that the table, or tuning, has for these sizes."""

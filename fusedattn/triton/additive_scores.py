@@ -12,7 +12,7 @@ from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AdditiveAttentionOptions, schema
 from fusedattn._options import AdditiveScoresOptions as Options
 from fusedattn.triton._common import Kernel, asked_for, on_device_of, register
-from fusedattn.triton.additive_attention_bwd import PAD, key_gradient, packed_rows, query_gradient
+from fusedattn.triton.additive_attention_bwd import PAD, key_gradient, key_rows, query_gradient, query_rows
 from fusedattn.triton.additive_attention_fwd import write_scores
 from fusedattn.triton.additive_attention_problem import Problem, check
 
@@ -52,7 +52,7 @@ def additive_scores_bwd(grad_scores, query, key, weight, *rest):
         g = grad_scores.reshape(problem.B, problem.H, Tq, Tk).to(accumulation_dtype(query.dtype)) * options.scale
         if options.softcap:
             g = g * (1.0 - (_scores(problem) / options.softcap).square_())
-        queries, keys = packed_rows(problem)
+        queries, keys = query_rows(problem, 0, Tq), key_rows(problem)
         found = {}
         if of_query or of_weight:
             rows = _padded(g.transpose(2, 3))

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from fusedattn import _autograd, _library
 from fusedattn.ops.additive_attention import ATTENTION
+from fusedattn.ops.additive_attention_varlen import ATTENTION_VARLEN
 from fusedattn.ops.additive_scores import SCORES
 from fusedattn.ops.attention_pool import ATTENTION_POOL
 from fusedattn.ops.film import FILM
@@ -121,7 +122,7 @@ class Launches:
 @functools.cache
 def _register_for_cpu_tensors() -> torch.library.Library:
     """The raw operators' kernels for GPUs also for tensors of the CPU, whose launches end up here."""
-    scored = (ATTENTION, ATTENTION_POOL, SCORES, HARD_ATTENTION, LOCATION_ATTENTION)
+    scored = (ATTENTION, ATTENTION_VARLEN, ATTENTION_POOL, SCORES, HARD_ATTENTION, LOCATION_ATTENTION)
     for op in (FILM, GATED_FILM, NORM_FILM, *scored):
         importlib.import_module(f"fusedattn.triton.{op.name}")
         if "triton" not in op.operators:  # a torch built for the CPU
