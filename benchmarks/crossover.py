@@ -63,7 +63,7 @@ CASES: dict[str, Callable[[int], tuple]] = {
 }
 
 
-def _times(functions: list[Callable[[], object]]) -> list[float]:
+def best_times(functions: list[Callable[[], object]]) -> list[float]:
     """The best of many calls of each, in alternation."""
     best = [float("inf")] * len(functions)
     for _ in range(REPETITIONS):
@@ -74,6 +74,19 @@ def _times(functions: list[Callable[[], object]]) -> list[float]:
     return best
 
 
+def recorded(model: Callable, inputs: list[Tensor], training: bool) -> Callable[[], object]:
+    """A call of a model, forward alone or a step with the gradients of all that has some."""
+
+    def run() -> None:
+        with torch.set_grad_enabled(training):
+            answers = [t for t in _pytree.tree_leaves(model(*inputs)) if isinstance(t, Tensor)]
+            if training:
+                torch.autograd.backward(answers, [torch.ones_like(t) for t in answers])
+
+    run()
+    return run
+
+
 def ratios(name: str, n: int) -> tuple[float, float]:
     """Forward and training: the original's time divided by the replaced one's."""
     module, *inputs = CASES[name](n)
@@ -81,17 +94,10 @@ def ratios(name: str, n: int) -> tuple[float, float]:
     dropin.replace(fused, only=name, strict=True)
     inputs = [t.requires_grad_() for t in inputs]
 
-    def forward(model: nn.Module) -> list[Tensor]:
-        return [t for t in _pytree.tree_leaves(model(*inputs)) if isinstance(t, Tensor)]
-
-    def train(model: nn.Module) -> None:
-        answers = forward(model)
-        torch.autograd.backward(answers, [torch.ones_like(t) for t in answers])
-
     found = []
-    for use, grads in ((forward, False), (train, True)):
-        with always_fused(), torch.set_grad_enabled(grads):
-            original, replaced = _times([lambda use=use: use(module), lambda use=use: use(fused)])
+    for training in (False, True):
+        with always_fused():
+            original, replaced = best_times([recorded(model, inputs, training) for model in (module, fused)])
         found.append(original / replaced)
     return found[0], found[1]
 

@@ -318,6 +318,8 @@ def test_a_graph_without_shapes_or_of_another_kind_is_refused():
         dropin.rewrite(graph_module)
     with pytest.raises(TypeError, match=r"expected a torch.fx.GraphModule, got Linear"):
         dropin.rewrite(Linear())
+    report = dropin.rewrite(torch.fx.symbolic_trace(nn.Linear(D, D)), torch.ones(1, D))
+    assert str(report) == "fusedattn.dropin: no pattern is in the graph"
 
 
 class Step(nn.Module):

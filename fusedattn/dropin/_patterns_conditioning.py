@@ -21,6 +21,7 @@ from torch import fx
 from fusedattn._conditioning import ACTIVATIONS
 from fusedattn.dropin._calls import Call, Source
 from fusedattn.dropin._graph import DISTURBED, SMALL, Graph, Labels, Miss
+from fusedattn.dropin._modulate import FUSES
 from fusedattn.dropin._report import Rewrite
 from fusedattn.ops.film import film
 from fusedattn.ops.norm_film import norm_film
@@ -35,8 +36,7 @@ _NORMS = {
 # Whose results are in memory before anything is done with them.
 _LAYERS = ("linear", "matmul", "bmm", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention")
 _OF_ROWS = ("layer", "rms")
-_NORM_FUSES = "norm, scale and shift in one pass"
-_FUSES = "scale, shift and what follows in one pass"
+_LAYER_FUSES = "scale, shift and what follows in one pass"
 
 
 @dataclass
@@ -72,8 +72,8 @@ def rewrite_norm(graph: Graph, node: fx.Node, least: int = 0) -> Rewrite | None:
     if chain.gamma is None and chain.beta is None and (norm in _OF_ROWS or chain.activation is None or least):
         return None
     if graph.is_small(node, least):
-        return Rewrite(graph.name(node), _NORM_FUSES, False, SMALL)
-    return _reported(graph, chain, _NORM_FUSES, lambda: _replace_norm(graph, call, norm, chain))
+        return Rewrite(graph.name(node), FUSES, False, SMALL)
+    return _reported(graph, chain, FUSES, lambda: _replace_norm(graph, call, norm, chain))
 
 
 def rewrite_layer(graph: Graph, node: fx.Node) -> Rewrite | None:
@@ -84,7 +84,7 @@ def rewrite_layer(graph: Graph, node: fx.Node) -> Rewrite | None:
     chain = _chain(graph, node, 1 if call.name.startswith("conv") else len(graph.shape(node)) - 1)
     if chain.gamma is None or len(chain.nodes) < 3 or not _is_of_channels(chain.gamma[1], chain):
         return None
-    return _reported(graph, chain, _FUSES, lambda: _replace_layer(graph, chain))
+    return _reported(graph, chain, _LAYER_FUSES, lambda: _replace_layer(graph, chain))
 
 
 def _reported(graph: Graph, chain: _Chain, fuses: str, replace: Callable[[], None]) -> Rewrite:
