@@ -105,7 +105,8 @@ def dropped(q, k, x, w):
 
 
 def biased(q, k, x, w):
-    return torch.softmax(pairs(q, k) @ w + x[:, :1, :TK], -1) @ x
+    scores = torch.relu(x[:, :1, :TK]) + (pairs(q, k) @ w) * 2
+    return torch.softmax((scores + x[0, 0, 0]).masked_fill(~KEYS, INF), -1) @ x
 
 
 def leaky(q, k, x, w):
@@ -129,11 +130,11 @@ WHOLE = {
     "channels-first": (channels_first, PAIRS | {"x": (TK, DV)}),
     "without-a-batch": (without_a_batch, {"q": (TQ, D), "k": (TK, D), "x": (TK, DV), "w": (D,)}),
     "transposed": (transposed, PAIRS),
+    "biased": (biased, PAIRS),
 }
 SCORES = {
     "concatenation": (Concatenation, {name: STEP[name] for name in "qkx"}),
     "dropped": (dropped, PAIRS),
-    "biased": (biased, PAIRS),
     "leaky": (leaky, PAIRS),
     "without-a-softmax": (without_a_softmax, PAIRS),
 }

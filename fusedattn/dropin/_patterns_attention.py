@@ -4,13 +4,13 @@ What is looked for::
 
     z = a + b + ...         summands with fewer dimensions than z: expanded, or of a layer over a concatenation
     e = activation(z) @ w   as a linear layer to one output, matmul, bmm, einsum, (w * activation(z)).sum(-1)
-    p = softmax(e)          with scale and masks before it
+    p = softmax(e)          with scale, biases and masks before it, in this order
     c = p @ x               as matmul, bmm, einsum, (p[..., None] * x).sum(1)
 
 Summands that vary along the keys, the dimension of the softmax, make the key, the others the query; what both have
-is the batch, or heads. The scores alone are exact whatever follows: dropout, biases, finite fills and other
-normalisers stay as they are. Where nothing but scale and masks of -inf stands between them and a softmax whose
-weights are multiplied with values, all of it becomes one call.
+is the batch, or heads. The scores alone are exact whatever follows: dropout, finite fills and other normalisers
+stay as they are. Where nothing but scale, biases and masks of -inf stands between them and a softmax whose weights
+are multiplied with values, all of it becomes one call.
 """
 
 import math
@@ -50,6 +50,7 @@ class _Rows(NamedTuple):
     column: Any
     nodes: tuple[fx.Node, ...]
     scale: float
+    biases: tuple[tuple[Source, Labels], ...]
     masks: tuple[tuple[Source, Labels, bool], ...]  # and whether True hides a key
     obstacle: str
 
@@ -112,7 +113,12 @@ def rewrite(graph: Graph, node: fx.Node, least: int = 0) -> Rewrite | None:
         if reason:
             _replace_scores(graph, found)
             return Rewrite(name, SCORES, True, f"these alone: {reason}")
-        return Rewrite(name, ATTENTION, True, limits=NAN_ROWS if found.rows and found.rows.masks else "")
+        return Rewrite(
+            name,
+            ATTENTION,
+            True,
+            limits=NAN_ROWS if found.rows and (found.rows.biases or found.rows.masks) else "",
+        )
     except Miss as miss:
         return Rewrite(name, SCORES, False, str(miss))
 
@@ -272,6 +278,7 @@ def _to_softmax(graph: Graph, scores: fx.Node, labels: Labels) -> _Rows | None:
     """What is between scores and a softmax of them; None where none follows."""
     node, scale, obstacle = scores, 1.0, ""
     nodes: list[fx.Node] = []
+    biases: list[tuple[Source, Labels]] = []
     masks: list[tuple[Source, Labels, bool]] = []
     while True:
         users = list(node.users)
@@ -288,13 +295,15 @@ def _to_softmax(graph: Graph, scores: fx.Node, labels: Labels) -> _Rows | None:
             column = labels[call.get("dim")]
             if column is None:
                 return None
-            return _Rows(user, labels, column, tuple(nodes), scale, tuple(masks), obstacle)
+            return _Rows(user, labels, column, tuple(nodes), scale, tuple(biases), tuple(masks), obstacle)
         if after is not None:
             labels = after
         elif graph.shape(user) != graph.shape(node):
             return None
-        elif call is not None and (number := _factor(call, node)) is not None and not masks:
+        elif call is not None and (number := _factor(call, node)) is not None and not biases + masks:
             scale *= number
+        elif call is not None and (bias := _bias(graph, call, node, labels)) is not None and not masks:
+            biases.append(bias)
         elif call is not None and (mask := _mask(graph, call, node, labels)) is not None:
             if isinstance(mask, str):
                 obstacle = obstacle or mask
@@ -317,6 +326,15 @@ def _factor(call: Call, node: fx.Node) -> float | None:
     else:
         number = None
     return float(number) if isinstance(number, (int, float)) else None
+
+
+def _bias(graph: Graph, call: Call, node: fx.Node, labels: Labels) -> tuple[Source, Labels] | None:
+    """A tensor that is added to a node and its labels."""
+    if call.name != "add" or call.get("alpha", 1) != 1:
+        return None
+    bias = call.get("other") if call.input is node else call.input
+    along = graph.aligned(bias, labels)
+    return None if along is None or bias is node else (bias, along)
 
 
 def _mask(graph: Graph, call: Call, node: fx.Node, labels: Labels) -> tuple[Source, Labels, bool] | str | None:
@@ -384,7 +402,7 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
     if graph.is_disturbed(nodes, end) or graph.is_written(softmax) or graph.is_written(end):
         return f"of the context, {DISTURBED}"
     others = [user for user in softmax.users if user is not context.first]
-    inputs = [*found.sources(), product.other, *(mask for mask, *_ in rows.masks)]
+    inputs = [*found.sources(), product.other, *(t for t, *_ in (*rows.biases, *rows.masks))]
     ready = max(graph.order.get(t, 0) for t in inputs if isinstance(t, fx.Node))
     place = softmax if ready < graph.order[softmax] else end
     if any(graph.order[user] < graph.order[place] for user in others):
@@ -398,6 +416,9 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
         options = dict(found.options)
         if rows.scale != 1:
             options["scale"] = rows.scale
+        for bias, labels in rows.biases:
+            bias = graph.cast(bias, graph.arranged(bias, labels, found.labels), found.node)
+            options["bias"] = graph.add(torch.add, options["bias"], bias) if "bias" in options else bias
         for mask, labels, hides in rows.masks:
             visible = graph.arranged(mask, labels, found.labels)
             visible = graph.add(torch.logical_not, visible) if hides else visible

@@ -29,10 +29,11 @@ _COMPILED = (
 def rewrite(graph_module: fx.GraphModule, *example_inputs: Any) -> GraphReport:
     """Makes attention and conditioning in a traced graph fused, in place, whatever module it is in, and reports.
 
-    Additive attention is ``softmax(activation(a + b) @ w) @ x`` in every way to write it, with scale and masks of
-    -inf; where more stands between, the scores ``activation(a + b) @ w`` alone. Conditioning is a norm that is
-    scaled and shifted, or a layer, ``activation(n * (1 + s) + b) + r``, with the gated residual before the norm.
-    What else uses an intermediate result keeps it, and the pattern stays. Parameters and results are those before.
+    Additive attention is ``softmax(activation(a + b) @ w) @ x`` in every way to write it, with scale, biases and
+    masks of -inf; where more stands between, the scores ``activation(a + b) @ w`` alone. Conditioning is a norm
+    that is scaled and shifted, or a layer, ``activation(n * (1 + s) + b) + r``, with the gated residual before the
+    norm. What else uses an intermediate result keeps it, and the pattern stays. Parameters and results are those
+    before.
 
     Args:
         graph_module: of ``torch.fx.symbolic_trace``, of ``torch.export.export(...).module()``, or what a backend
