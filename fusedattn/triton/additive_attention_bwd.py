@@ -11,6 +11,7 @@ from fusedattn.triton import _tiles
 from fusedattn.triton._common import NVIDIA, fast_reciprocal, launch, load_wide, number
 from fusedattn.triton.additive_attention_problem import (
     LOG2E,
+    NO_BIAS,
     PAIR_RANGE,
     UNSPECIALISED,
     batch_and_head,
@@ -167,7 +168,7 @@ def score_gradient(problem, scores, lse, context, grad_context, grad_weights, sh
         pairs = (problem.H, n // PAD + problem.B, PAD, k_padded)  # see pairs_of_segment
         g, g_transposed = problem.empty(pairs), problem.empty(pairs)
     grad_bias = problem.empty(problem.B, problem.H, n, problem.Tk) if of_bias and problem.is_sloped else None
-    bias, bias_strides = problem.bias_of(first, first + n) if problem.options["softcap"] else (None, (0, 0, 0, 0))
+    bias, bias_strides = problem.bias_of(first, first + n) if problem.options["softcap"] else NO_BIAS
     # Where no tensor core takes float64 (sm_120), its products spill beside the operands of a second stage.
     warps, stages = (8, 1) if g.dtype == torch.float64 else (4, 2)
     launch(

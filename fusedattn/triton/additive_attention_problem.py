@@ -480,6 +480,9 @@ def check(query, key, value, weight, bias, mask, key_lengths, window_center=None
             _require(name, t, (*lead, *sizes), its_dtype, device)
 
 
+NO_BIAS = None, (None,) * 4
+
+
 class Problem:
     """The inputs of a call with heads, and what its kernels share."""
 
@@ -569,9 +572,9 @@ class Problem:
         self.options |= {"seeing": seeing, "tiles_seen": tiles}
 
     def bias_of(self, first, end):
-        """(the bias of queries first to end, its strides)"""
+        """(the bias of queries first to end, its strides); kernels without one have no such arguments."""
         if self.bias is None:
-            return None, (0, 0, 0, 0)
+            return NO_BIAS
         bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, first:end]
         return bias, tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
 
