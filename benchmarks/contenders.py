@@ -60,7 +60,7 @@ class Stepwise:
 def compiled(function: Function) -> Function:
     """Compiled for the shapes it first meets, as a user with fixed shapes would have it."""
     if isinstance(function, Stepwise):
-        return Stepwise(compiled(function.step))
+        return type(function)(compiled(function.step))
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

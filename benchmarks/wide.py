@@ -11,7 +11,7 @@ from rich.console import Console
 from . import contenders, fresh, machine, measure, memory, sizing
 from .blocks import DiTBlock, FiLMedResNetBlock
 from .dropin import ReplacedCase, ReplacedLoop, ReplacedNetwork, ReplacedPool, ReplacedTranslation
-from .location import LocationStep
+from .location import LocationLoop, LocationStep
 from .machine import GIB
 from .measure import Job
 from .models import Attention, Film, FilmModule, HardAttention, Loop, ModelCase, MultiheadModule, WindowedAttention
@@ -67,6 +67,7 @@ CASES: dict[str, list[ModelCase]] = {
         *_in("fb", LocationStep, "Tacotron 2, a step", 64, 400, 128, 512, 2, 32, 31),
         *_in("f", LocationStep, "speech, a step", 32, 200, 320, 320, 1, 10, 201),
         *_in("f", LocationStep, "one sentence, a step", 1, 150, 128, 512, 2, 32, 31),
+        *_in("f", LocationLoop, "Tacotron 2", 64, 400, 128, 512, 2, 32, 31),
     ],
     "wide pool": [
         *_in("f", Pool, "slide of 100,000 patches", (1, 100_000, 512), 256),
