@@ -146,7 +146,7 @@ class Op:
         if backend == "reference" or forward_ad._current_level >= 0:
             return self.reference(*tensors, options)
         try:
-            return self.operators[backend](*tensors, *options, *flags)
+            return self.operators[backend].forward((*tensors, *options, *flags))
         except (TypeError, RuntimeError) as error:
             self._name_subclass(tensors, error)
             raise
@@ -228,6 +228,8 @@ class Operators:
         self._numbers = self._tensors + len(op.options._fields)
         self._visible = len(op.outputs) - len(op.hidden)
         self._kept = [op.outputs.index(name) for name in op.kept]
+        self._inputs = len(op.inputs)
+        self._of_others = (None,) * len(op.others)
         self.Forward, self.TransformedForward = _functions(
             self.fwd, self.save_forward, self.first_derivative, self._vmap_forward
         )
@@ -242,7 +244,7 @@ class Operators:
             kernel = partial(_carry_derivative, operator, function)
             _IMPLEMENTATIONS.impl(operator.name(), kernel, "Autograd", with_keyset=True)
 
-    def __call__(self, *arguments):
+    def forward(self, arguments: tuple):
         return self._run(self.fwd, self.Forward, self.TransformedForward, arguments)
 
     @staticmethod
@@ -260,47 +262,63 @@ class Operators:
     # First derivative: by <op>_bwd
 
     def save_forward(self, ctx, arguments, outputs):
-        outputs = _tuple(outputs)
         read, tensors = self._read, self._tensors
-        ctx.save_for_backward(*arguments[:read], *[outputs[k] for k in self._kept])
         ctx.options = arguments[tensors : self._numbers]
-        ctx.added = [t is not None for t in arguments[read:tensors]]
-        ctx.asked_for = asked = [asked_for(t) for t in outputs[: self._visible]]
+        ctx.set_materialize_grads(False)
+        ctx.asked_for = None  # all
+        if not isinstance(outputs, tuple):
+            kept = (outputs,) if self._kept else ()
+            ctx.save_for_backward(*arguments[:read], *kept)
+            return
+        ctx.save_for_backward(*arguments[:read], *[outputs[k] for k in self._kept])
+        asked = [asked_for(t) for t in outputs[: self._visible]]
+        if False in asked:
+            ctx.asked_for = asked
         if len(outputs) > self._visible or False in asked:
             unasked = [t for t, wanted in zip(outputs, asked, strict=False) if not wanted]
             ctx.mark_non_differentiable(*unasked, *outputs[self._visible :])
-        ctx.set_materialize_grads(False)
 
-    def given(self, ctx, grads) -> list | None:
+    def given(self, ctx, grads):
         """The gradients of the outputs that were asked for; None where there are none."""
-        # torch.compile gives zeros for placeholders.
-        grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=False)]
-        return grads if any([grad is not None for grad in grads]) else None
+        if len(grads) > self._visible:
+            grads = grads[: self._visible]
+        if ctx.asked_for is not None:  # torch.compile gives zeros for placeholders
+            grads = [grad if asked else None for grad, asked in zip(grads, ctx.asked_for, strict=True)]
+        for grad in grads:  # a comprehension takes longer than a small problem's share of it
+            if grad is not None:
+                return grads
+        return None
 
     def first_derivative(self, ctx, *grads):
-        grads = self.given(ctx, grads)
+        needed, grads = ctx.needs_input_grad, self.given(ctx, grads)
         if grads is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return self.gradients(ctx, grads, ctx.saved_tensors, ctx.needs_input_grad[: len(self.op.inputs)])
+            return (None,) * len(needed)
+        return self.gradients(ctx.options, grads, ctx.saved_tensors, needed)
 
-    def gradients(self, ctx, grads, saved, asked) -> tuple:
-        """What backward returns of those asked for, from what :meth:`save_forward` saved."""
-        op = self.op
-        tensors, kept = saved[: self._read], saved[self._read :]
-        mask = sum([1 << n for n, needed in enumerate(asked) if needed])
+    def gradients(self, options, grads, saved, needed) -> tuple:
+        """What backward returns of those that are needed, from what :meth:`save_forward` saved."""
+        read, asked, of_added = self._read, needed[: self._inputs], needed[self._read : self._tensors]
+        tensors, kept = saved[:read], saved[read:]
+        mask = 0
+        for wanted in reversed(asked):
+            mask = 2 * mask + wanted
+        found: Any
         if not mask:  # what is added alone
-            found = [None] * len(op.inputs)
+            found = [None] * self._inputs
         elif forward_ad._current_level >= 0:
-            gradients, present, primals = self._through_reference(grads, tensors, ctx.options)
-            found = [None] * len(op.inputs)
+            gradients, present, primals = self._through_reference(grads, tensors, options)
+            found = [None] * self._inputs
             for k, grad in zip(present, gradients(*primals), strict=True):
                 found[k] = grad
         else:
-            arguments = (*grads, *tensors, *ctx.options, *kept, mask)
-            every = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
-            found = [grad if needed else None for grad, needed in zip(every, asked, strict=True)]
-        found += [None] * len(op.others) + [grads[0] if added else None for added in ctx.added]
-        return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
+            arguments = (*grads, *tensors, *options, *kept, mask)
+            found = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
+            if False in asked:
+                found = [grad if wanted else None for grad, wanted in zip(found, asked, strict=True)]
+        if True in of_added:
+            of_added = [grads[0] if wanted else None for wanted in of_added]
+            return (*found, *self._of_others, *of_added, *(None,) * (len(needed) - self._tensors))
+        return (*found, *(None,) * (len(needed) - self._inputs))
 
     def _vmap_forward(self, info, in_dims, *arguments):
         tensors, options, flags = self.op.fwd_parts(arguments)
@@ -376,7 +394,10 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
     """
 
     def quick(ctx, *arguments):
-        return run_saving(ctx, operator, save, arguments)
+        with below_autograd():
+            outputs = operator._op(*arguments)
+        save(ctx, arguments, outputs)
+        return outputs
 
     def forward(*arguments):
         return operator(*arguments)
@@ -395,17 +416,9 @@ def _functions(operator, save, derivative, vmap) -> tuple[type[Function], type[F
 
     name = operator._opname  # shown by grad_fn
     return (
-        quick_function(name, quick, backward),
+        quick_function(name, quick, derivative),
         function(name, forward=forward, setup_context=setup_context, backward=backward, vmap=vmap_rule),
     )
-
-
-def run_saving(ctx, operator, save, arguments: tuple):
-    """An operator within a Function's forward."""
-    with below_autograd():
-        outputs = operator._op(*arguments)
-    save(ctx, arguments, outputs)
-    return outputs
 
 
 def function(name: str, **methods) -> type[Function]:

@@ -54,9 +54,16 @@ def is_wider(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
     return any([t is not None and t.dtype is not x.dtype for t in parameters])
 
 
-def parts(parameter: Parameter) -> tuple[Tensor | None, Tensor | None]:
-    """The two of a pair."""
-    return tuple(parameter) if isinstance(parameter, (tuple, list)) else (parameter, None)  # type: ignore[return-value]
+def parts(op: str, name: str, parameter: Parameter) -> tuple[Tensor | None, Tensor | None]:
+    """The two of a pair; of what is none, that and None."""
+    if not isinstance(parameter, (tuple, list)):
+        return parameter, None
+    if len(parameter) != 2:
+        fail(op, name, "a Tensor or a pair of them", f"{len(parameter)} of them")
+    for n, part in enumerate(parameter):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{op}: {name}[{n}]: expected a Tensor, got {type(part).__name__}")
+    return parameter[0], parameter[1]
 
 
 def in_dtype(parameter, dtype: torch.dtype):
@@ -122,14 +129,15 @@ def check_like(op: str, name: str, t: Tensor, x: Tensor, wanted: str, wider: boo
         fail(op, name, f"dtype {dtypes} on {x.device} like x", f"{t.dtype} on {t.device}")
 
 
-def check_parameter(op: str, name: str, t: Tensor | tuple[Tensor, Tensor], x: Tensor, channel_dim: int) -> None:
-    if isinstance(t, (tuple, list)):
-        if len(t) != 2:
-            fail(op, name, "a Tensor or a pair of them", f"{len(t)} of them")
-        for n, part in enumerate(t):
-            if not isinstance(part, Tensor):
-                raise TypeError(f"{op}: {name}[{n}]: expected a Tensor, got {type(part).__name__}")
-            check_parameter(op, f"{name}[{n}]", part, x, channel_dim)
+def check_parameter(
+    op: str, name: str, t: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: int
+) -> None:
+    """A parameter as :func:`parts` has it."""
+    if t is None:
+        return
+    if added is not None:
+        check_parameter(op, f"{name}[0]", t, None, x, channel_dim)
+        check_parameter(op, f"{name}[1]", added, None, x, channel_dim)
         return
     check_like(op, name, t, x, "a Tensor, a pair of them or None", wider=True)
     # By rank, so that no size is compared with one of another meaning: exported programs would depend on it.
@@ -158,14 +166,16 @@ def check_features(op: str, x: Tensor, channel_dim: int) -> None:
         fail(op, "channel_dim", dimension, f"{channel_dim} for shape {tuple(x.shape)}")
 
 
-def check_affine(op: str, x, gamma, beta, channel_dim: int, gamma_offset, activation, residual) -> None:
-    """What every op with gamma, beta, an activation and a residual takes, once x is known to be sound."""
+def check_affine(op: str, x, parameters, channel_dim: int, gamma_offset, activation, residual) -> None:
+    """What every op with gamma, beta, an activation and a residual takes, once x is known to be sound.
+
+    ``parameters``: gamma, beta and what is added to each.
+    """
+    gamma, beta, gamma_added, beta_added = parameters
     if isinstance(gamma_offset, Tensor):
         fail(op, "gamma_offset", "a number", "a Tensor")
-    if gamma is not None:
-        check_parameter(op, "gamma", gamma, x, channel_dim)
-    if beta is not None:
-        check_parameter(op, "beta", beta, x, channel_dim)
+    check_parameter(op, "gamma", gamma, gamma_added, x, channel_dim)
+    check_parameter(op, "beta", beta, beta_added, x, channel_dim)
     if residual is not None:
         check_same(op, "residual", residual, x)
     if activation not in ACTIVATIONS:

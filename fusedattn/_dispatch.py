@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -199,6 +200,40 @@ def tf32_allowed() -> bool:
     """Whether PyTorch's settings allow TF32 in float32 matrix products, whichever of its interfaces made them."""
     # torch.backends.cuda.matmul.fp32_precision, which takes five times as long.
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
+_signature = attrgetter("__class__", "shape", "dtype", "device", "layout")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MOST_SIGNATURES = 1024  # of a function; sizes may change from call to call
+
+
+def once_per_signature(check: Callable[..., R]) -> Callable[..., R]:
+    """Decorator of ``check(tensors, *settings)``: calls that are alike are checked once.
+
+    Result and errors depend on the settings and on shapes, dtypes and devices of the tensors alone, any of which
+    may be None, and the result holds none of them. What compilers trace, and subclasses, are checked at each call.
+    """
+    known: dict[tuple, R] = {}
+
+    @functools.wraps(check)
+    def call(tensors: tuple, *settings: Any) -> R:
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return check(tensors, *settings)
+        try:
+            of_tensors = [t if t is None else _signature(t) for t in tensors]
+            key = (*of_tensors, *settings, *map(type, settings))  # 1 == 1.0 == True
+            found = known.get(key)
+        except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, sizes that are symbols
+            key, found = (), None
+        if found is None:
+            found = check(tensors, *settings)
+            if key and all(t is None or t[0] in _PLAIN for t in of_tensors):
+                if len(known) >= _MOST_SIGNATURES:
+                    known.clear()
+                known[key] = found
+        return found
+
+    return call
 
 
 def overridable(function: Callable[P, R]) -> Callable[P, R]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, Variable, forward_ad
 
-from fusedattn._autograd import Op, Operators, below_autograd, quick_function, run_saving
+from fusedattn._autograd import Op, Operators, below_autograd, quick_function
 
 
 def are_recorded() -> bool:
@@ -110,7 +110,7 @@ def _step(operators: Operators) -> type[Function]:
     shared = _places(operators.op)
 
     def forward(ctx, *arguments):
-        return run_saving(ctx, operators.fwd, operators.save_forward, arguments[:-1])
+        return operators.Forward.forward(ctx, *arguments[:-1])
 
     def backward(ctx, *grads):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
@@ -121,9 +121,10 @@ def _step(operators: Operators) -> type[Function]:
         saved, joint = ctx.saved_tensors, ctx.next_functions[-1][0]
         if torch._C._will_engine_execute_node(joint):
             _add(joint.records, _Record(operators, ctx.options, grads, saved))
-        needed = ctx.needs_input_grad
-        own = tuple([needed[n] and n not in shared for n in range(len(operators.op.inputs))])
-        return operators.gradients(ctx, grads, saved, own)
+        own = list(ctx.needs_input_grad)
+        for n in shared:
+            own[n] = False
+        return operators.gradients(ctx.options, grads, saved, own)
 
     return quick_function(f"{operators.fwd._opname}_step", forward, backward)
 

@@ -54,6 +54,45 @@ def test_auto_takes_the_reference_after_one_warning_for_each_op_and_kind_of_devi
         assert choose("film", "auto", META, torch.float32, describe) == "reference"
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_calls_that_are_alike_are_checked_once():
+    checked = []
+
+    @_dispatch.once_per_signature
+    def plan(tensors, number, name):
+        checked.append(number)
+        if number < 0:
+            raise ValueError("a number from 0 up")
+        return len(checked)
+
+    x = torch.zeros(2, 3)
+    assert plan((x, None), 1, "a") == plan((x.clone(), None), 1, "a") == 1
+    others = [(x.double(), None), (x.T, None), (x.to_sparse(), None), (x.to(META), None), (None, x), (x, x)]
+    for n, tensors in enumerate(others):
+        assert plan(tensors, 1, "a") == n + 2
+    for number in (True, 1.0, 2):  # True == 1 == 1.0
+        assert plan((x, None), number, "a") > len(others) + 1
+    for _ in range(2):  # neither what fails nor what may have rules of its own is remembered
+        for tensors in ((x.as_subclass(Subclass), None), ("no tensor", None)):
+            before = len(checked)
+            assert plan(tensors, 1, "a") == before + 1
+        with pytest.raises(ValueError, match="from 0 up"):
+            plan((x, None), -1, "a")
+        assert plan((x, None), 1, []) == len(checked)  # has no hash
+
+
+def test_only_so_many_signatures_are_remembered():
+    checked = []
+    plan = _dispatch.once_per_signature(lambda tensors, n: checked.append(n) or n)
+    sizes = [*range(_dispatch._MOST_SIGNATURES + 1), 0]
+    for n in sizes:
+        assert plan((), n) == n
+    assert checked == sizes
+
+
 def test_shapes_on_meta_are_those_of_the_real_call():
     inputs = [torch.randn(2, T, 5, device="meta") for T in (3, 4, 4)] + [torch.randn(5, device="meta")]
     options = {"return_weights": True, "return_lse": True, "is_causal": True}

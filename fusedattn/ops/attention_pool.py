@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from fusedattn import _autograd
-from fusedattn._dispatch import autocast, autocast_enabled, choose, fail, overridable, without_autocast
+from fusedattn._dispatch import (
+    autocast,
+    autocast_enabled,
+    choose,
+    fail,
+    once_per_signature,
+    overridable,
+    without_autocast,
+)
 from fusedattn._dtypes import accumulation_dtype
 from fusedattn._options import AttentionPoolOptions as Options
 from fusedattn._scores import of_visible, require_dense, shape_text
@@ -118,6 +126,18 @@ ATTENTION_POOL = _autograd.Op(
 _UNABLE = {"cuda": "it has no kernels of attention_pool"}
 
 
+@once_per_signature
+def _plan(tensors, return_weights, backend) -> str:
+    """The backend; raises for what cannot be computed."""
+    hidden, value, weight, gate, lengths = tensors
+    given = {"value": value, "gate": gate, "lengths": lengths}
+    require_dense(OP, hidden=hidden, weight=weight, **{name: t for name, t in given.items() if t is not None})
+    _check(hidden, value, weight, gate, lengths)
+    if value is None and return_weights:
+        fail(OP, "return_weights", "False without value", "True")
+    return choose(OP, backend, hidden.device, hidden.dtype, lambda: f"hidden {tuple(hidden.shape)}", _UNABLE)
+
+
 @overridable
 def attention_pool(
     hidden: Tensor,
@@ -160,20 +180,14 @@ def attention_pool(
         ValueError: an input with the wrong shape, dtype or device; weights without a value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
-    given = {"value": value, "gate": gate, "lengths": lengths}
-    require_dense(OP, hidden=hidden, weight=weight, **{name: t for name, t in given.items() if t is not None})
-    device = hidden.device
-    if autocast_enabled(device):
-        hidden, weight = autocast(hidden), autocast(weight)
-        value, gate = (None if t is None else autocast(t) for t in (value, gate))
-    _check(hidden, value, weight, gate, lengths)
-    if value is None and return_weights:
-        fail(OP, "return_weights", "False without value", "True")
-    backend = choose(OP, backend, device, hidden.dtype, lambda: f"hidden {tuple(hidden.shape)}", _UNABLE)
+    if isinstance(hidden, Tensor) and autocast_enabled(hidden.device):
+        hidden, weight = (autocast(t) if isinstance(t, Tensor) else t for t in (hidden, weight))
+        value, gate = (autocast(t) if isinstance(t, Tensor) else t for t in (value, gate))
+    backend = _plan((hidden, value, weight, gate, lengths), return_weights, backend)
     heads = weight.dim() == 2
     lengths = None if lengths is None else lengths.long()
     weight = weight[None] if heads else weight[None, None]
-    with without_autocast(device):
+    with without_autocast(hidden.device):
         context, lse, scores = ATTENTION_POOL(backend, (hidden, gate, value, weight, lengths), Options())
     found = [] if value is None else [context]
     if value is None or return_scores:

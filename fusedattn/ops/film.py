@@ -34,7 +34,7 @@ from fusedattn._conditioning import (
     per_channel,
     total,
 )
-from fusedattn._dispatch import NO_REASONS, autocast_enabled, choose, overridable
+from fusedattn._dispatch import NO_REASONS, autocast_enabled, choose, once_per_signature, overridable
 from fusedattn._options import FilmOptions as Options
 
 # Reference
@@ -122,6 +122,20 @@ _NOT_PER_CHANNEL = {
 }
 
 
+@once_per_signature
+def _plan(tensors, channel_dim, gamma_offset, activation, backend) -> tuple[str, Options, bool]:
+    """The backend, the options, and whether pairs are added up first; raises for what cannot be computed."""
+    x, *parameters, residual = tensors
+    check_features("film", x, channel_dim)
+    check_affine("film", x, parameters, channel_dim, gamma_offset, activation, residual)
+    channel_dim = int(channel_dim) % x.dim()
+    one_per_channel = have_one_per_channel(parameters, channel_dim)
+    unable = NO_REASONS if one_per_channel else _NOT_PER_CHANNEL
+    backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
+    options = Options(channel_dim, gamma_offset, NUMBERS[activation])
+    return backend, options, one_per_channel and backend in _ON_GPUS
+
+
 @overridable
 def film(
     x: Tensor,
@@ -168,18 +182,12 @@ def film(
     """
     if isinstance(x, Tensor) and autocast_enabled(x.device):
         gamma, beta = in_dtype(gamma, x.dtype), in_dtype(beta, x.dtype)
-    check_features("film", x, channel_dim)
-    check_affine("film", x, gamma, beta, channel_dim, gamma_offset, activation, residual)
-    channel_dim = int(channel_dim) % x.dim()
-    gamma, gamma_added = parts(gamma)
-    beta, beta_added = parts(beta)
-    parameters = gamma, beta, gamma_added, beta_added
-    one_per_channel = have_one_per_channel(parameters, channel_dim)
-    unable = NO_REASONS if one_per_channel else _NOT_PER_CHANNEL
-    backend = choose("film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
-    if one_per_channel and backend in _ON_GPUS:
-        gamma = per_channel(gamma, gamma_added, x, channel_dim)
-        beta = per_channel(beta, beta_added, x, channel_dim)
-        parameters = gamma, beta, None, None
-    options = Options(channel_dim, gamma_offset, NUMBERS[activation])
-    return FILM(backend, (x, *parameters, residual), options)
+    gamma, gamma_added = parts("film", "gamma", gamma)
+    beta, beta_added = parts("film", "beta", beta)
+    tensors = x, gamma, beta, gamma_added, beta_added, residual
+    backend, options, adds_up = _plan(tensors, channel_dim, gamma_offset, activation, backend)
+    if adds_up:
+        gamma = per_channel(gamma, gamma_added, x, options.channel_dim)
+        beta = per_channel(beta, beta_added, x, options.channel_dim)
+        tensors = x, gamma, beta, None, None, residual
+    return FILM(backend, tensors, options)

@@ -29,7 +29,7 @@ from fusedattn._conditioning import (
     parts,
     total,
 )
-from fusedattn._dispatch import autocast_enabled, choose, fail, overridable
+from fusedattn._dispatch import autocast_enabled, choose, fail, once_per_signature, overridable
 from fusedattn._options import GatedFilmOptions as Options
 
 # Reference
@@ -86,6 +86,20 @@ GATED_FILM = _autograd.Op(
 _UNABLE = {"cuda": "it has no kernels of gated_film"}
 
 
+@once_per_signature
+def _plan(tensors, channel_dim, backend) -> tuple[str, Options]:
+    """The backend and the options; raises for what cannot be computed."""
+    x, condition, condition_added = tensors
+    check_features("gated_film", x, channel_dim)
+    if x.shape[channel_dim] % 2:
+        fail(
+            "gated_film", "x", f"an even number of channels at dimension {channel_dim}", f"shape {tuple(x.shape)}"
+        )
+    check_parameter("gated_film", "condition", condition, condition_added, x, channel_dim)
+    backend = choose("gated_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", _UNABLE)
+    return backend, Options(int(channel_dim) % x.dim())
+
+
 @overridable
 def gated_film(x: Tensor, condition: Parameter = None, *, channel_dim: int = 1, backend: str = "auto") -> Tensor:
     """Gated activation under a condition: ``tanh(a + h_a) * sigmoid(b + h_b)``.
@@ -117,12 +131,6 @@ def gated_film(x: Tensor, condition: Parameter = None, *, channel_dim: int = 1, 
     """
     if isinstance(x, Tensor) and autocast_enabled(x.device):
         condition = in_dtype(condition, x.dtype)
-    check_features("gated_film", x, channel_dim)
-    if x.shape[channel_dim] % 2:
-        fail(
-            "gated_film", "x", f"an even number of channels at dimension {channel_dim}", f"shape {tuple(x.shape)}"
-        )
-    if condition is not None:
-        check_parameter("gated_film", "condition", condition, x, channel_dim)
-    backend = choose("gated_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", _UNABLE)
-    return GATED_FILM(backend, (x, *parts(condition)), Options(int(channel_dim) % x.dim()))
+    tensors = x, *parts("gated_film", "condition", condition)
+    backend, options = _plan(tensors, channel_dim, backend)
+    return GATED_FILM(backend, tensors, options)

@@ -28,8 +28,6 @@ Symbols: B batch, C channels, T positions, G groups. Kernels: ``csrc/norm_film/`
 ``tests/test_norm_film.py``, ``tests/test_norm_film_transforms.py``.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -51,7 +49,7 @@ from fusedattn._conditioning import (
     parts,
     per_channel,
 )
-from fusedattn._dispatch import autocast_enabled, choose, fail, overridable
+from fusedattn._dispatch import autocast_enabled, choose, fail, once_per_signature, overridable
 from fusedattn._options import NormFilmOptions as Options
 
 # In the order of the enum in csrc/norm_film/options.h.
@@ -290,18 +288,24 @@ NORM_FILM = _autograd.Op(
 # Public function
 
 
-def _for_kernels(parameter: Parameter, x: Tensor, channel_dim: int) -> tuple[Tensor | None, Tensor | None]:
-    """A pair as kernels take it: each of its tensors (C,), (B, C) or like x. What is small is added up."""
-    first, added = parts(parameter)
+def _is_for_kernels(first: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: int) -> bool:
+    """Whether kernels take a parameter as it is: (C,) or (B, C)."""
     if first is None:
-        return None, None
+        return True
     B, C = x.shape[0], x.shape[channel_dim]
-    if (
+    return (
         added is None
         and first.dim() in (1, 2)
         and first.shape[-1] == C
         and (first.dim() == 1 or first.shape[0] == B)
-    ):
+    )
+
+
+def _for_kernels(
+    first: Tensor | None, added: Tensor | None, x: Tensor, channel_dim: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """A pair as kernels take it: each of its tensors (C,), (B, C) or like x. What is small is added up."""
+    if first is None or _is_for_kernels(first, added, x, channel_dim):
         return first, None
     small = [have_one_per_channel((t,), channel_dim) for t in (first, added)]
     summed = all(small) and added is not None
@@ -390,6 +394,32 @@ _NOT_PER_CHANNEL = _NO_KERNELS | dict.fromkeys(
 )
 
 
+@once_per_signature
+def _plan(
+    tensors, norm, num_groups, eps, channel_dim, gamma_offset, activation, training, momentum, backend
+) -> tuple[str, Options, bool]:
+    """The backend, the options, and whether its kernels take parameters as they are; raises for what cannot be
+    computed."""
+    x, *parameters, weight, bias, gate, gate_added, pre_residual, mean, var, num_batches, residual = tensors
+    check_features("norm_film", x, channel_dim)
+    check_affine("norm_film", x, parameters, channel_dim, gamma_offset, activation, residual)
+    check_parameter("norm_film", "pre_gate", gate, gate_added, x, channel_dim)
+    if pre_residual is not None:
+        check_same("norm_film", "pre_residual", pre_residual, x)
+    _check_norm(x, norm, num_groups, weight, bias, eps, channel_dim)
+    _check_running(x, norm, channel_dim, mean, var, num_batches, training, momentum)
+    channel_dim = int(channel_dim) % x.dim()
+    gamma, beta, gamma_added, beta_added = parameters
+    takes = norm in ("layer", "rms") or have_one_per_channel((*parameters, gate, gate_added), channel_dim)
+    unable = _NO_KERNELS if takes else _NOT_PER_CHANNEL
+    backend = choose("norm_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
+    pairs = (gamma, gamma_added), (beta, beta_added), (gate, gate_added)
+    as_they_are = backend == "reference" or all([_is_for_kernels(*pair, x, channel_dim) for pair in pairs])
+    training = training or norm != "batch"
+    numbers = num_groups or 0, training, eps, channel_dim, gamma_offset, NUMBERS[activation]
+    return backend, Options(_NUMBERS[norm], *numbers), as_they_are
+
+
 @overridable
 def norm_film(
     x: Tensor,
@@ -468,28 +498,24 @@ def norm_film(
         if isinstance(pre_residual, Tensor) and pre_residual.dtype is torch.float32 and x.dtype in HALF:
             x = x.float()
         gamma, beta, pre_gate = (in_dtype(t, x.dtype) for t in (gamma, beta, pre_gate))
-    check_features("norm_film", x, channel_dim)
-    check_affine("norm_film", x, gamma, beta, channel_dim, gamma_offset, activation, residual)
-    if pre_gate is not None:
-        check_parameter("norm_film", "pre_gate", pre_gate, x, channel_dim)
-    if pre_residual is not None:
-        check_same("norm_film", "pre_residual", pre_residual, x)
-    _check_norm(x, norm, num_groups, weight, bias, eps, channel_dim)
-    _check_running(x, norm, channel_dim, running_mean, running_var, num_batches_tracked, training, momentum)
-    channel_dim = int(channel_dim) % x.dim()
-    training = training or norm != "batch"
-    parameters = *parts(gamma), *parts(beta), *parts(pre_gate)
-    takes = norm in ("layer", "rms") or have_one_per_channel(parameters, channel_dim)
-    unable = _NO_KERNELS if takes else _NOT_PER_CHANNEL
-    backend = choose("norm_film", backend, x.device, x.dtype, lambda: f"x {tuple(x.shape)}", unable)
-    as_it_is = parts if backend == "reference" else partial(_for_kernels, x=x, channel_dim=channel_dim)
-    (gamma, gamma_added), (beta, beta_added), gate = map(as_it_is, (gamma, beta, pre_gate))
-    running = (None, None) if training else (running_mean, running_var)
-    tensors = x, gamma, beta, gamma_added, beta_added, weight, bias, *gate, pre_residual, *running, residual
-    options = Options(
-        _NUMBERS[norm], num_groups or 0, training, eps, channel_dim, gamma_offset, NUMBERS[activation]
+    gamma, gamma_added = parts("norm_film", "gamma", gamma)
+    beta, beta_added = parts("norm_film", "beta", beta)
+    gate, gate_added = parts("norm_film", "pre_gate", pre_gate)
+    backend, options, as_they_are = _plan(
+        (
+            *(x, gamma, beta, gamma_added, beta_added, weight, bias, gate, gate_added, pre_residual),
+            *(running_mean, running_var, num_batches_tracked, residual),
+        ),
+        *(norm, num_groups, eps, channel_dim, gamma_offset, activation, training, momentum, backend),
     )
-    y, h, mean, var = NORM_FILM(backend, tensors, options)
+    training, channel_dim = options.training, options.channel_dim
+    if not as_they_are:
+        gamma, gamma_added = _for_kernels(gamma, gamma_added, x, channel_dim)
+        beta, beta_added = _for_kernels(beta, beta_added, x, channel_dim)
+        gate, gate_added = _for_kernels(gate, gate_added, x, channel_dim)
+    running = (None, None) if training else (running_mean, running_var)
+    parameters = gamma, beta, gamma_added, beta_added, weight, bias, gate, gate_added
+    y, h, mean, var = NORM_FILM(backend, (x, *parameters, pre_residual, *running, residual), options)
     if training and running_mean is not None and running_var is not None:
         n = x.numel() // x.shape[channel_dim]
         _update(running_mean, running_var, num_batches_tracked, momentum, mean, var, n)
