@@ -79,7 +79,7 @@ def main(names: list[str]) -> None:
             inputs = [t.requires_grad_() for t in make(n)]
             forward, training = ratios(function, inputs)
             print(
-                f"{name:12} {tuple(inputs[1].shape)!s:22} forward {forward:5.2f}  training {training:5.2f}",
+                f"{name:12} {tuple(max(inputs, key=Tensor.numel).shape)!s:22} forward {forward:5.2f}  training {training:5.2f}",
                 flush=True,
             )
 
