@@ -78,10 +78,8 @@ def main(names: list[str]) -> None:
             torch.manual_seed(0)
             inputs = [t.requires_grad_() for t in make(n)]
             forward, training = ratios(function, inputs)
-            print(
-                f"{name:12} {tuple(max(inputs, key=Tensor.numel).shape)!s:22} forward {forward:5.2f}  training {training:5.2f}",
-                flush=True,
-            )
+            shape = str(tuple(max(inputs, key=Tensor.numel).shape))
+            print(f"{name:12} {shape:20} forward {forward:5.2f}  training {training:5.2f}", flush=True)
 
 
 if __name__ == "__main__":
