@@ -316,6 +316,8 @@ def _write_scores_by(tile, problem, out, first, end):
     gpu, warps = _tiles.gpu_of(query.device), tile.warps
     if (problem.options["left"] is not None or problem.options["center"] is not None) and gpu != _tiles.SM_90:
         warps = max(warps, 4)  # beside the bounds of windows two lack registers; on sm_90 four exchange too much
+    if problem.segments is not None and problem.options["right"] is not None and gpu == _tiles.SM_120:
+        warps = max(warps, 4)  # a right side alone does there beside what places a segment
     if bias is not None and gpu == _tiles.AMD:
         warps = max(warps, 8)  # so that a wave holds fewer rows, each with an address more
     launch(
