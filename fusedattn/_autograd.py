@@ -92,6 +92,9 @@ class BatchFold(Fold):
     gradients_apart = outputs_apart
 
 
+DECLARED: list["Op"] = []  # every op
+
+
 @dataclass(eq=False)
 class Op:
     """An op, made from its declaration.
@@ -127,6 +130,7 @@ class Op:
     operators: dict[str, "Operators"] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
+        DECLARED.append(self)
         errors = {"": _library.EXTENSION_ERROR, "_triton": _library.TRITON_ERROR}
         ops = torch.ops.fusedattn
         made = {

@@ -4,14 +4,7 @@ from collections.abc import Callable
 
 from torch._ops import OpOverload
 
-from fusedattn.ops.additive_attention import ATTENTION
-from fusedattn.ops.additive_attention_varlen import ATTENTION_VARLEN
-from fusedattn.ops.additive_scores import SCORES
-from fusedattn.ops.attention_pool import ATTENTION_POOL
-from fusedattn.ops.film import FILM
-from fusedattn.ops.gated_film import GATED_FILM
-from fusedattn.ops.hard_additive_attention import HARD_ATTENTION
-from fusedattn.ops.norm_film import NORM_FILM
+from fusedattn import _autograd
 
 
 def decompositions() -> dict[OpOverload, Callable]:
@@ -21,6 +14,6 @@ def decompositions() -> dict[OpOverload, Callable]:
     speed of plain PyTorch. ``torch.onnx.export(model, inputs, dynamo=True)`` needs no call of it.
     """
     found: dict[OpOverload, Callable] = {}
-    for op in (ATTENTION, ATTENTION_VARLEN, ATTENTION_POOL, SCORES, FILM, GATED_FILM, HARD_ATTENTION, NORM_FILM):
+    for op in _autograd.DECLARED:
         found |= op.decompositions()
     return found

@@ -43,15 +43,22 @@ _fail = partial(fail, OP)
 # Reference
 
 
+def _convolved(x, filters, groups):
+    """F.conv1d, as long as x; PyTorch's takes nothing that is empty."""
+    if x.numel() == 0:
+        return (x.sum() + filters.sum()) * x.new_zeros(x.shape[0], filters.shape[0], x.shape[2])
+    return F.conv1d(x, filters, padding=(filters.shape[-1] - 1) // 2, groups=groups)
+
+
 def _features(previous, conv_weight, location_weight):
     """(B, Tq, Tk, D) of previous (B, Tq, C, Tk)."""
-    (B, Tq, C, Tk), (G, _, _, K) = previous.shape, conv_weight.shape
+    (B, Tq, C, Tk), G = previous.shape, conv_weight.shape[0]
     grouped = previous.view(G, B // G * Tq, C, Tk).transpose(0, 1).flatten(1, 2)
-    found = F.conv1d(grouped, conv_weight.flatten(0, 1), padding=(K - 1) // 2, groups=G)
-    found = found.view(B // G * Tq, G, -1, Tk).permute(1, 0, 3, 2)  # (G, B / G Tq, Tk, N)
+    found = _convolved(grouped, conv_weight.flatten(0, 1), G)
+    found = found.view(B // G * Tq, G, conv_weight.shape[1], Tk).permute(1, 0, 3, 2)  # (G, B / G Tq, Tk, N)
     if location_weight is not None:
         found = found @ location_weight.unsqueeze(1).mT
-    return found.reshape(B, Tq, Tk, -1)
+    return found.reshape(B, Tq, Tk, found.shape[-1])
 
 
 def _reference(query, key, value, weight, previous, conv_weight, location_weight, mask, options: Options):
