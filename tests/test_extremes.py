@@ -26,7 +26,6 @@ def test_width_zero(D, Dv, Tq):
 
 
 @pytest.mark.interpreted
-@pytest.mark.interpreted
 @pytest.mark.parametrize("Tq, Tk", [(1, 2**62), (2**62, 1), (2**31, 2**31)])
 @pytest.mark.parametrize("D, Dv", [(0, 1), (1, 0), (1, 1)])
 def test_products_of_sizes_beyond_64_bits(D, Dv, Tq, Tk):
