@@ -299,9 +299,16 @@ FUSEDATTN_DEVICE void joint_keys(const JointMemory<T>& memory, const T (&q)[TILE
   }
 }
 
-// Blocks on a multiprocessor that registers must leave room for; 0: as the compiler likes.
+// Blocks on a multiprocessor that registers must leave room for; 0: as the compiler likes. From sm_120 on its
+// shared memory holds two, and registers for a third would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+constexpr int JOINT_BLOCKS = 3;
+#else
+constexpr int JOINT_BLOCKS = 2;
+#endif
 template <typename S, typename Phi>
-constexpr int JOINT_OCCUPANCY = TAKES_EXPONENTIALS<Phi> ? (sizeof(S) < 8 ? 3 : 0) : (sizeof(S) < 8 ? 2 : 1);
+constexpr int JOINT_OCCUPANCY =
+    TAKES_EXPONENTIALS<Phi> ? (sizeof(S) < 8 ? JOINT_BLOCKS : 0) : (sizeof(S) < 8 ? 2 : 1);
 
 template <typename S, typename Phi>
 __global__ void __launch_bounds__(BACKWARD_BLOCK, JOINT_OCCUPANCY<S, Phi>)
