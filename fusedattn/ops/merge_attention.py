@@ -55,7 +55,7 @@ def merge_attention(contexts: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] 
         lse of a part is -inf, that part is absent, whatever its context holds; where all are, the context is 0 and
         the lse -inf.
 
-    The weights of a part, times ``exp(lse of the part - lse)``, are those of the whole. Autocast casts nothing here:
+    The weights of a part, times ``exp(lse of the part - lse)``, are those of the whole. Autocast casts nothing:
     results have the dtypes of the parts.
 
     Raises:

@@ -131,7 +131,7 @@ def kernels(target=("cuda", 90)) -> list[Kernel]:
     for total, longest, D, is_causal, dtype in (
         (8192, 512, 256, True, torch.float32),
         (8192, 512, 256, False, torch.bfloat16),
-        (64, 4, 64, False, torch.float32),
+        (64, 4, 256, False, torch.float32),
     ):
         found += recorded(lambda: _typical_call(total, longest, D, is_causal, dtype), target)  # noqa: B023
     return distinct(found)
