@@ -473,7 +473,9 @@ def _attend_by(tile, problem, scores, context, lse, first, allow_tf32):
     if splits > 1:
         parts = problem.empty(splits, problem.batch, problem.H, n, problem.Dv)
         lse_parts = problem.empty(parts.shape[:-1])
-    stages = 1 if lse.dtype == torch.float64 else 2  # a second stage of doubles spills on some GPUs
+    # A second stage of doubles spills on some GPUs, and on sm_100 that of narrow values beside hidden keys.
+    crowded = problem.options["seen"] is not None and block_v <= 64 and _tiles.capability_of(lse.device) == 10
+    stages = 1 if lse.dtype == torch.float64 or crowded else 2
     launch(
         additive_attention_fwd_kernel_context, (q_tiles * problem.BH, splits, v_tiles),
         scores, problem.value, problem.key_lengths, parts, lse_parts,
