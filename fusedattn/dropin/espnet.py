@@ -51,16 +51,22 @@ def _project(self, states):
         self.pre_compute_enc_h = self.mlp_enc(states)
 
 
+def _keys(self, states, lengths, exponentials=True):
+    """What every step of one head attends to."""
+    _project(self, states)
+    key, value, padding = self.pre_compute_enc_h, self.enc_h, _padding(self, states, lengths)
+    sources = key, value, padding
+    return kept_keys(self, sources, lambda: (key, value, ~padding.unsqueeze(1)), exponentials)
+
+
 # AttAdd
 
 
 def _add(self, enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling=2.0):
-    _project(self, enc_hs_pad)
+    keys = _keys(self, enc_hs_pad, enc_hs_len)
     query = self.mlp_dec(_state(self, dec_z, enc_hs_pad)).unsqueeze(1)
-    key, value, padding = self.pre_compute_enc_h, self.enc_h, _padding(self, enc_hs_pad, enc_hs_len)
-    keys = kept_keys(self, (key, value, padding), lambda: (key, value, ~padding.unsqueeze(1)))
     context, weights = step(query, keys, [self.gvec], scale=scaling)
-    return summed(context, value, weights).squeeze(1), weights.squeeze(1)
+    return summed(context, self.enc_h, weights).squeeze(1), weights.squeeze(1)
 
 
 # Attentions that see weights of steps before
@@ -74,13 +80,11 @@ def _uniform(self, states, lengths):
 
 def _seeing(self, states, lengths, dec_z, previous, scaling, conv, dense):
     """Context and weights of a step that sees ``previous`` (B, C, T), through ``conv`` if there is one."""
-    _project(self, states)
+    keys = _keys(self, states, lengths, exponentials=False)
     query = self.mlp_dec(_state(self, dec_z, states))
     query = query if dense.bias is None else query + dense.bias
-    key, value, padding = self.pre_compute_enc_h, self.enc_h, _padding(self, states, lengths)
-    keys = kept_keys(self, (key, value, padding), lambda: (key, value, ~padding.unsqueeze(1)), exponentials=False)
     context, weights = locate(query, keys, previous, Seeing(self.gvec, conv, dense), scale=scaling)
-    return summed(context, value, weights), weights
+    return summed(context, self.enc_h, weights), weights
 
 
 def _locate(
