@@ -184,8 +184,6 @@ def _flops(query, key, value, *_) -> int:
 
 
 class _Fold(_scores.Fold):
-    _shared_by_heads = False  # the bias
-
     def folded(self):
         *_, bias, mask, lengths, center, _, _, seed = self.tensors
         rows, mask, center = self.rows(3), self.output(mask, self.dims[5]), self.output(center, self.dims[7])
@@ -204,16 +202,13 @@ class _Fold(_scores.Fold):
 
     def _bias(self, heads):
         bias = self.spread(self.tensors[4], self.dims[4])  # (B, N, H, Tq, Tk), or without H
-        if not self.heads:
-            return bias
-        self._shared_by_heads = bias.shape[2] == 1
-        return bias.expand(-1, -1, heads, -1, -1).flatten(1, 2)
+        return bias.expand(-1, -1, heads, -1, -1).flatten(1, 2) if self.heads else bias
 
     def gradients_apart(self, grads):
         found, dims = super().gradients_apart(grads)
         *others, of_bias = found
-        if self._shared_by_heads and of_bias.dim() > 1:
-            of_bias = of_bias.sum(2, keepdim=True)
+        if self.heads and of_bias.dim() > 1 and self.spread(self.tensors[4], self.dims[4]).shape[2] == 1:
+            of_bias = of_bias.sum(2, keepdim=True)  # one for all heads was spread over them
         return (*others, of_bias), dims
 
 
