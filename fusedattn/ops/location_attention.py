@@ -153,6 +153,7 @@ LOCATION_ATTENTION = _autograd.Op(
 
 # Public function
 
+_NO_KERNELS = {"cuda": f"it has no kernels of {OP}"}
 MOST_PROJECTED = 32  # numbers of a key, in Triton: what is made of the previous weights before the projection
 
 
@@ -326,14 +327,12 @@ def _are_folded(conv_weight: Tensor, location_weight: Tensor) -> bool:
 
 def _unable(conv_weight: Tensor, location_weight: Tensor) -> dict[str, str]:
     """Backends without kernels for these sizes, and why."""
-    unable = {"cuda": f"it has no kernels of {OP}"}
     (N, C, K), folded = conv_weight.shape, _are_folded(conv_weight, location_weight)
-    if (C * K if folded else N) > MOST_PROJECTED:
-        of = "taps, of filters folded with the projection" if folded else "filters"
-        unable["triton"] = (
-            f"its kernels take at most {MOST_PROJECTED} {of}: conv_weight is {tuple(conv_weight.shape)}"
-        )
-    return unable
+    if (C * K if folded else N) <= MOST_PROJECTED:
+        return _NO_KERNELS
+    of = "taps, of filters folded with the projection" if folded else "filters"
+    reason = f"its kernels take at most {MOST_PROJECTED} {of}: conv_weight is {tuple(conv_weight.shape)}"
+    return _NO_KERNELS | {"triton": reason}
 
 
 def _visible(key: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> Tensor | None:
