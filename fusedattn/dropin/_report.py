@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from fusedattn.dropin._adapter import Adapter
 
@@ -34,7 +35,46 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Report:
+class Rewrite:
+    """A pattern in a graph.
+
+    Attributes:
+        name: the module that it is in, as far as the graph tells, and its node.
+        fuses: what runs fused, or would.
+        replaced: whether it was rewritten.
+        reason: why it was not, or not all of it.
+        limits: where answers differ from those before.
+    """
+
+    name: str
+    fuses: str
+    replaced: bool
+    reason: str = ""
+    limits: str = ""
+
+
+Found = TypeVar("Found", Entry, Rewrite)
+
+
+class _Findings(Generic[Found]):
+    """What a report iterates over, parted."""
+
+    def __iter__(self) -> Iterator[Found]:
+        raise NotImplementedError
+
+    @property
+    def replaced(self) -> tuple[Found, ...]:
+        """Those that are fused, those that were before included."""
+        return tuple(found for found in self if found.replaced)
+
+    @property
+    def not_replaced(self) -> tuple[Found, ...]:
+        """Those that are known by name, or nearly match, and are left as they are."""
+        return tuple(found for found in self if not found.replaced)
+
+
+@dataclass(frozen=True)
+class Report(_Findings[Entry]):
     """The modules of a model that are known by name: those replaced, and those not replaced with the reason.
 
     Iterates over its entries. ``print(report)`` has a line for each, or for each kind of layers that are numbered,
@@ -43,16 +83,6 @@ class Report:
 
     entries: tuple[Entry, ...]
     unknown: int = 0  # modules whose class no adapter knows
-
-    @property
-    def replaced(self) -> tuple[Entry, ...]:
-        """Those that are fused, those that were before included."""
-        return tuple(entry for entry in self.entries if entry.replaced)
-
-    @property
-    def not_replaced(self) -> tuple[Entry, ...]:
-        """Those that are known by name and left as they are."""
-        return tuple(entry for entry in self.entries if not entry.replaced)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -82,42 +112,13 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Rewrite:
-    """A pattern in a graph.
-
-    Attributes:
-        name: the module that it is in, as far as the graph tells, and its node.
-        fuses: what runs fused, or would.
-        replaced: whether it was rewritten.
-        reason: why it was not, or not all of it.
-        limits: where answers differ from those before.
-    """
-
-    name: str
-    fuses: str
-    replaced: bool
-    reason: str = ""
-    limits: str = ""
-
-
-@dataclass(frozen=True)
-class GraphReport:
+class GraphReport(_Findings[Rewrite]):
     """The patterns in a graph: those rewritten, and those that nearly were with the reason why not.
 
     Iterates over them; ``print`` has a line for each, or for each kind of layers that are numbered.
     """
 
     rewrites: tuple[Rewrite, ...]
-
-    @property
-    def replaced(self) -> tuple[Rewrite, ...]:
-        """Those that are fused."""
-        return tuple(rewrite for rewrite in self.rewrites if rewrite.replaced)
-
-    @property
-    def not_replaced(self) -> tuple[Rewrite, ...]:
-        """Those that nearly match, left as they are."""
-        return tuple(rewrite for rewrite in self.rewrites if not rewrite.replaced)
 
     def __iter__(self) -> Iterator[Rewrite]:
         return iter(self.rewrites)
