@@ -10,7 +10,7 @@ import pytest
 import test_film
 import torch
 from cuda_emulator.arrays import array, name, poisoned
-from pairwise import in_dtypes
+from pairwise import EVERYTHING, in_dtypes
 from torch.autograd import Function
 
 from fusedattn._conditioning import ACTIVATIONS
@@ -85,6 +85,11 @@ def check(module, shape, dtype=torch.float32, absent=(), shared=(), offset=0, **
 @in_dtypes(SHAPES, EVERY_KERNEL, test_film.DTYPES)
 def test_matches_the_reference(module, sizes, dtype):
     check(module, sizes, dtype, activation="silu")
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="nine million elements: in make test-all")
+def test_threads_take_more_rows_where_there_are_blocks_enough(module):
+    check(module, (1, 36000, 255, 1))  # 17 rows each, and one left over
 
 
 @pytest.mark.parametrize("dtype", test_film.DTYPES)

@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 from . import sass
+from .occupancy import MAX_WARPS
 
 DTYPES = {"float": "float32", "double": "float64", "half": "float16", "bfloat16": "bfloat16"}
 DTYPES |= {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf16": "bfloat16"}
@@ -31,6 +32,7 @@ class Kernel:
     fp32: float | None = None  # of those, for the FP32 lanes; a packed one counts twice
     # STREAMS: bytes of the global accesses in the main loop, each once; without a loop, of the stores.
     widths: tuple[int, ...] = ()
+    in_flight: int = 0  # bytes of global memory that a thread waits for at a time, in its main loop
     aligned: bool = True  # compiled for rows or runs of a multiple of 16 bytes
     oldest: bool = False  # compiled by the oldest Triton supported
 
@@ -44,6 +46,12 @@ class Kernel:
     def tile(self) -> tuple[int, ...]:
         """Triton's blocks, by its name."""
         return tuple(map(int, self.name.split("-")[1].split("x")))
+
+    @property
+    def waiting(self) -> float:
+        """Bytes that a multiprocessor waits for at a time: what its memory must answer, to keep its rate."""
+        arch = int(self.arch.removeprefix("sm_"))
+        return self.in_flight * 32 * MAX_WARPS[arch] * (self.occupancy or 0)
 
     @property
     def section(self) -> str:
@@ -60,7 +68,8 @@ class Kernel:
         widths: list[int] = []
         if known["op"] in STREAMS:
             widths = function.body.store_widths if memory is None else memory.global_widths
-        return cls(**known, local=function.body.local, widths=tuple(sorted(set(widths))), **counts)
+        known |= dict(in_flight=function.in_flight(), widths=tuple(sorted(set(widths))))
+        return cls(**known, local=function.body.local, **counts)
 
     @classmethod
     def from_json(cls, values: dict) -> "Kernel":

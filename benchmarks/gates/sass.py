@@ -30,7 +30,9 @@ _FMA = {"FFMA", "FFMA2"}
 # step of Newton's method in a division is one.
 _DENOMINATOR = re.compile(r"^\s*R[\w.]+, R[\w.]+, R[\w.]+, 1(?:, 1)?\s*;")
 _GLOBAL = {"LDG", "STG", "LD", "ST"}
+_LOADS = {"LDG", "LD"}
 _LOCAL = {"LDL", "STL"}
+_REGISTER = re.compile(r"\bR(\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,22 @@ class Body:
         """Bytes of each access to global memory, in program order."""
         return [i.bytes for i in self.instructions if i.base in _GLOBAL or i.opcode.startswith("LDGSTS")]
 
+    @cached_property
+    def in_flight(self) -> int:
+        """Most bytes that a thread has asked of global memory at a time, where the instructions repeat: a load is
+        on its way until one of its registers is named again. A predicated one, of what is optional, does not
+        count."""
+        most = 0
+        loads: list[tuple[range, int]] = []  # registers and bytes
+        for instruction in 2 * self.instructions:  # what the end of a loop loads is used at its head
+            named = [int(number) for number in _REGISTER.findall(instruction.operands)]
+            loads = [load for load in loads if not any(number in load[0] for number in named)]
+            if instruction.base in _LOADS and not instruction.predicated:
+                first, size = named[0], instruction.bytes
+                loads.append((range(first, first + max(1, size // 4)), size))
+            most = max(most, sum(size for _, size in loads))
+        return most
+
     @property
     def store_widths(self) -> list[int]:
         return [i.bytes for i in self.instructions if i.base in ("STG", "ST")]
@@ -170,8 +188,22 @@ class Function:
 
     def memory_loop(self) -> Body | None:
         """The innermost loop with the widest accesses to global memory, and the most of them."""
-        loops = [b for b in map(self._whole, self.innermost) if b.global_widths]
-        return max(loops, key=lambda b: (max(b.global_widths), len(b.global_widths)), default=None)
+        loop = self._memory_loop()
+        return None if loop is None else self._whole(loop)
+
+    def _memory_loop(self) -> tuple[int, int] | None:
+        def widths(loop: tuple[int, int]) -> tuple[int, int]:
+            found = self._whole(loop).global_widths
+            return max(found, default=0), len(found)
+
+        return max((loop for loop in self.innermost if widths(loop)[1]), key=widths, default=None)
+
+    def in_flight(self) -> int:
+        """Bytes of global memory that a thread waits for at a time, in the score loop or else the memory loop, by
+        its shortest way: what is optional, as a residual, comes on top."""
+        loop = self._memory_loop()
+        body = self.score_loop() or (None if loop is None else self._busiest(loop))
+        return 0 if body is None else body.in_flight
 
 
 def parse(text: str) -> dict[str, Function]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from .kernel import ATTENTION, STREAMS, Kernel
-from .thresholds import MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures
+from .thresholds import IN_FLIGHT, MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures
 
 HEAD = f"""# What the compiled kernels cost
 
@@ -24,6 +24,8 @@ A cell with several values has one per architecture, in the order of the heading
   not counted in float64
 - spilled: vector registers, to memory / scalar registers, to lanes of vector registers
 - bytes: widths of the global accesses in FiLM's main loop; of the stores where a kernel has no loop
+- waits: KiB that a multiprocessor has asked of memory at a time, in that loop (independent loads x resident threads,
+  without what is optional); on {SLOTS_ARCH} at least {IN_FLIGHT} in CUDA C++, where rows and runs are aligned
 
 A kernel marked ✗ breaks a threshold, listed below the tables.
 """  # noqa: E501
@@ -42,6 +44,10 @@ def _shared(kernel: Kernel) -> str:
     return "–" if kernel.shared is None else f"{kernel.shared / 1024:.3g}"
 
 
+def _waits(kernel: Kernel) -> str:
+    return f"{kernel.waiting / 1024:.3g}" if kernel.in_flight else "–"
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
@@ -58,7 +64,7 @@ COLUMNS: dict[str, dict[str, Callable[[Kernel], str]]] = {
     "attention_pool": COMMON,
     "hard_additive_attention": COMMON,
     "location_attention": COMMON,
-    **{op: {**COMMON, "bytes": lambda k: ", ".join(map(str, k.widths)) or "–"} for op in STREAMS},
+    **{op: {**COMMON, "bytes": lambda k: ", ".join(map(str, k.widths)) or "–", "waits": _waits} for op in STREAMS},
     "norm_film": COMMON,
 }
 AMD = {

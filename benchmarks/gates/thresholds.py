@@ -22,6 +22,9 @@ SLOTS = {
     ("Triton", "backward"): 8.0,
 }
 WIDTH = 16  # bytes of every global access in FiLM's main loops
+# KiB that a multiprocessor waits for at a time, in the main loops of what memory binds, on SLOTS_ARCH: an H100's
+# share of the bandwidth, 25 GB/s, times the 700 ns or so until memory answers is 17.
+IN_FLIGHT = 20
 
 CARD = next(device for device in DEVICES if device.name == "H100")  # whose rates the plan's targets name
 EXPONENTIAL = 8  # slots of exp(2k) to full accuracy: seven instructions, one of them MUFU, and k's conversion
@@ -110,6 +113,8 @@ def failures(kernel: Kernel) -> list[str]:
     if kernel.widths and must_be_wide(kernel) and kernel.widths != (WIDTH,):
         widths = ", ".join(map(str, kernel.widths))
         found.append(f"global accesses of {widths} bytes in the main loop, expected {WIDTH} alone")
+    if kernel.arch == SLOTS_ARCH and must_wait(kernel) and kernel.waiting < IN_FLIGHT * 1024:
+        found.append(f"{kernel.waiting / 1024:.1f} KiB in flight, expected at least {IN_FLIGHT}")
     return found
 
 
@@ -120,6 +125,11 @@ def must_score(kernel: Kernel) -> bool:
         return False
     scores = re.search(r"_fwd_kernel(<|_split|_few)|_(scores|inputs)\b", kernel.name)
     return kernel.op in ATTENTION and scores is not None and kernel.dtype != "float64"
+
+
+def must_wait(kernel: Kernel) -> bool:
+    """The kernels whose time is that of their bytes. Triton's are not held to it yet."""
+    return kernel.backend == "CUDA C++" and bool(kernel.widths) and must_be_wide(kernel)
 
 
 def must_be_wide(kernel: Kernel) -> bool:

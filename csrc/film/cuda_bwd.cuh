@@ -23,28 +23,37 @@ struct PartialSums {
   }
 };
 
-// As film_fwd_pack; adds to sum_dz_x[e * step] and sum_dz[e * step].
-template <int W, int step, typename S, typename T>
-FUSEDATTN_DEVICE void film_bwd_pack(const FilmProblem<S>& p, const ScaleShift<S>* channel, const S* dy, S* dx,
-                                    int64_t element, T* sum_dz_x, T* sum_dz) {
-  const gpu::Pack<S, W> x = gpu::load_pack<W>(p.x + element), grad = gpu::load_pack<W>(dy + element);
-  T slopes[W];
-  with_activation(p.options.activation, [&](auto activation) {
+// As film_fwd_step; adds to sum_dz_x[e * stride] and sum_dz[e * stride].
+template <int stride, int W, int N, typename S, typename T>
+FUSEDATTN_DEVICE void film_bwd_step(const FilmProblem<S>& p, const ScaleShift<S>* channel, const S* dy, S* dx,
+                                    int64_t element, int64_t distance, T* sum_dz_x, T* sum_dz, Step<W, N>) {
+  gpu::Pack<S, W> x[N], grad[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    x[n] = gpu::load_pack<W>(p.x + element + n * distance);
+    grad[n] = gpu::load_pack<W>(dy + element + n * distance);
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    T slopes[W];
+    with_activation(p.options.activation, [&](auto activation) {
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        const T z =
+            gpu::fma(gpu::to_arithmetic(x[n].element[e]), channel[e * stride].scale, channel[e * stride].shift);
+        slopes[e] = slope<decltype(activation)::value, Scalar<T>>(z);
+      }
+    });
+    gpu::Pack<S, W> out;
 #pragma unroll
     for (int e = 0; e < W; ++e) {
-      const T z = gpu::fma(gpu::to_arithmetic(x.element[e]), channel[e * step].scale, channel[e * step].shift);
-      slopes[e] = slope<decltype(activation)::value, Scalar<T>>(z);
+      const T dz = gpu::to_arithmetic(grad[n].element[e]) * slopes[e];
+      out.element[e] = gpu::to_storage<S>(dz * channel[e * stride].scale);
+      sum_dz_x[e * stride] = gpu::fma(dz, gpu::to_arithmetic(x[n].element[e]), sum_dz_x[e * stride]);
+      sum_dz[e * stride] += dz;
     }
-  });
-  gpu::Pack<S, W> out;
-#pragma unroll
-  for (int e = 0; e < W; ++e) {
-    const T dz = gpu::to_arithmetic(grad.element[e]) * slopes[e];
-    out.element[e] = gpu::to_storage<S>(dz * channel[e * step].scale);
-    sum_dz_x[e * step] = gpu::fma(dz, gpu::to_arithmetic(x.element[e]), sum_dz_x[e * step]);
-    sum_dz[e * step] += dz;
+    gpu::store_pack_global(dx + element + n * distance, out);
   }
-  gpu::store_pack_global(dx + element, out);
 }
 
 // Sum over the `group` threads of a task, by its first thread: inside warps, then over the task's warps.
@@ -72,8 +81,8 @@ __global__ void __launch_bounds__(FILM_BLOCK, 2)
   T sum_dz_x = T(0), sum_dz = T(0);
   if (task.exists) {
     const ScaleShift<S> channel = scale_shift(p, task.b, task.c);
-    for_each_pack(p.x, task, cut, [&](int64_t element, auto width) {
-      film_bwd_pack<decltype(width)::value, 0>(p, &channel, dy, dx, element, &sum_dz_x, &sum_dz);
+    for_each_pack(p.x, task, cut, [&](int64_t element, int64_t distance, auto step) {
+      film_bwd_step<0>(p, &channel, dy, dx, element, distance, &sum_dz_x, &sum_dz, step);
     });
   }
   sum_dz_x = group_sum(sum_dz_x, cut.group, shared);
@@ -96,8 +105,9 @@ __global__ void __launch_bounds__(FILM_BLOCK, 2)
     ScaleShift<S> channel[W];
 #pragma unroll
     for (int e = 0; e < W; ++e) channel[e] = scale_shift(p, task.b, task.c + e);
-    for (int64_t row = task.first; row < task.last; row += cut.rows)
-      film_bwd_pack<W, 1>(p, channel, dy, dx, row * p.C + task.c, sums, sums + W);
+    for_each_step<W>(task.first, task.last, cut.rows, [&](int64_t row, auto step) {
+      film_bwd_step<1>(p, channel, dy, dx, row * p.C + task.c, cut.rows * p.C, sums, sums + W, step);
+    });
   }
 
   // Rows r and r + half become one, until one is left.

@@ -5,48 +5,55 @@
 
 namespace fusedattn {
 
-// W elements of one row or run: channel e has scale[e * step] and shift[e * step] (step 0: they share a channel).
-template <int W, int step, typename S>
-FUSEDATTN_DEVICE void film_fwd_pack(const FilmProblem<S>& p, const ScaleShift<S>* channel, const S* residual, S* y,
-                                    int64_t element) {
+template <typename S>
+constexpr int FORWARD_BLOCKS = sizeof(S) == 8 ? 2 : 3;  // of a multiprocessor, at least: 80 registers a thread
+
+// The packs of a step, `distance` apart: channel e of each has scale[e * stride] and shift[e * stride] (stride 0:
+// they share a channel).
+template <int stride, int W, int N, typename S>
+FUSEDATTN_DEVICE void film_fwd_step(const FilmProblem<S>& p, const ScaleShift<S>* channel, const S* residual, S* y,
+                                    int64_t element, int64_t distance, Step<W, N>) {
   using T = gpu::Arithmetic<S>;
-  const gpu::Pack<S, W> x = gpu::load_pack<W>(p.x + element);
-  T result[W], addend[W];
+  gpu::Pack<S, W> x[N], r[N] = {};
 #pragma unroll
-  for (int e = 0; e < W; ++e) addend[e] = T(0);
-  if (residual != nullptr) {
-    const gpu::Pack<S, W> r = gpu::load_pack<W>(residual + element);
+  for (int n = 0; n < N; ++n) x[n] = gpu::load_pack<W>(p.x + element + n * distance);
+  if (residual != nullptr)
 #pragma unroll
-    for (int e = 0; e < W; ++e) addend[e] = gpu::to_arithmetic(r.element[e]);
+    for (int n = 0; n < N; ++n) r[n] = gpu::load_pack<W>(residual + element + n * distance);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    T result[W];
+    with_activation(p.options.activation, [&](auto activation) {
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        const T z =
+            gpu::fma(gpu::to_arithmetic(x[n].element[e]), channel[e * stride].scale, channel[e * stride].shift);
+        result[e] = activate<decltype(activation)::value, Scalar<T>>(z);
+      }
+    });
+    gpu::Pack<S, W> out;
+#pragma unroll
+    for (int e = 0; e < W; ++e)
+      out.element[e] =
+          gpu::to_storage<S>(residual == nullptr ? result[e] : result[e] + gpu::to_arithmetic(r[n].element[e]));
+    gpu::store_pack_global(y + element + n * distance, out);
   }
-  with_activation(p.options.activation, [&](auto activation) {
-#pragma unroll
-    for (int e = 0; e < W; ++e) {
-      const T z = gpu::fma(gpu::to_arithmetic(x.element[e]), channel[e * step].scale, channel[e * step].shift);
-      result[e] = activate<decltype(activation)::value, Scalar<T>>(z);
-    }
-  });
-  gpu::Pack<S, W> out;
-#pragma unroll
-  for (int e = 0; e < W; ++e)
-    out.element[e] = gpu::to_storage<S>(residual == nullptr ? result[e] : result[e] + addend[e]);
-  gpu::store_pack_global(y + element, out);
 }
 
 template <typename S>
-__global__ void __launch_bounds__(FILM_BLOCK, 2)
+__global__ void __launch_bounds__(FILM_BLOCK, FORWARD_BLOCKS<S>)
     film_fwd_kernel_runs(const FilmProblem<S> p, const RunCut cut, const S* __restrict__ residual,
                          S* __restrict__ y) {
   const RunTask task(cut, p);
   if (!task.exists) return;
   const ScaleShift<S> channel = scale_shift(p, task.b, task.c);
-  for_each_pack(p.x, task, cut, [&](int64_t element, auto width) {
-    film_fwd_pack<decltype(width)::value, 0>(p, &channel, residual, y, element);
+  for_each_pack(p.x, task, cut, [&](int64_t element, int64_t distance, auto step) {
+    film_fwd_step<0>(p, &channel, residual, y, element, distance, step);
   });
 }
 
 template <typename S, int W>
-__global__ void __launch_bounds__(FILM_BLOCK, 2)
+__global__ void __launch_bounds__(FILM_BLOCK, FORWARD_BLOCKS<S>)
     film_fwd_kernel_rows(const FilmProblem<S> p, const RowCut cut, const S* __restrict__ residual,
                          S* __restrict__ y) {
   const RowTask task(cut, p);
@@ -54,8 +61,9 @@ __global__ void __launch_bounds__(FILM_BLOCK, 2)
   ScaleShift<S> channel[W];
 #pragma unroll
   for (int e = 0; e < W; ++e) channel[e] = scale_shift(p, task.b, task.c + e);
-  for (int64_t row = task.first; row < task.last; row += cut.rows)
-    film_fwd_pack<W, 1>(p, channel, residual, y, row * p.C + task.c);
+  for_each_step<W>(task.first, task.last, cut.rows, [&](int64_t row, auto step) {
+    film_fwd_step<1>(p, channel, residual, y, row * p.C + task.c, cut.rows * p.C, step);
+  });
 }
 
 // y and residual (or null) like x; nothing may be empty.

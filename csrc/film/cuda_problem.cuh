@@ -2,7 +2,8 @@
 //
 // In memory order x is (B, M, C, N): B batch, M positions before and N positions after the channel. FiLM is bound
 // by memory: each element is read once and written once, 16 bytes an instruction, and the arithmetic between
-// (about 10 to 40 instructions an element with an activation, chosen once a pack) hides behind it.
+// (about 10 to 40 instructions an element with an activation, chosen once a pack) hides behind it. Memory answers
+// after some 600 clocks: a thread asks for all packs of a step before it computes with the first.
 //
 //   runs (N > 1):  a group of 1 to 256 threads, a power of two fitted to N, walks a piece of one channel's run:
 //   scalar
@@ -23,7 +24,10 @@ namespace fusedattn {
 
 constexpr int FILM_BLOCK = 256;      // threads
 constexpr int PACKS_PER_THREAD = 8;  // of a run's piece
-constexpr int ROWS_PER_THREAD = 16;
+constexpr int PACKS_PER_STEP = 2;    // of an array, in flight at once
+// Of rows: more where that leaves blocks enough, because each thread's rows end in partial sums to be written.
+constexpr int64_t LEAST_ROWS_PER_THREAD = 16, MOST_ROWS_PER_THREAD = 256;
+constexpr int64_t ROW_BLOCKS = 2048;  // worth having: 4 rounds of 4 on each of 132 multiprocessors
 
 template <typename S>
 struct FilmProblem {
@@ -109,12 +113,19 @@ struct RunTask {
   }
 };
 
-template <int W>
-struct Width {
-  static constexpr int value = W;
-};
+// What a thread takes in a step: N times W neighbouring elements.
+template <int W, int N>
+struct Step {};
 
-// body(element, Width<1 or a pack>) for the task's share of elements of x.
+// body(index, Step<W, N>) for all indices from `first` on, `distance` apart; a step has N of them.
+template <int W, typename Body>
+FUSEDATTN_DEVICE void for_each_step(int64_t first, int64_t last, int64_t distance, const Body& body) {
+  constexpr int N = PACKS_PER_STEP;
+  for (; first + (N - 1) * distance < last; first += N * distance) body(first, Step<W, N>{});
+  for (; first < last; first += distance) body(first, Step<W, 1>{});
+}
+
+// body(element, distance between the packs of a step, Step) for the task's share of elements of x.
 template <typename S, typename Body>
 FUSEDATTN_DEVICE void for_each_pack(const S* x, const RunTask& task, const RunCut& cut, const Body& body) {
   constexpr int W = gpu::Pack<S>::SIZE;
@@ -122,9 +133,10 @@ FUSEDATTN_DEVICE void for_each_pack(const S* x, const RunTask& task, const RunCu
   int64_t head = cut.packed ? (W - misplaced) % W : task.length;
   if (head > task.length) head = task.length;
   const int64_t packs = (task.length - head) / W, scalars = task.length - packs * W;
-  for (int64_t i = task.thread; i < packs; i += cut.group) body(task.begin + head + i * W, Width<W>{});
+  for_each_step<W>(task.thread, packs, cut.group,
+                   [&](int64_t i, auto step) { body(task.begin + head + i * W, int64_t{cut.group} * W, step); });
   for (int64_t i = task.thread; i < scalars; i += cut.group)
-    body(task.begin + (i < head ? i : i + packs * W), Width<1>{});
+    body(task.begin + (i < head ? i : i + packs * W), int64_t{0}, Step<1, 1>{});
 }
 
 // Tasks over rows: a block is (columns of W channels, rows of a task, tasks) threads; `pieces` of each of the B
@@ -143,7 +155,10 @@ struct RowCut {
     rows = static_cast<int>(down < FILM_BLOCK / columns ? down : FILM_BLOCK / columns);
     groups = FILM_BLOCK / (columns * rows);
     if (groups > 64) groups = 64;  // the hardware's limit in this direction
-    piece = int64_t{rows} * ROWS_PER_THREAD;
+    const int64_t enough = p.B * p.M * across / (int64_t{groups} * rows * ROW_BLOCKS);
+    piece = rows * (enough < LEAST_ROWS_PER_THREAD  ? LEAST_ROWS_PER_THREAD
+                    : enough > MOST_ROWS_PER_THREAD ? MOST_ROWS_PER_THREAD
+                                                    : enough);
     pieces = gpu::ceil_div(p.M, piece);
     tasks = p.B * pieces;
   }
