@@ -177,7 +177,7 @@ def test_gradient_of_a_float32_weight_without_keys(module):
 
 @pytest.mark.parametrize(("Tq", "keep_scores"), [(1, True), (2, False)])
 def test_several_tiles_in_a_split(module, Tq, keep_scores):
-    inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=300))  # as many heads as leave 2 of 528 blocks to each
+    inputs = make_inputs(shape(1, Tq, 150, 9, 5, H=500))  # as many heads as leave 2 of 660 blocks to each
     inputs[1][0, 0, 140] *= 30
     check(module, inputs, keep_scores, chunk=1 << 20, key_lengths=torch.tensor([145]))
 

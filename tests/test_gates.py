@@ -109,6 +109,27 @@ def test_loops_are_innermost_and_not_padding():
     assert [last - first + 1 for first, last in function.innermost] == [11, 3, 4]
 
 
+# Two loads that wait together, a third that waits for the first, an optional one; the next round waits, too.
+LOADS = """
+\t.section\t.text.loads,"ax",@progbits
+.text.loads:
+.L_x_0:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   LDG.E.64 R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/               @P1 LDG.E.128 R16, desc[UR4][R2.64+0x20] ;
+        /*0030*/                   FADD R12, R7, 1 ;
+        /*0040*/                   LDG.E.U16 R13, desc[UR4][R2.64+0x40] ;
+        /*0050*/                   FADD R12, R9, R13 ;
+        /*0060*/                   LDG.E.64 R10, desc[UR4][R2.64+0x50] ;
+        /*0070*/               @P0 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_what_waits_together_is_in_flight():
+    assert sass.parse(LOADS)["loads"].in_flight() == 8 + 16 + 8
+
+
 # A loop over channels for 2 queries: large inputs take the lower half, a second query may be absent, and the loop
 # is continued from three places. What the compiler put behind the end is reached from within.
 BRANCHES = """
@@ -287,7 +308,7 @@ def test_a_good_kernel_passes():
         (dict(local=2), "2 local-memory instructions"),
         (dict(arch="gfx942", local=2), "2 spilled vector registers"),
         (dict(arch="gfx942", scalar_spills=2), "2 spilled scalar registers"),
-        (dict(name="fwd_kernel_split<half, 1>", slots=40.0), "expected at most 39.95"),
+        (dict(name="fwd_kernel_split<half, 1>", slots=40.0, in_flight=32), "expected at most 39.95"),
         (dict(name="fwd_kernel_split<float, 16>", slots=5.1), "expected at most 4.99"),
         (dict(name="fwd_kernel_split<float, 16>", mufu=0.63), "expected at most 0.62"),
         (dict(stack=8), "8 bytes of stack"),
@@ -299,8 +320,13 @@ def test_a_good_kernel_passes():
         (dict(occupancy=0.0), "does not fit"),
         (dict(shared=None, occupancy=None), "no launch of it"),
         (dict(slots=None, mufu=None), "no score loop was found"),
-        (dict(op="film", name="film_fwd_kernel_runs<float>", widths=(4, 16)), "accesses of 4, 16 bytes"),
-        (dict(op="film", name="film_fwd_kernel_rows<float, 4>", widths=(8,)), "accesses of 8 bytes"),
+        (
+            dict(op="film", name="film_fwd_kernel_runs<float>", widths=(4, 16), in_flight=32),
+            "accesses of 4, 16 bytes",
+        ),
+        (dict(op="film", name="film_fwd_kernel_rows<float, 4>", widths=(8,), in_flight=32), "accesses of 8 bytes"),
+        (dict(op="film", name="film_fwd_kernel_runs<half>", widths=(16,), in_flight=16), "16.0 KiB in flight"),
+        (dict(name="fwd_kernel_split<half, 1>", occupancy=0.25, in_flight=32), "16.0 KiB in flight"),
     ],
 )
 def test_a_broken_threshold_is_named(changes, reason):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from .kernel import ATTENTION, STREAMS, Kernel
-from .thresholds import IN_FLIGHT, MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures
+from .thresholds import IN_FLIGHT, MUFU, SLOTS, SLOTS_ARCH, WIDTH, broken, failures, must_wait
 
 HEAD = f"""# What the compiled kernels cost
 
@@ -24,8 +24,8 @@ A cell with several values has one per architecture, in the order of the heading
   not counted in float64
 - spilled: vector registers, to memory / scalar registers, to lanes of vector registers
 - bytes: widths of the global accesses in FiLM's main loop; of the stores where a kernel has no loop
-- waits: KiB that a multiprocessor has asked of memory at a time, in that loop (independent loads x resident threads,
-  without what is optional); on {SLOTS_ARCH} at least {IN_FLIGHT} in CUDA C++, where rows and runs are aligned
+- waits: KiB that a multiprocessor has asked of memory at a time in that loop, of FiLM and of one query in CUDA C++:
+  independent loads x resident threads, without what is optional; at least {IN_FLIGHT} on {SLOTS_ARCH}
 
 A kernel marked ✗ breaks a threshold, listed below the tables.
 """  # noqa: E501
@@ -45,7 +45,7 @@ def _shared(kernel: Kernel) -> str:
 
 
 def _waits(kernel: Kernel) -> str:
-    return f"{kernel.waiting / 1024:.3g}" if kernel.in_flight else "–"
+    return f"{kernel.waiting / 1024:.3g}" if kernel.in_flight and must_wait(kernel) else "–"
 
 
 def _percent(value: float | None) -> str:
@@ -60,7 +60,15 @@ COMMON: dict[str, Callable[[Kernel], str]] = {
     "local": lambda k: f"{k.stack} / {k.local}",
 }
 COLUMNS: dict[str, dict[str, Callable[[Kernel], str]]] = {
-    **dict.fromkeys(ATTENTION, {**COMMON, "slots": lambda k: _number(k.slots), "MUFU": lambda k: _number(k.mufu)}),
+    **dict.fromkeys(
+        ATTENTION,
+        {
+            **COMMON,
+            "slots": lambda k: _number(k.slots),
+            "MUFU": lambda k: _number(k.mufu),
+            "waits": _waits,
+        },
+    ),
     "attention_pool": COMMON,
     "hard_additive_attention": COMMON,
     "location_attention": COMMON,

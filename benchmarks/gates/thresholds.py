@@ -128,8 +128,10 @@ def must_score(kernel: Kernel) -> bool:
 
 
 def must_wait(kernel: Kernel) -> bool:
-    """The kernels whose time is that of their bytes. Triton's are not held to it yet."""
-    return kernel.backend == "CUDA C++" and bool(kernel.widths) and must_be_wide(kernel)
+    """The kernels whose time is that of their bytes: streams, and one query. Triton's are not held to it yet."""
+    streams = bool(kernel.widths) and must_be_wide(kernel)
+    one_query = few_queries(kernel) == 1 and kernel.slots is not None
+    return kernel.backend == "CUDA C++" and (streams or one_query)
 
 
 def must_be_wide(kernel: Kernel) -> bool:

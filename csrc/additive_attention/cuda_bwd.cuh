@@ -519,8 +519,13 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK)
   const int64_t strips = channels / BACKWARD_CHANNELS;
   const int64_t h = blockIdx.x / strips, d = blockIdx.x % strips * BACKWARD_CHANNELS + lane;
   T sum = 0;
-  for (int64_t part = warp; part < p.B * tiles; part += BACKWARD_WARPS)
-    sum += parts[((part / tiles * p.H + h) * tiles + part % tiles) * channels + d];
+  for (int64_t b = 0; b < p.B; ++b) {
+    const T* const of = parts + (b * p.H + h) * tiles * channels + d;
+    // Warps go on where those of the batch element before ended.
+    const int64_t first = (warp + BACKWARD_WARPS - b * tiles % BACKWARD_WARPS) % BACKWARD_WARPS;
+#pragma unroll 4
+    for (int64_t tile = first; tile < tiles; tile += BACKWARD_WARPS) sum += of[tile * channels];
+  }
   shared[threadIdx.x] = sum;
   __syncthreads();
   if (warp != 0 || d >= p.D) return;

@@ -6,7 +6,8 @@
 //
 //   few_values   a_ij = dc_i . x_j, g_ij and dx_j = sum_i p_ij dc_i     a warp 4 keys at a time: dc is read once
 //                                                                       for all of them
-//   few_inputs   dk_j, and what a split gives to dq and dw              a warp a key at a time, 128 channels
+//   few_inputs   dk_j, and what a split gives to dq and dw              a warp 4 keys at a time, one with more
+//                                                                       than one query; 128 channels
 //   few_query    dq = sum of the parts of the splits
 //
 // g is all that lies between them, Tq numbers for a key. With 16 queries the sum over channels is arithmetic
@@ -24,6 +25,10 @@ constexpr int FEW_KEYS = 4;  // of a warp at a time in few_values
 // Most queries: 4 sums for each are in registers, which in double would spill beyond 8.
 template <typename S>
 constexpr int FEW_QUERIES = sizeof(S) < 8 ? SPLIT_QUERIES : SPLIT_QUERIES / 2;
+
+// Of a warp at a time in few_inputs: one query waits for memory, 16 for arithmetic.
+template <int QUERIES>
+constexpr int KEYS_AT_ONCE = QUERIES == 1 ? 4 : 1;
 
 // Whether backward takes this path.
 template <typename S>
@@ -203,7 +208,7 @@ struct FewSums {
 };
 
 template <typename S, typename Phi, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8 ? 10 : 0)
+__global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8 ? 5 : 0)
     additive_attention_bwd_kernel_few_inputs(const AttentionProblem<S> p, const AttentionGradients<S> grads,
                                              const FewParts<gpu::Arithmetic<S>> parts) {
   using T = gpu::Arithmetic<S>;
@@ -240,74 +245,87 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES == 1 && sizeof(S) < 8
   const int channels = d < p.D ? static_cast<int>(lower(PACK, p.D - d)) : 0;  // of the lane's
   const bool whole = channels == PACK && p.key.packed;
   const bool whole_grad = channels == PACK && RowsOf<S>(grads.grad_key, 0, 0, p.D).packed;
-  const T* const g_end = g_of(lower(end, visible.end));
-  for (; g_of_key < g_end; g_of_key += WARPS * QUERIES, key += WARPS * p.key.stride_t, out += WARPS * p.D) {
-    T dk[PACK] = {};
-    const auto g = gpu::load_pack<QUERIES>(g_of_key);
-    T k[PACK], r[PACK];
-    const auto convert_keys = [&](const gpu::Pack<S, PACK>& keys) {
+  constexpr int KEYS = KEYS_AT_ONCE<QUERIES>;
+  const int64_t keys_end = lower(end, visible.end);
+  for (int64_t j = first_key + warp; j < keys_end; j += KEYS * WARPS) {
+    gpu::Pack<S, PACK> keys[KEYS];
+    gpu::Pack<T, QUERIES> g[KEYS];
+    const auto load_all = [&](const auto& load) {
 #pragma unroll
-      for (int e = 0; e < PACK; ++e) k[e] = gpu::to_arithmetic(keys.element[e]);
+      for (int n = 0; n < KEYS; ++n) {
+        const int64_t ahead = j + n * WARPS < keys_end ? n * WARPS : 0;
+        keys[n] = load(key + ahead * p.key.stride_t);
+        g[n] = gpu::load_pack<QUERIES>(g_of_key + ahead * QUERIES);
+      }
     };
-    if (whole)
-      convert_keys(gpu::load_pack<PACK>(key));
+    if (whole)  // asked once: a branch for each key would wait for the one before
+      load_all([](const S* row) { return gpu::load_pack<PACK>(row); });
     else
-      convert_keys(load_channels(key, false, 0, channels));
-    T bound = gpu::abs(k[0]);
+      load_all([&](const S* row) { return load_channels(row, false, 0, channels); });
 #pragma unroll
-    for (int e = 1; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[e]));
-    if constexpr (!TAKES_EXPONENTIALS<Phi>) {
-      // Keys that no query sees may hold NaN, and 0 NaN is NaN.
-      const bool seen = p.sees(at.b, at.h, (g_of_key - g_of(0)) / QUERIES);
-      const auto add = [&](auto leaky) {
+    for (int n = 0; n < KEYS; ++n) {
+      if (j + n * WARPS >= keys_end) break;
+      T dk[PACK] = {};
+      T k[PACK], r[PACK];
+#pragma unroll
+      for (int e = 0; e < PACK; ++e) k[e] = gpu::to_arithmetic(keys[n].element[e]);
+      T bound = gpu::abs(k[0]);
+#pragma unroll
+      for (int e = 1; e < PACK; ++e) bound = gpu::max(bound, gpu::abs(k[e]));
+      if constexpr (!TAKES_EXPONENTIALS<Phi>) {
+        // Keys that no query sees may hold NaN, and 0 NaN is NaN.
+        const bool seen = p.sees(at.b, at.h, j + n * WARPS);
+        const auto add = [&](auto leaky) {
+#pragma unroll
+          for (int i = 0; i < QUERIES; ++i) {
+            if ((i == 4 || i == 8) && i >= Tq) break;
+            const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
+#pragma unroll
+            for (int e = 0; e < PACK; ++e) r[e] = query.element[e] + (seen ? k[e] : T(0));
+            sums.template add_linear<leaky.value>(i, g[n].element[i], r, p.by.negative_slope, dk);
+          }
+        };
+        if (p.options.activation == ScoreActivation::LEAKY_RELU)
+          add(std::true_type{});
+        else
+          add(std::false_type{});
+      } else if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+#pragma unroll
+        for (int e = 0; e < PACK; ++e) k[e] = exponential(k[e], p.by);
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
-          if ((i == 4 || i == 8) && i >= Tq) break;
+          if ((i == 4 || i == 8) && i >= Tq) break;  // g is 0 from Tq on, so 4, 8 or 16 are summed
           const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
 #pragma unroll
-          for (int e = 0; e < PACK; ++e) r[e] = query.element[e] + (seen ? k[e] : T(0));
-          sums.template add_linear<leaky.value>(i, g.element[i], r, p.by.negative_slope, dk);
+          for (int e = 0; e < PACK; e += 2)
+            paired_reciprocal(gpu::fma(query.element[e], k[e], T(1)),
+                              gpu::fma(query.element[e + 1], k[e + 1], T(1)), r[e], r[e + 1]);
+          sums.add(i, g[n].element[i], r, dk);
         }
-      };
-      if (p.options.activation == ScoreActivation::LEAKY_RELU)
-        add(std::true_type{});
-      else
-        add(std::false_type{});
-    } else if (!__any_sync(gpu::ALL_LANES, !(bound <= k_limit))) {
+      } else {
+        // Masked keys may hold NaN. Within the range they need no test, for their g is 0.
 #pragma unroll
-      for (int e = 0; e < PACK; ++e) k[e] = exponential(k[e], p.by);
+        for (int i = 0; i < QUERIES; ++i) {
+          if (i >= Tq) break;
+          const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
 #pragma unroll
-      for (int i = 0; i < QUERIES; ++i) {
-        if ((i == 4 || i == 8) && i >= Tq) break;  // g is 0 from Tq on, so 4, 8 or 16 are summed
-        const auto query = gpu::load_pack<PACK>(q + i * SPLIT_CHANNELS + lane * PACK);
-#pragma unroll
-        for (int e = 0; e < PACK; e += 2)
-          paired_reciprocal(gpu::fma(query.element[e], k[e], T(1)), gpu::fma(query.element[e + 1], k[e + 1], T(1)),
-                            r[e], r[e + 1]);
-        sums.add(i, g.element[i], r, dk);
+          for (int e = 0; e < PACK; ++e)
+            r[e] = g[n].element[i] == 0
+                       ? T(0)
+                       : reciprocal_of_sum(p.by.argument * (gpu::to_arithmetic(query.element[e]) + k[e]));
+          sums.add(i, g[n].element[i], r, dk);
+        }
       }
-    } else {
-      // Masked keys may hold NaN. Within the range they need no test, for their g is 0.
+      if (grads.grad_key == nullptr) continue;
+      const auto weights = gpu::load_pack<PACK>(w + lane * PACK);
 #pragma unroll
-      for (int i = 0; i < QUERIES; ++i) {
-        if (i >= Tq) break;
-        const auto query = load_channels(p.query.row(at.b, at.h, i), p.query.packed, d, p.D);
-#pragma unroll
-        for (int e = 0; e < PACK; ++e)
-          r[e] = g.element[i] == 0
-                     ? T(0)
-                     : reciprocal_of_sum(p.by.argument * (gpu::to_arithmetic(query.element[e]) + k[e]));
-        sums.add(i, g.element[i], r, dk);
-      }
+      for (int e = 0; e < PACK; ++e) dk[e] *= weights.element[e];
+      store_channels(grads.grad_key + out + n * WARPS * p.D, whole_grad, 0, channels, dk);
     }
-    if (grads.grad_key == nullptr) continue;
-    const auto weights = gpu::load_pack<PACK>(w + lane * PACK);
-#pragma unroll
-    for (int e = 0; e < PACK; ++e) dk[e] *= weights.element[e];
-    store_channels(grads.grad_key + out, whole_grad, 0, channels, dk);
+    key += KEYS * WARPS * p.key.stride_t, g_of_key += KEYS * WARPS * QUERIES, out += KEYS * WARPS * p.D;
   }
   for (int64_t j = begin + warp; j < end && grads.grad_key != nullptr; j += WARPS) {
-    if (j >= first_key && j < visible.end) continue;
+    if (j >= first_key && j < keys_end) continue;
     constexpr T zeros[PACK] = {};  // of keys that no query sees
     store_channels(grads.grad_key + (at.n * p.Tk + j) * p.D + d, whole_grad, 0, channels, zeros);
   }

@@ -1,10 +1,11 @@
 // Additive attention forward for few queries (Tq <= 16) and many keys: decode steps, pooling.
 //
-// The keys of a head are split over blocks, some 500 in all, so that a single query fills the GPU; each block
+// The keys of a head are split over blocks, some 660 in all, so that a single query fills the GPU; each block
 // leaves an unnormalised context, a maximum and a sum per query, which a second kernel merges. The cut depends on
-// the shape alone. A warp scores two keys at a time, its lanes over the channels in packs of 4, so keys and values
-// are read once, in order; exp(2q) of all queries stays in shared memory. Bound by memory for one query; with 16
-// it is the score loop, 4.4 to 4.5 slots per tanh on sm_90:
+// the shape alone. A warp scores several keys at a time, its lanes over the channels in packs of 4, so keys and
+// values are read once, in order; exp(2q) of all queries stays in shared memory. Bound by memory for one query,
+// where four keys are on their way at once (a multiprocessor has to wait for some 20 KiB at a time); with 16 it is
+// the score loop, 4.4 to 4.5 slots per tanh on sm_90:
 //
 //   3.5    as in every tile (cuda_problem.cuh)
 //   0.5    exp(2k), 8 slots of which 16 queries share
@@ -19,18 +20,24 @@
 namespace fusedattn {
 
 constexpr int SPLIT_QUERIES = 16, SPLIT_KEYS = 64;  // most queries; keys that a block scores before it sums values
-constexpr int64_t SPLIT_BLOCKS = 528;               // blocks worth having: 4 on each of 132 multiprocessors
+constexpr int SPLIT_LEAST = 16;                     // least keys of a block: a step of each of its warps
+constexpr int64_t SPLIT_BLOCKS = 660;               // blocks worth having: 5 on each of 132 multiprocessors
 constexpr int SPLIT_CHANNELS = gpu::WARP * PACK;    // that a warp takes at once
 constexpr int SPLIT_STEP = 2;                       // queries that are scored without a test between them
-// That a warp scores at once: two share the loads of 16 queries. In double the arithmetic is slower than those,
-// and the sums of a second key would leave registers for 2 blocks instead of 3.
+// That a warp scores at once. One query waits for memory: for four keys together. Two share the loads of 16
+// queries; in double the arithmetic is slower than those, and the sums of a second key would leave registers for 2
+// blocks instead of 3.
 template <typename T, int QUERIES>
-constexpr int KEYS_OF_WARP = QUERIES == 1 || sizeof(T) == 8 ? 1 : 2;
+constexpr int KEYS_OF_WARP = QUERIES == 1     ? (sizeof(T) == 8 ? 2 : 4)
+                             : sizeof(T) == 8 ? 1
+                                              : 2;
 
-// Keys of a split: whole tiles, so that all heads together give SPLIT_BLOCKS blocks where there are enough keys.
+// Keys of a split, so that all heads together give SPLIT_BLOCKS blocks where there are enough keys: whole tiles,
+// or where those were too few, a part of one.
 inline int64_t keys_of_split(int64_t heads, int64_t Tk) {
-  const int64_t tiles = gpu::ceil_div(Tk, SPLIT_KEYS), wanted = gpu::ceil_div(SPLIT_BLOCKS, heads);
-  return Tk == 0 ? 0 : gpu::ceil_div(tiles, wanted < tiles ? wanted : tiles) * SPLIT_KEYS;
+  const int64_t keys = gpu::ceil_div(Tk, gpu::ceil_div(SPLIT_BLOCKS, heads));
+  const int64_t unit = keys < SPLIT_KEYS ? SPLIT_LEAST : SPLIT_KEYS;
+  return gpu::ceil_div(keys, unit) * unit;
 }
 
 // How keys are split; no splits where the path does not apply.
@@ -83,7 +90,7 @@ FUSEDATTN_DEVICE void score_keys(const AttentionProblem<S>& p, const Head& at, b
   step += first;
 #pragma unroll
   for (int n = 0; n < KEYS * QUERIES; ++n) sums[n] = 0;
-#pragma unroll(QUERIES == 1 ? 4 : 1)
+#pragma unroll 1
   for (unsigned d = first; d < D + first; d += SPLIT_CHANNELS, step += stride) {
     T k[KEYS][PACK];
     const auto convert = [&](int key, const gpu::Pack<S, PACK>& keys) {
@@ -196,7 +203,7 @@ FUSEDATTN_DEVICE uint64_t seen_in_split(const AttentionProblem<S>& p, const Head
 
 template <typename S, typename Phi, int QUERIES>
 __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
-                                                   : QUERIES == 1 ? 6
+                                                   : QUERIES == 1 ? 5
                                                                   : 4)
     additive_attention_fwd_kernel_split(const AttentionProblem<S> p, const SplitPlan<S> plan,
                                         const SplitParts<gpu::Arithmetic<S>> parts, gpu::Arithmetic<S>* scores) {
@@ -246,13 +253,16 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
   for (int64_t j0 = first_key; j0 < keys_end; j0 += SPLIT_KEYS) {
     const int scored = static_cast<int>(lower(SPLIT_KEYS, keys_end - j0));
     for (int key = warp * KEYS; key < scored; key += WARPS * KEYS) {
-      const bool first = p.sees(at.b, at.h, j0 + key);
-      const bool second = KEYS > 1 && key + 1 < scored && p.sees(at.b, at.h, j0 + key + 1);
-      if (!first && !second) continue;
-      const S* rows[KEYS];  // that of the other key where one is not seen
+      int some = -1;  // that is seen
+      unsigned seen = 0;
 #pragma unroll
       for (int n = 0; n < KEYS; ++n)
-        rows[n] = p.key.row(at.b, at.h, j0 + key + (!first || (n > 0 && second))) + lane * PACK;
+        if (key + n < scored && p.sees(at.b, at.h, j0 + key + n)) some = n, seen |= 1u << n;
+      if (some < 0) continue;
+      const S* rows[KEYS];  // that of another key where one is not seen
+#pragma unroll
+      for (int n = 0; n < KEYS; ++n)
+        rows[n] = p.key.row(at.b, at.h, j0 + key + (seen >> n & 1 ? n : some)) + lane * PACK;
       T key_sums[SUMS];
       score_keys<Phi, KEYS, QUERIES>(p, at, weight.finite, k_limit, rows, steps, stride, key_sums);
       const T sum = lane_sums<gpu::WARP>(key_sums);
@@ -337,28 +347,36 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   const int64_t row = blockIdx.x / column_tiles, v = blockIdx.x % column_tiles * gpu::WARP + lane;
   const int64_t first = row / Tq * splits * Tq + row % Tq;  // of the row's parts; the next one Tq further
+  T* const scales = shared + ATTENTION_BLOCK / gpu::WARP;
   T top = -INFINITE<T>;
   for (int64_t split = threadIdx.x; split < splits; split += ATTENTION_BLOCK)
     top = gpu::max(top, parts.row_max[first + split * Tq]);
   top = block_reduce(top, shared, [](T a, T b) { return gpu::max(a, b); });
   const T origin = top == -INFINITE<T> ? T(0) : top;
   T total = 0, sum = 0;
-#pragma unroll 4
-  for (int64_t split = warp; split < splits; split += WARPS) {
-    const int64_t part = first + split * Tq;
-    const T scale = parts.row_max[part] == top ? T(1) : gpu::exp_approx(parts.row_max[part] - origin);
-    total = gpu::fma(parts.row_sum[part], scale, total);
-    if (v < Dv) sum = gpu::fma(parts.sums[part * Dv + v], scale, sum);
+  for (int64_t begin = 0; begin < splits; begin += ATTENTION_BLOCK) {
+    const int64_t own = begin + threadIdx.x;
+    T scale = 0;
+    if (own < splits) {
+      const T row_max = parts.row_max[first + own * Tq];
+      scale = row_max == top ? T(1) : gpu::exp_approx(row_max - origin);
+      total = gpu::fma(parts.row_sum[first + own * Tq], scale, total);
+    }
+    __syncthreads();
+    scales[threadIdx.x] = scale;
+    __syncthreads();
+    const int here = static_cast<int>(lower(ATTENTION_BLOCK, splits - begin));
+    const T* const sums = parts.sums + (first + begin * Tq) * Dv + v;
+#pragma unroll 8
+    for (int split = warp; split < here; split += WARPS)
+      if (v < Dv) sum = gpu::fma(sums[split * Tq * Dv], scales[split], sum);
   }
+  total = block_reduce(total, shared, [](T a, T b) { return a + b; });
   __syncthreads();
-  shared[threadIdx.x] = sum;
-  shared[ATTENTION_BLOCK + threadIdx.x] = total;
+  scales[threadIdx.x] = sum;
   __syncthreads();
   if (warp != 0) return;
-  for (int other = 1; other < WARPS; ++other) {
-    sum += shared[other * gpu::WARP + lane];
-    total += shared[ATTENTION_BLOCK + other * gpu::WARP + lane];
-  }
+  for (int other = 1; other < WARPS; ++other) sum += scales[other * gpu::WARP + lane];
   if (v < Dv) context[row * Dv + v] = gpu::to_storage<S>(sum * normaliser(top, total));
   if (blockIdx.x % column_tiles == 0 && lane == 0) lse[row] = log_sum_exp(top, total);
 }
@@ -389,7 +407,8 @@ void launch_additive_attention_split(const AttentionProblem<S>& p, const SplitPl
            [&](auto phi) { launch_split_scores<decltype(phi)>(p, plan, parts, scores, stream); });
   const int64_t tiles = p.Dv == 0 ? 1 : gpu::ceil_div(p.Dv, gpu::WARP);
   FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_merge<S>, p.heads() * p.Tq * tiles, ATTENTION_BLOCK,
-                   2 * ATTENTION_BLOCK * sizeof(T), stream, parts, plan.splits, p.Tq, p.Dv, tiles, context, lse);
+                   (ATTENTION_BLOCK + ATTENTION_BLOCK / gpu::WARP) * sizeof(T), stream, parts, plan.splits, p.Tq,
+                   p.Dv, tiles, context, lse);
 }
 
 }  // namespace fusedattn
