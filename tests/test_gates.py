@@ -89,7 +89,7 @@ def compiled(source: str, op: str, folder, arch: int = 90) -> Kernel:
     path = folder / "kernel.cu"
     path.write_text(source)
     (found,) = cuda_kernels.kernels_of(op, cuda_kernels.compile_source(path, arch), arch, {})
-    return replace(found, shared=0)  # nothing launches it
+    return replace(found, shared=0, occupancy=1.0)  # nothing launches it
 
 
 # Machine code
@@ -381,10 +381,14 @@ def test_a_kernel_that_spills_is_caught(tmp_path, arch):
 
 @needs_nvcc
 def test_widths_of_compiled_loops(tmp_path):
-    assert compiled(TIDY, "film", tmp_path).widths == (16,)
+    tidy = compiled(TIDY, "film", tmp_path)
+    assert (tidy.widths, tidy.in_flight, thresholds.failures(tidy)) == ((16,), 16, [])
     narrow = compiled(NARROW, "film", tmp_path)
     assert narrow.widths == (8,)
-    assert thresholds.failures(narrow) == ["global accesses of 8 bytes in the main loop, expected 16 alone"]
+    assert thresholds.failures(narrow) == [
+        "global accesses of 8 bytes in the main loop, expected 16 alone",
+        "16.0 KiB in flight, expected at least 20",
+    ]
 
 
 @needs_nvcc
