@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 ISSUE_LANES = 128  # of a multiprocessor: 4 schedulers issue one instruction of 32 threads each, per clock
 MUFU_LANES = 16
+LATENCY = 700e-9  # until memory answers under load, or so: an assumption, no data sheet says
 
 
 @dataclass(frozen=True)

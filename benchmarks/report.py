@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import contenders
 from .machine import MIB, ROOT, describe
-from .summary import summaries
+from .summary import BOTH_COMPILED, summaries
 from .targets import targets
 
 PICTURES = {  # of the README, in docs/
@@ -93,6 +93,7 @@ def table(result: dict, group: str) -> tuple[list[str], list[list[str]]]:
             f"vs {rival}": [number(s.get(f"vs {rival}"), "×") for s in found]
             for rival in (*kinds, contenders.CLONE)
         },
+        BOTH_COMPILED: [number(s.get(BOTH_COMPILED), "×") for s in found],
         **{f"{kind} MiB": [_peak(s[kind]) for s in found] for kind in kinds},
         "difference": [_difference(s["fused"]) for s in found],
         "of ceiling": [_ceiling(s) for s in found],
@@ -116,9 +117,10 @@ WIDE_LEGEND = (
     "Median ms. eager: plain PyTorch by hand; compile: those lines compiled for these shapes, one step of a loop. "
     "Loops leave out projections on both sides, modules have them (benchmarks/wide.py). MiB: peak memory of a "
     "training step beyond inputs, outputs and gradients. Ceiling: the bytes that must be read and written, at "
-    "rates measured in the same run. Replaced modules: eager is a module as its authors wrote it, fused the same "
-    "one after fusedattn.dropin.replace (benchmarks/dropin.py); difference: the largest of their outputs and "
-    "gradients in training, over the largest value of each."
+    "rates measured in the same run. Whole blocks are compared eager with eager and compiled with compiled. "
+    "Replaced modules: eager is a module as its authors wrote it, fused the same one after "
+    "fusedattn.dropin.replace (benchmarks/dropin.py); difference: the largest of their outputs and gradients in "
+    "training, over the largest value of each."
 )
 
 

@@ -15,7 +15,8 @@ staging, the softmax and the caches are left out: a prediction is a bound that r
 
 Beside it stands what plain PyTorch cannot avoid: eager moves the (B, Tq, Tk, D) tensor several times; a compiled
 forward pass moves inputs alone, but evaluates libdevice's tanh. Below an H100's table: what is aimed at there, and
-which part of the bound that takes (against eager and compile, as if those reached their own bounds).
+which part of the bound that takes (against eager and compile, as if those reached their own bounds). Streaming
+kernels have a table of their own (benchmarks/streams.py).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from . import streams
 from .cases import ATTENTION, MODES, AttentionCase, FilmCase
 from .devices import DEVICES, ISSUE_LANES, MUFU_LANES, Device
 from .gates.kernel import Kernel
@@ -321,6 +323,8 @@ def print_device(console: Console, device: Device, counts: Counts, dtype: str, s
                 cells += [f"{1e3 * time:.3g}", f"{p.seconds / time:.0%}"] if time else ["–", "–"]
             table.add_row(*cells)
     console.print(table)
+    if (below := streams.table(counts.kernels, device, dtype)) is not None:
+        console.print(below)
     if device.name == "H100":
         print_aims(console, device, counts, dtype)
 

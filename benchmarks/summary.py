@@ -2,6 +2,8 @@
 
 from . import contenders
 
+BOTH_COMPILED = "both compiled"  # how many times as fast ours is where our code is compiled, too
+
 
 def summaries(result: dict, group: str) -> list[dict]:
     """One dict per case and mode: the fastest form of each rival beside fusedattn."""
@@ -21,7 +23,11 @@ def summaries(result: dict, group: str) -> list[dict]:
             summary[kind] = best
             if best is not None and kind != contenders.CLONE:
                 summary[f"vs {kind}"] = best["milliseconds"] / fused["milliseconds"]
-        plain = [summary[f"vs {kind}"] for kind in ("eager", "compile") if f"vs {kind}" in summary]
+        both = summary["compile"], summary[contenders.COMPILED_FUSED]
+        if None not in both:
+            summary[BOTH_COMPILED] = both[0]["milliseconds"] / both[1]["milliseconds"]
+        against_compile = BOTH_COMPILED if BOTH_COMPILED in summary else "vs compile"
+        plain = [summary[name] for name in ("vs eager", against_compile) if name in summary]
         if plain:
             summary["vs faster"] = min(plain)
         if summary[contenders.CLONE] is not None:

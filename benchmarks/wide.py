@@ -128,7 +128,7 @@ CASES: dict[str, list[ModelCase]] = {
     ],
 }
 WITH_BYTES = ("wide pool", "wide norm", "wide gated")  # groups of which the bytes that must be moved are known
-WITH_PEAKS = (*WITH_BYTES, "wide dropin")
+WITH_PEAKS = (*WITH_BYTES, "wide block", "wide dropin")
 
 
 def time_case(job: Job, seconds: float) -> list[dict]:

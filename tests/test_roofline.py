@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from test_gates import kernel
 
-from benchmarks import roofline
+from benchmarks import roofline, streams
 from benchmarks.cases import AttentionCase
 from benchmarks.gpu import device, timings
 
@@ -141,6 +141,53 @@ def test_film_on_paper():
     p = roofline.film(roofline.FILM, "forward", H100)
     assert p.seconds == pytest.approx(2 * 4 * 64 * 256 * 112**2 / 3.35e12)
     assert p.eager == pytest.approx(2 * p.seconds)
+
+
+CALL = streams.Stream(
+    *("norm_film", "layer", (8, 1024, 1152), (8192, 1152)),
+    (streams.Pass("norm_film_fwd_kernel_rows", 2, 1),),
+    (streams.Pass("norm_film_bwd_kernel_rows", 3, 1),),
+    {"forward": 3, "training": 7},
+)
+ROWS = kernel(
+    backend="Triton", op="norm_film", name="norm_film_fwd_kernel_rows-1x2048-bf16", threads=256, occupancy=0.25
+)
+
+
+def test_memory_delivers_what_is_in_flight_within_its_latency():
+    part = streams.part_of_bandwidth(ROWS, CALL.forward[0], CALL, H100, 2)
+    asked = 512 / 256 * 1152 * 2 * 2  # two programs, each a row of two tensors
+    assert part == pytest.approx(asked / (700e-9 * 3.35e12 / 132))
+    packs = replace(ROWS, backend="CUDA C++", name="norm_film_fwd_kernel_rows<bfloat16, 8>", occupancy=1.0)
+    assert streams.part_of_bandwidth(packs, CALL.forward[0], CALL, H100, 2) == 1.0
+
+
+def test_a_second_pass_over_x_takes_its_time(monkeypatch):
+    maps = replace(CALL, forward=(streams.Pass("moments", 1, 0), streams.Pass("maps", 1, 1)), backward=())
+    monkeypatch.setattr(streams, "STREAMS", (replace(maps, necessary={"forward": 2, "training": 2}),))
+    kernels = tuple(replace(ROWS, name=f"{name}-1x2048-bf16", occupancy=1.0) for name in ("moments", "maps"))
+    found, _ = streams.predict(kernels, H100, "bfloat16")
+    assert found.seconds == pytest.approx(3 * 2 * 8 * 1024 * 1152 / 3.35e12)
+    assert (found.of_copy, found.of_necessary) == pytest.approx((1, 2 / 3))
+    assert not list(streams.predict(kernels[:1], H100, "bfloat16"))  # not all were counted
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, ops",
+    [
+        ("CUDA C++", "float32", {"film"}),
+        ("Triton", "float32", {"film", "norm_film", "gated_film"}),
+        ("Triton", "bfloat16", {"film", "norm_film", "gated_film"}),
+    ],
+)
+def test_streaming_kernels_reach_the_bandwidth_of_a_copy(backend, dtype, ops):
+    """On A100 and H100; an H200 and a B200 need more in flight than half precision has."""
+    kernels = roofline.Counts.load(backend).kernels
+    for gpu in roofline.DEVICES[:2]:
+        found = list(streams.predict(kernels, gpu, dtype))
+        assert {f.stream.op for f in found} == ops
+        below = {(f.stream.name, f.mode) for f in found if f.of_copy < streams.WANTED}
+        assert below <= {("batch, channels last", "forward")}
 
 
 def test_uncounted_kernels_are_named():

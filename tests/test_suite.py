@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     report,
     sizing,
     suite,
+    summary,
     wide,
 )
 from benchmarks.machine import GIB, MIB  # noqa: E402
@@ -152,6 +153,17 @@ WIDE = {case.name: (group, case) for group, cases in wide.CASES.items() for case
 
 def test_wide_has_forty_cases_and_more_and_their_names_differ():
     assert len(WIDE) == sum(map(len, wide.CASES.values())) >= 40
+
+
+def test_blocks_are_compared_as_they_are_and_compiled():
+    times = {"eager": 6.0, "compile": 4.0, contenders.FUSED: 5.0, contenders.COMPILED_FUSED: 2.0}
+    row = {"group": "wide block", "case": "block", "mode": "training", "unit": "", "rate": 0.0}
+    result = {"rows": [row | {"contender": name, "milliseconds": t} for name, t in times.items()]}
+    (found,) = summary.summaries(result, "wide block")
+    assert (found["vs eager"], found[summary.BOTH_COMPILED], found["vs faster"]) == (1.2, 2.0, 1.2)
+    columns, ((*cells,),) = report.table(result, "wide block")
+    assert dict(zip(columns, cells, strict=True))[summary.BOTH_COMPILED] == "2.00×"
+    assert "wide block" in wide.WITH_PEAKS
 
 
 def test_every_wide_group_is_reported():
