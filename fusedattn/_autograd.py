@@ -111,6 +111,8 @@ class Op:
         fold: see :class:`Fold`.
         shared: inputs that the steps of a loop share, by name: those of which ``_steps.py`` makes the gradients.
         flops: (\\*shapes of the inputs) -> operations in forward's products of matrices; backward has twice those.
+        any_strides: whether kernels and fakes take tensors as they lie. Inductor then passes on what a convolution
+            made with its channels last, which else it would copy for every call.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Op:
     hidden: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     flops: Callable[..., int] | None = None
+    any_strides: bool = False
     operators: dict[str, "Operators"] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
@@ -244,6 +247,8 @@ class Operators:
             (self.fwd, op.fwd_fake, self.Forward),
             (self.bwd, op._masked_bwd_fake, self.Backward),
         ):
+            if op.any_strides:
+                operator.tags.append(torch.Tag.flexible_layout)
             torch.library.register_fake(operator.name(), fake)
             kernel = partial(_carry_derivative, operator, function)
             _IMPLEMENTATIONS.impl(operator.name(), kernel, "Autograd", with_keyset=True)

@@ -1,13 +1,15 @@
 """norm_film inside PyTorch: opcheck, torch.compile, torch.func, torch.export, any number of threads."""
 
 import itertools
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from device import DEVICE, not_on_the_standin, raw_op
 from test_norm_film import NAMES, make_inputs, options_of, ours
 
-from fusedattn import norm_film, norm_film_ref
+from fusedattn import film, gated_film, norm_film, norm_film_ref
 from fusedattn._conditioning import NUMBERS
 from fusedattn.ops.norm_film import NORMS
 
@@ -142,6 +144,31 @@ def test_compile_without_graph_breaks(norm):
         y = f(*leaves)
         results.append([y, *torch.autograd.grad(y.sum(), leaves)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.machinery
+@not_on_the_standin("Inductor makes no code for it")
+def test_compiled_convolutions_are_not_copied(fresh_dynamo):
+    """Inductor gives them channels last, whatever the layout that eager code has."""
+    from torch._inductor.utils import run_and_get_code
+
+    def function(x, z, *weights):
+        y = F.conv2d(x, weights[0])
+        y = norm_film(y, z, z, norm="batch", activation="silu", residual=y.cos())
+        return gated_film(film(F.conv2d(y, weights[1]), z, residual=y[:, :, 2:, 2:]), z)
+
+    def training(function):
+        generator = torch.Generator().manual_seed(0)
+        shapes = (2, 5, 7, 6), (2, 8), (8, 5, 3, 3), (8, 8, 3, 3)
+        leaves = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y.sin().sum(), leaves)]
+
+    found, code = run_and_get_code(lambda: training(torch.compile(function, fullgraph=True)))
+    torch.testing.assert_close(found, training(function))
+    for name in ("film", "norm_film"):
+        given = re.search(rf"fusedattn\.{name}_fwd\.default\((\w+)", code[0])[1]
+        assert re.search(rf"{given} = extern_kernels\.convolution|{given} = \w+; del", code[0])
 
 
 @not_on_the_standin("Inductor makes no code for it")

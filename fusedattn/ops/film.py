@@ -110,6 +110,7 @@ FILM = _autograd.Op(
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
     fold=_Fold,
+    any_strides=True,
 )
 
 

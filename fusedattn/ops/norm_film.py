@@ -282,6 +282,7 @@ NORM_FILM = _autograd.Op(
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
     fold=_fold,
+    any_strides=True,
 )
 
 
