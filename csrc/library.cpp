@@ -83,6 +83,15 @@ STABLE_TORCH_LIBRARY(fusedattn, m) {
       "Tensor? mask, " FUSEDATTN_SCORES_OPTIONS
       ", Tensor scores, Tensor lse, int output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
       "Tensor grad_weight, Tensor grad_previous, Tensor grad_conv_weight, Tensor grad_location_weight)");
+  // The same of a step of a loop: the gradient of the keys is added to key_sum (B,Tk,D), in the dtype of the
+  // arithmetic, where that is given.
+  m.def(
+      "location_attention_step_bwd(Tensor? grad_context, Tensor? grad_weights, Tensor? grad_scores, Tensor query, "
+      "Tensor key, Tensor? value, Tensor weight, Tensor previous, Tensor conv_weight, Tensor? location_weight, "
+      "Tensor? mask, " FUSEDATTN_SCORES_OPTIONS
+      ", Tensor scores, Tensor lse, Tensor(a!)? key_sum, int output_mask) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value, Tensor grad_weight, Tensor grad_previous, Tensor grad_conv_weight, Tensor "
+      "grad_location_weight)");
 
   // x (B, ...) with C channels at channel_dim, residual like x or None. gamma and beta, each the sum of one or two
   // tensors, or None: by their rank (), (C,), (B, C) or like x, any size of which may be 1. On CUDA (C,) or (B,

@@ -110,6 +110,10 @@ class Op:
             all of them, without output_mask.
         fold: see :class:`Fold`.
         shared: inputs that the steps of a loop share, by name: those of which ``_steps.py`` makes the gradients.
+        summed: those of them that steps add up themselves, where a family has the raw operator
+            ``<name>_step_bwd``: backward with one tensor more, before output_mask: a sum of the gradients of the
+            first one, in the dtype of the arithmetic, to add to. For ops most of whose work one call for all steps
+            would repeat.
         flops: (\\*shapes of the inputs) -> operations in forward's products of matrices; backward has twice those.
         any_strides: whether kernels and fakes take tensors as they lie. Inductor then passes on what a convolution
             made with its channels last, which else it would copy for every call.
@@ -128,6 +132,7 @@ class Op:
     kept: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    summed: tuple[str, ...] = ()
     flops: Callable[..., int] | None = None
     any_strides: bool = False
     operators: dict[str, "Operators"] = field(init=False, default_factory=dict)
@@ -229,6 +234,8 @@ class Operators:
         ops = torch.ops.fusedattn
         self.fwd = getattr(ops, f"{op.name}_fwd{suffix}").default
         self.bwd = getattr(ops, f"{op.name}_bwd{suffix}").default
+        step = f"{op.name}_step_bwd{suffix}"
+        self.step_bwd = getattr(ops, step).default if op.summed and hasattr(ops, step) else None
         # Where the parts of forward's arguments end, and which of its outputs are which: counted once.
         self._read = len(op.inputs) + len(op.others)  # by backward
         self._tensors = self._read + len(op.added)
@@ -252,6 +259,8 @@ class Operators:
             torch.library.register_fake(operator.name(), fake)
             kernel = partial(_carry_derivative, operator, function)
             _IMPLEMENTATIONS.impl(operator.name(), kernel, "Autograd", with_keyset=True)
+        if self.step_bwd is not None:
+            torch.library.register_fake(self.step_bwd.name(), lambda *a: op._masked_bwd_fake(*a[:-2], a[-1]))
 
     def forward(self, arguments: tuple):
         return self._run(self.fwd, self.Forward, self.TransformedForward, arguments)

@@ -12,13 +12,16 @@ done with all steps that the result depends on. A step has key, value and the li
 ``create_graph`` it returns their gradients as any call does, and leaves no record, so that derivatives of any
 order stay right.
 
+An op whose work differs from step to step, so that one call for all would repeat it, has a step add up most of
+these gradients itself (``Op.summed``): then the records are for the others, and the sums lie beside them.
+
 Records belong to one run of the engine, a graph task: several may share a graph (``retain_graph``), and one may
 fail half way. They are made only where that run reaches the joint node, and dropped when it ends.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function, Variable, forward_ad
 
 from fusedattn._autograd import Op, Operators, below_autograd, quick_function
+from fusedattn._dtypes import accumulation_dtype
 
 
 def are_recorded() -> bool:
@@ -98,6 +102,11 @@ def attend(op: Op, backend: str, tensors: tuple, options: NamedTuple, flags: tup
     return _step(op.operators[backend]).apply(*tensors, *options, *flags, token)
 
 
+def _is_batched(t: Tensor) -> bool:
+    """Whether it stands for several, as those that ``is_grads_batched`` makes do: nothing adds them to one sum."""
+    return torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 @functools.cache
 def _places(op: Op) -> tuple[int, ...]:
     """Of what steps share, among the inputs."""
@@ -119,11 +128,14 @@ def _step(operators: Operators) -> type[Function]:
         if grads is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, joint = ctx.saved_tensors, ctx.next_functions[-1][0]
-        if torch._C._will_engine_execute_node(joint):
-            _add(joint.records, _Record(operators, ctx.options, grads, saved))
         own = list(ctx.needs_input_grad)
         for n in shared:
             own[n] = False
+        if torch._C._will_engine_execute_node(joint):
+            run = _run_of(joint)
+            if operators.step_bwd is not None and not any([g is not None and _is_batched(g) for g in grads]):
+                return run.add_step(operators, ctx.options, grads, saved, own, ctx.needs_input_grad)
+            run.records.append(_Record(operators, ctx.options, grads, saved))
         return operators.gradients(ctx.options, grads, saved, own)
 
     return quick_function(f"{operators.fwd._opname}_step", forward, backward)
@@ -136,6 +148,7 @@ class _Record(NamedTuple):
     options: tuple
     grads: list[Any]  # of the outputs that are visible
     saved: tuple[Any, ...]  # inputs and others, then what is kept
+    is_summed: bool = False  # whether it has added up what steps can
 
     def parts(self) -> dict[str, Any]:
         """``saved`` by name; outputs that are kept have names of their own."""
@@ -143,16 +156,54 @@ class _Record(NamedTuple):
         return dict(zip((*op.inputs, *op.others, *op.kept), self.saved, strict=True))
 
 
-def _add(records: dict[int, list[_Record]], record: _Record) -> None:
+class _Run:
+    """What the steps of one run of the engine leave to the joint node."""
+
+    def __init__(self, shared: tuple[Tensor | None, ...]):
+        self._shared = shared
+        self.records: list[_Record] = []
+        self.sums: dict[int, Tensor] = {}  # of gradients, by place in what is shared
+
+    def add_step(self, operators: Operators, options, grads, saved, own: list, needed: tuple) -> tuple:
+        """The gradients of a step that are its ``own``, once those that steps add up are added up."""
+        op, step_bwd = operators.op, operators.step_bwd
+        assert step_bwd is not None
+        (first, *others), read = op.summed, len(op.inputs) + len(op.others)
+        places, total = dict(zip(op.inputs, range(len(op.inputs)), strict=True)), None
+        if needed[places[first]]:
+            total = self._sum_of(op.shared.index(first))[: len(saved[places[first]])]
+        asked = [own[n] or (name in others and needed[n]) for name, n in places.items()]
+        with below_autograd():
+            mask = sum([1 << n for n, wanted in enumerate(asked) if wanted])
+            found = step_bwd(*grads, *saved[:read], *options, *saved[read:], total, mask)
+        for name in others:
+            if needed[places[name]]:
+                n, grad = op.shared.index(name), found[places[name]]
+                self.sums[n] = self.sums[n].add_(grad) if n in self.sums else grad
+        if any([needed[places[name]] for name in op.shared if name not in op.summed]):
+            self.records.append(_Record(operators, options, grads, saved, is_summed=True))
+        of_inputs = [grad if wanted else None for grad, wanted in zip(found, own, strict=False)]
+        return (*of_inputs, *(None,) * (len(needed) - len(of_inputs)))
+
+    def _sum_of(self, n: int) -> Tensor:
+        if n not in self.sums:
+            t: Any = self._shared[n]
+            self.sums[n] = torch.zeros(t.shape, dtype=accumulation_dtype(t.dtype), device=t.device)
+        return self.sums[n]
+
+
+def _run_of(joint) -> _Run:
+    """That of the engine in this thread; it is dropped when the engine ends."""
     task = torch._C._current_graph_task_id()
-    if task not in records:
-        records[task] = []
+    if task not in joint.runs:
+        runs = joint.runs
+        runs[task] = _Run(joint.shared)
 
         def drop() -> None:
-            records.pop(task, None)
+            runs.pop(task, None)
 
         Variable._execution_engine.queue_callback(drop)
-    records[task].append(record)
+    return joint.runs[task]
 
 
 class _Joint(Function):
@@ -163,25 +214,35 @@ class _Joint(Function):
         # Not saved: losses of different steps may be differentiated one after the other. The steps save them, and
         # find out who edits them in place.
         ctx.shared = key, value, *parameters
-        ctx.records = {}
+        ctx.runs = {}
         ctx.set_materialize_grads(False)
         return key.new_empty(0)
 
     @staticmethod
     def backward(ctx, _):
         groups: dict[tuple, list[_Record]] = {}
-        for record in ctx.records.pop(torch._C._current_graph_task_id(), ()):
+        run = ctx.runs.pop(torch._C._current_graph_task_id(), None)
+        if run is None:
+            return (None,) * len(ctx.shared)
+        for record in run.records:
             saved = record.parts()
             # Rows that a step was not given are hidden by their scores; without these, steps differ in batch.
             batch = None if saved["scores"].numel() else saved["query"].shape[0]
             masked, bias = saved["mask"] is not None, saved.get("bias")
             # One of its own for each step, but of as many batch elements, heads and keys.
             sizes = None if bias is None else (bias.dtype, bias.shape[0] == 1, bias.shape[1:-2], bias.shape[-1])
-            groups.setdefault((record.operators, record.options, batch, masked, sizes), []).append(record)
+            kind = (record.operators, record.options, record.is_summed, batch, masked, sizes)
+            groups.setdefault(kind, []).append(record)
         found: list[Tensor | None] = [None] * len(ctx.shared)
+        for n, total in run.sums.items():
+            found[n] = total.to(ctx.shared[n].dtype)
         for group in groups.values():
-            parts = _joint_gradients(group, ctx.shared, ctx.needs_input_grad)
-            found = [b if a is None else a + b for a, b in zip(found, parts, strict=True)]
+            op = group[0].operators.op
+            done = op.summed if group[0].is_summed else ()
+            needed = zip(op.shared, ctx.needs_input_grad, strict=True)
+            asked = [wanted and name not in done for name, wanted in needed]
+            parts = _joint_gradients(group, ctx.shared, asked)
+            found = [b if a is None else a if b is None else a + b for a, b in zip(found, parts, strict=True)]
         return tuple(found)
 
 
@@ -198,7 +259,7 @@ _ABSENT = {
 }
 
 
-def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: tuple[bool, ...]) -> list:
+def _joint_gradients(steps: list[_Record], shared: tuple[Tensor, ...], asked: Sequence[bool]) -> list:
     """Gradients of what is shared, of steps with the same options: of one call with the queries of all."""
     operators, op = steps[0].operators, steps[0].operators.op
     parts = [step.parts() for step in steps]

@@ -8,6 +8,7 @@ from pairwise import pairwise
 from tolerance import assert_close_to_reference
 
 from fusedattn import UnsupportedError, location_attention, location_attention_ref
+from fusedattn.ops.location_attention import prepared
 
 pytestmark = [
     pytest.mark.levels,
@@ -259,6 +260,26 @@ def test_raw_ops_pass_opcheck(least):
             arguments,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
+
+
+@pytest.mark.skipif(BACKEND == "triton" or DEVICE != "cpu", reason="is the CPU's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N", [TWO_STEPS, FOLDED])
+def test_a_step_adds_to_the_gradient_of_the_keys(dtype, N):
+    query, key, value, weight, previous, *parameters = make_inputs(2, 50, 6, 4, N=N, K=5, dtype=torch.float32)
+    weight, filters, projection = prepared(weight, *parameters, torch.float32)
+    mask = (torch.arange(50) < torch.tensor([[50], [33]]))[:, None]
+    given = (*(t.to(dtype) for t in (query[:, None], key, value)), weight, previous[:, None], filters, projection)
+    given += (mask, 0.5, 0.0, 0, 0.2)
+    context, weights, scores, lse = raw_op("location_attention_fwd")(*given)
+    arguments = (torch.randn_like(context), torch.randn_like(weights), None, *given, scores, lse)
+    expected = raw_op("location_attention_bwd")(*arguments, 0b1111111)
+    total = torch.ones(key.shape)
+    found = raw_op("location_attention_step_bwd")(*arguments, total, 0b1111101)
+    torch.testing.assert_close((total - 1).to(dtype), expected[1], rtol=0.01, atol=1e-5)
+    assert found[1].numel() == 0 and all(torch.equal(found[n], expected[n]) for n in (0, 2, 3, 4, 5, 6))
+    with pytest.raises(RuntimeError, match="key_sum"):
+        raw_op("location_attention_step_bwd")(*arguments, total[:1], 0b1111101)
 
 
 @not_on_the_standin("compiles nothing")

@@ -94,6 +94,23 @@ def test_gradients_of_what_steps_share_are_made_once():
     )
 
 
+def test_a_step_adds_up_all_but_the_gradients_of_values():
+    """By one operator, on the CPU; batched gradients, which it does not take, go the joint way."""
+    module, states, memory = make(dtype=torch.float32)
+    states, memory = (t.detach().float().requires_grad_() for t in (states, memory))
+    leaves = [states, memory, *module.parameters()]
+    contexts, *_ = loop(module, states, module.project_keys(memory))
+    grads = torch.randn(2, *contexts.shape)
+    with torch.profiler.profile() as profiled:
+        found = torch.autograd.grad(contexts, leaves, grads[0], retain_graph=True)
+    calls = {event.key.partition("::")[2]: event.count for event in profiled.key_averages()}
+    assert calls["location_attention_step_bwd"] == STEPS and calls["location_attention_bwd"] == 1
+    batched = torch.autograd.grad(contexts, leaves, grads, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(found, tuple(t[0] for t in batched), rtol=1e-4, atol=1e-5)
+    (of_states,) = torch.autograd.grad(contexts, states, grads[0])
+    assert torch.equal(of_states, found[0])
+
+
 def test_a_batch_that_shrinks():
     module, states, memory = make()
     leaves, found = [states, memory, *module.parameters()], []

@@ -532,7 +532,7 @@ def test_nothing_outlives_the_loop(decoder):
     gc.disable()  # nothing may wait for it
     try:
         torch.autograd.grad(loss, (state, memory), retain_graph=True)
-        assert joint().records == {}
+        assert joint().runs == {}
         del loss, keys
         assert joint() is None
     finally:

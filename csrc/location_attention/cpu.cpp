@@ -49,7 +49,7 @@ struct Location {
   Tensor query, weight, previous, filters, projection;  // (B,Tq,D), (G,D), (B,Tq,C,Tk), (G,N,C,K), (G,D,N) or (0,)
   bool projects;
   int64_t G, N, C, K, splits, part;                  // keys are cut into `splits` parts of whole blocks
-  Buffer<T> filters_by_place, projection_by_filter;  // (G, C, K, N), (G, N, D)
+  Buffer<T> filters_by_place, projection_by_filter;  // (G, C, K, N) without a projection, else (G, N, D)
 
   Location(const Inputs<S>& in_, const Tensor& weight_, const Tensor& previous_, const Tensor& conv_weight,
            const OptionalTensor& location_weight)
@@ -75,15 +75,18 @@ struct Location {
     if (projects) check_shape(projection, "location_weight", {G, p.D, N});
     part = ceil_div(ceil_div(std::max<int64_t>(p.Tk, 1), in.key_splits(p.B)), BLOCK) * BLOCK;
     splits = ceil_div(std::max<int64_t>(p.Tk, 1), part);
-    filters_by_place = transposed(data_of<T>(filters), G, N, C * K);
-    if (projects) projection_by_filter = transposed(data_of<T>(projection), G, p.D, N);
+    if (projects)
+      projection_by_filter = transposed(data_of<T>(projection), G, p.D, N);
+    else
+      filters_by_place = transposed(data_of<T>(filters), G, N, C * K);
   }
 
   int64_t group(int64_t b) const { return b / (in.p.B / G); }
 
-  // The working memory of one block of keys.
+  // The working memory of one block of keys. Lanes run over keys where there are few filters: of a convolution by
+  // N of them, N / 16 of all lanes would be at work.
   struct Scratch {
-    T *padded, *filtered, *features;  // (C, BLOCK + K - 1), (BLOCK, N), (BLOCK, D)
+    T *padded, *filtered, *features;  // (C, BLOCK + K - 1), (N, BLOCK), (BLOCK, D)
   };
   int64_t scratch_size() const { return C * (BLOCK + K - 1) + BLOCK * (N + in.p.D); }
   Scratch scratch_at(T* room) const {
@@ -103,14 +106,20 @@ struct Location {
       std::copy(row + before, row + end, out + before);
       std::fill(out + end, out + width, T(0));
     }
-    T* const convolved = projects ? s.filtered : s.features;
-    for (int64_t c = 0; c < C; ++c)
-      products<T>().matmul(keys, N, K, s.padded + c * width, 1, 1,
-                           filters_by_place.get() + (group(b) * C + c) * K * N, N, nullptr, convolved, N,
-                           c == 0 ? Output::WRITTEN : Output::ADDED);
+    for (int64_t c = 0; c < C; ++c) {
+      const T* const x = s.padded + c * width;
+      const Output output = c == 0 ? Output::WRITTEN : Output::ADDED;
+      if (projects)
+        products<T>().matmul(N, keys, K, data_of<T>(filters) + (group(b) * N * C + c) * K, C * K, 1, x, 1, nullptr,
+                             s.filtered, BLOCK, output);
+      else
+        products<T>().matmul(keys, N, K, x, 1, 1, filters_by_place.get() + (group(b) * C + c) * K * N, N, nullptr,
+                             s.features, N, output);
+    }
     if (projects)
-      products<T>().matmul(keys, in.p.D, N, s.filtered, N, 1, projection_by_filter.get() + group(b) * N * in.p.D,
-                           in.p.D, nullptr, s.features, in.p.D, Output::WRITTEN);
+      products<T>().matmul(keys, in.p.D, N, s.filtered, 1, BLOCK,
+                           projection_by_filter.get() + group(b) * N * in.p.D, in.p.D, nullptr, s.features, in.p.D,
+                           Output::WRITTEN);
   }
 
   LocationRows<S> rows(int64_t b, int64_t i, int64_t first, int64_t keys) const {
@@ -228,7 +237,8 @@ class FeatureGradients {
   using T = Arithmetic<S>;
   Tensor query, key, weight, previous, filters, projection;
 
-  FeatureGradients(const Location<S>& m, OutputMask asked)
+  // `key_sum` (B, Tk, D): what is added to in place of a gradient of the keys of their own.
+  FeatureGradients(const Location<S>& m, OutputMask asked, const OptionalTensor& key_sum)
       : query(made(asked[0], {m.in.p.B, m.in.p.Tq, m.in.p.D}, scalar_type<S>())),
         key(made(asked[1], {m.in.p.B, m.in.p.Tk, m.in.p.D}, scalar_type<S>())),
         weight(made(asked[3], {m.G, m.in.p.D})),
@@ -245,7 +255,8 @@ class FeatureGradients {
         dprevious_(asked[4], m.in.rows() * m.splits, m.C * width_),
         dfilters_(asked[5], tasks_, m.C * m.K * m.N),
         dprojection_(asked[6] && m.projects, tasks_, m.N * m.in.p.D),
-        grad_key_(rows_of(key, m.in.p.D, m.in)) {}
+        grad_key_(rows_of(key, m.in.p.D, m.in)),
+        key_sum_(key_sum ? mutable_data_of<T>(*key_sum) : nullptr) {}
 
   // From those of unscaled scores (B, Tq, Tk).
   void make(const T* g) {
@@ -272,22 +283,23 @@ class FeatureGradients {
     const int64_t split = task % m_.splits, block_width = BLOCK + m_.K - 1;
     const auto scratch = m_.scratch_at(room);
     const T* const filters = data_of<T>(m_.filters) + m_.group(b) * m_.N * m_.C * m_.K;
-    T* const dkey = room + m_.scratch_size();
-    T *const dfiltered = dkey + BLOCK * p.D, *const diagonals = dfiltered + BLOCK * m_.N;
+    T* const of_block = room + m_.scratch_size();
+    T *const dfiltered = of_block + BLOCK * p.D, *const diagonals = dfiltered + BLOCK * m_.N;
     const GradientRows<S> grad_key = grad_key_.rows(Chunk{0, p.B, 0, p.Tq}, b);
     m_.for_each_block(split, [&](int64_t j, int64_t keys) {
-      if (grad_key_.asked()) std::fill_n(dkey, keys * p.D, T(0));
+      T* const dkey = key_sum_ ? key_sum_ + (b * p.Tk + j) * p.D : grad_key_.asked() ? of_block : nullptr;
+      if (dkey == of_block) std::fill_n(dkey, keys * p.D, T(0));
       for (int64_t i = 0; i < p.Tq; ++i) {
         const T* const own = g + (b * p.Tq + i) * p.Tk + j;
         if (std::all_of(own, own + keys, [](T x) { return x == 0; })) continue;
         m_.make_features(b, i, j, keys, scratch);
         T* const dz = scratch.features;
         kernels<S>().gradients(m_.rows(b, i, j, keys), own, dz, dquery_.of(row(b, i, split)), dweight_.of(task),
-                               grad_key_.asked() ? dkey : nullptr);
+                               dkey);
         const T* dconvolved = dz;
         if (dprojection_)
-          products<T>().matmul(m_.N, p.D, keys, scratch.filtered, 1, m_.N, dz, p.D, nullptr, dprojection_.of(task),
-                               p.D, Output::ADDED);
+          products<T>().matmul(m_.N, p.D, keys, scratch.filtered, BLOCK, 1, dz, p.D, nullptr,
+                               dprojection_.of(task), p.D, Output::ADDED);
         if (!dfilters_ && !dprevious_) continue;
         if (m_.projects) {
           products<T>().matmul(keys, m_.N, p.D, dz, p.D, 1, data_of<T>(m_.projection) + m_.group(b) * p.D * m_.N,
@@ -295,16 +307,25 @@ class FeatureGradients {
           dconvolved = dfiltered;
         }
         for (int64_t c = 0; c < m_.C && dfilters_; ++c)
-          products<T>().matmul(m_.K, m_.N, keys, scratch.padded + c * block_width, 1, 1, dconvolved, m_.N, nullptr,
-                               dfilters_.of(task) + c * m_.K * m_.N, m_.N, Output::ADDED);
+          add_filters(keys, dconvolved, scratch.padded + c * block_width, c, dfilters_.of(task));
         if (!dprevious_) continue;
         products<T>().matmul(keys, m_.C * m_.K, m_.N, dconvolved, m_.N, 1, filters, m_.C * m_.K, nullptr,
                              diagonals, m_.C * m_.K, Output::WRITTEN);
         kernels<S>().add_diagonals(keys, m_.C, m_.K, diagonals,
                                    dprevious_.of(row(b, i, split)) + j - split * m_.part, width_);
       }
-      if (grad_key_.asked()) kernels<S>().write(grad_key, j * p.D, dkey, keys * p.D);
+      if (dkey == of_block) kernels<S>().write(grad_key, j * p.D, dkey, keys * p.D);
     });
+  }
+
+  // Gradients of the filters of channel c: (N, C K) where a projection follows, else, of as many filters as
+  // channels of the score, (C K, N).
+  void add_filters(int64_t keys, const T* dconvolved, const T* x, int64_t c, T* out) const {
+    const int64_t N = m_.N, K = m_.K, taps = m_.C * K;
+    if (m_.projects)
+      products<T>().matmul(N, K, keys, dconvolved, 1, N, x, 1, nullptr, out + c * K, taps, Output::ADDED);
+    else
+      products<T>().matmul(K, N, keys, x, 1, 1, dconvolved, N, nullptr, out + c * K * N, N, Output::ADDED);
   }
 
   // What was asked for, from the parts.
@@ -324,7 +345,11 @@ class FeatureGradients {
       }
     });
     if (weight.numel() > 0) dweight_.write_sums(m_.G, 1, p.D, mutable_data_of<T>(weight));
-    if (dfilters_) dfilters_.write_sums(m_.G, m_.N, m_.C * m_.K, mutable_data_of<T>(filters));
+    const int64_t taps = m_.C * m_.K;
+    if (dfilters_ && m_.projects)
+      dfilters_.write_sums(m_.G, 1, m_.N * taps, mutable_data_of<T>(filters));
+    else if (dfilters_)
+      dfilters_.write_sums(m_.G, m_.N, taps, mutable_data_of<T>(filters));
     if (dprojection_) dprojection_.write_sums(m_.G, p.D, m_.N, mutable_data_of<T>(projection));
   }
 
@@ -346,24 +371,28 @@ class FeatureGradients {
   int64_t width_;                   // of a part of the previous weights
   Parts<T> dquery_, dweight_, dprevious_, dfilters_, dprojection_;
   HeadGradients<S> grad_key_;
+  T* key_sum_;
 };
+
+constexpr int VALUE = 2;  // among the inputs
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename S, typename T = Arithmetic<S>>
 Gradients backward(const Location<S>& m, const OptionalTensor& grad_context, const OptionalTensor& grad_weights,
                    const OptionalTensor& grad_scores, bool attends, const Tensor& scores, const Tensor& lse,
-                   OutputMask asked) {
+                   const OptionalTensor& key_sum, OutputMask asked) {
   const auto& in = m.in;
   const auto& p = in.p;
   const Chunk all{0, p.B, 0, p.Tq};
   Tensor value = fusedattn::empty(
-      attends && asked[2] ? std::vector<int64_t>{p.B, p.Tk, p.Dv} : std::vector<int64_t>{0}, scalar_type<S>());
+      attends && asked[VALUE] ? std::vector<int64_t>{p.B, p.Tk, p.Dv} : std::vector<int64_t>{0}, scalar_type<S>());
   const HeadGradients<S> grad_value = rows_of(value, p.Dv, in);
   const Buffer<T> probabilities(in.rows() * p.Tk), g(in.rows() * p.Tk);
   const bool through_softmax = attends && (grad_context || grad_weights);
   std::fill_n(g.get(), in.rows() * p.Tk, T(0));
-  if (grad_context)
+  const bool of_features = key_sum || (asked.bits & ~(int64_t{1} << VALUE)) != 0;
+  if (grad_context && of_features)
     in.for_each_key_block(all, p.Dv / 4, [&](int64_t b, int64_t first_key, T* scratch) {
       products<S>().grad_weights(p, all, b, first_key, data_of<T>(*grad_context) + b * p.Tq * p.Dv, p.Dv, g.get(),
                                  scratch);
@@ -392,8 +421,8 @@ Gradients backward(const Location<S>& m, const OptionalTensor& grad_context, con
                                 data_of<T>(*grad_context) + b * p.Tq * p.Dv, p.Dv, grad_value.rows(all, b),
                                 scratch);
     });
-  FeatureGradients<S> grads(m, asked);
-  grads.make(g.get());
+  FeatureGradients<S> grads(m, asked, key_sum);
+  if (of_features) grads.make(g.get());
   return {grads.query, grads.key, value, grads.weight, grads.previous, grads.filters, grads.projection};
 }
 
@@ -417,12 +446,13 @@ Forward location_attention_fwd(const Tensor& query, const Tensor& key, const Opt
   });
 }
 
-Gradients location_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_weights,
-                                 const OptionalTensor& grad_scores, const Tensor& query, const Tensor& key,
-                                 const OptionalTensor& value, const Tensor& weight, const Tensor& previous,
-                                 const Tensor& conv_weight, const OptionalTensor& location_weight,
-                                 const OptionalTensor& mask, const ScoresOptions& options, const Tensor& scores,
-                                 const Tensor& lse, OutputMask asked) {
+Gradients location_attention_step_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_weights,
+                                      const OptionalTensor& grad_scores, const Tensor& query, const Tensor& key,
+                                      const OptionalTensor& value, const Tensor& weight, const Tensor& previous,
+                                      const Tensor& conv_weight, const OptionalTensor& location_weight,
+                                      const OptionalTensor& mask, const ScoresOptions& options,
+                                      const Tensor& scores, const Tensor& lse, const OptionalTensor& key_sum,
+                                      OutputMask asked) {
   return with_storage(query.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     const ScalarType type = scalar_type<S>(), acc = scalar_type<Arithmetic<S>>();
@@ -432,10 +462,23 @@ Gradients location_attention_bwd(const OptionalTensor& grad_context, const Optio
     if (grad_context) check_shape(*grad_context, "grad_context", {p.B, p.Tq, p.Dv});
     for (const OptionalTensor* t : {&grad_weights, &grad_scores})
       if (*t) check_shape(**t, "gradients of weights and scores", {p.B, p.Tq, p.Tk});
+    STD_TORCH_CHECK(!key_sum || (key_sum->scalar_type() == acc && key_sum->is_contiguous()),
+                    "location_attention: key_sum: expected a contiguous tensor in the dtype of the arithmetic");
+    if (key_sum) check_shape(*key_sum, "key_sum", {p.B, p.Tk, p.D});
     return backward(Location<S>(in, weight, previous, conv_weight, location_weight), given(grad_context, acc),
                     given(grad_weights, type), given(grad_scores, acc), value.has_value(), contiguous(scores, acc),
-                    contiguous(lse, acc), asked);
+                    contiguous(lse, acc), key_sum, asked);
   });
+}
+
+Gradients location_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_weights,
+                                 const OptionalTensor& grad_scores, const Tensor& query, const Tensor& key,
+                                 const OptionalTensor& value, const Tensor& weight, const Tensor& previous,
+                                 const Tensor& conv_weight, const OptionalTensor& location_weight,
+                                 const OptionalTensor& mask, const ScoresOptions& options, const Tensor& scores,
+                                 const Tensor& lse, OutputMask asked) {
+  return location_attention_step_bwd(grad_context, grad_weights, grad_scores, query, key, value, weight, previous,
+                                     conv_weight, location_weight, mask, options, scores, lse, {}, asked);
 }
 
 }  // namespace
@@ -443,6 +486,7 @@ Gradients location_attention_bwd(const OptionalTensor& grad_context, const Optio
 STABLE_TORCH_LIBRARY_IMPL(fusedattn, CPU, m) {
   m.impl("location_attention_fwd", boxed<location_attention_fwd>);
   m.impl("location_attention_bwd", boxed<location_attention_bwd>);
+  m.impl("location_attention_step_bwd", boxed<location_attention_step_bwd>);
 }
 
 }  // namespace fusedattn

@@ -15,7 +15,9 @@ score, as for additive attention (``fusedattn/ops/additive_attention.py``)::
     df_j = U^T h_j                              dW_ck = sum_j df_j a_c,j+k-(K-1)/2     da by the transposed filters
 
 The features are made block by block of keys, in forward and again in backward: none is stored. The operators take
-several queries, each with previous weights of its own: those of all steps of a loop, in its joint backward.
+several queries, each with previous weights of its own. In a loop they would be made a third time for the gradients
+of keys and parameters: on the CPU a step's own backward adds those to the sums of the other steps, and the joint
+backward is left with the value's.
 
 Symbols: B batch, Tq queries, Tk key length, D score width,
 Dv value width, C channels of previous weights, N filters, K their width, G groups of batch elements with a set of
@@ -144,6 +146,7 @@ LOCATION_ATTENTION = _autograd.Op(
     kept=("scores", "lse"),
     hidden=("lse",),
     shared=("key", "value", "weight", "conv_weight", "location_weight"),
+    summed=("key", "weight", "conv_weight", "location_weight"),
     reference=_reference,
     fwd_fake=_fwd_fake,
     bwd_fake=_bwd_fake,
