@@ -1,19 +1,22 @@
 """The pointer network's attention of wouterkool/attention-learn-to-route.
 
 Conventions: the references are (S, B, D) and projected by a convolution of width 1, whose result (B, D, S) is
-returned beside the scores (B, S). With ``use_tanh`` these are C tanh(u).
+returned beside the scores (B, S). With ``use_tanh`` these are C tanh(u). As a linear layer that convolution leaves
+a reference's channels together, as scores want them; what is returned is a transposed view.
 """
+
+import torch.nn.functional as F
 
 from fusedattn.dropin._adapter import Adapter
 from fusedattn.dropin._scores import LEAST, SCORES, scores
 
 
 def _forward(self, query, ref):
-    key = self.project_ref(ref.permute(1, 2, 0))
+    key = F.linear(ref.transpose(0, 1), self.project_ref.weight.squeeze(-1), self.project_ref.bias)
     query = self.project_query(query).unsqueeze(1)
     clipped = {"scale": self.C, "softcap": self.C} if self.use_tanh else {}
-    logits = scores(query, key.transpose(1, 2), self.v, **clipped)
-    return key, logits.squeeze(1)
+    logits = scores(query, key, self.v, **clipped)
+    return key.transpose(1, 2), logits.squeeze(1)
 
 
 def _probe(module, sizes, draw):
@@ -42,6 +45,7 @@ ADAPTERS = (
         },
         fused=_forward,
         probe=_probe,
+        inside=("project_ref",),
         reasons=_reasons,
     ),
 )
