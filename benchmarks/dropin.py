@@ -5,15 +5,19 @@ The originals are the formulas of tests/originals, with which adapters are teste
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fusedattn import dropin
 
+from . import contenders
+from .cases import MODES
 from .contenders import Function
 from .machine import ROOT
 from .models import Bound, ModuleCase
@@ -66,12 +70,14 @@ class EspnetLoop(nn.Module):
 
 
 class TacotronLoop(nn.Module):
+    """Of states and memory that are projected already: the attention alone."""
+
     def __init__(self, K: int, Q: int, D: int):
         super().__init__()
         self.attention = originals("tacotron2").Attention(Q, K, D, 32, 31)
 
-    def forward(self, states: Tensor, memory: Tensor) -> Tensor:
-        processed, contexts = self.attention.memory_layer(memory), []
+    def forward(self, states: Tensor, memory: Tensor, processed: Tensor) -> Tensor:
+        contexts = []
         weights = total = memory.new_zeros(memory.shape[:2])
         for state in states:
             previous = torch.stack([weights, total], 1)
@@ -107,8 +113,13 @@ class ReplacedLoop(ReplacedCase):
 
     @property
     def name(self) -> str:
-        sizes = f"({self.B}, {self.T}, {self.D}), memory {self.K}, state {self.Q}, {self.steps} steps"
+        state = "projected" if self.is_projected else f"state {self.Q}"
+        sizes = f"({self.B}, {self.T}, {self.D}), memory {self.K}, {state}, {self.steps} steps"
         return f"dropin {self.adapter} {sizes} {self.dtype}"
+
+    @property
+    def is_projected(self) -> bool:
+        return LOOPS[self.adapter] is TacotronLoop
 
     def module(self) -> nn.Module:
         return LOOPS[self.adapter](self.K, self.Q, self.D)
@@ -118,9 +129,13 @@ class ReplacedLoop(ReplacedCase):
         for name in ("gvec", "full_att"):
             if hasattr(module.attention, name):
                 getattr(module.attention, name).bias = None
+        if self.is_projected:
+            module.attention.query_layer = module.attention.memory_layer = nn.Identity()
         return module
 
     def data(self) -> tuple[tuple[int, ...], ...]:
+        if self.is_projected:
+            return (self.steps, self.B, self.D), (self.B, self.T, self.K), (self.B, self.T, self.D)
         return (self.steps, self.B, self.Q), (self.B, self.T, self.K)
 
     def grad_output(self) -> Tensor:
@@ -273,6 +288,39 @@ class ReplacedNetwork(ReplacedCase):
 
     def reduced(self) -> "ReplacedNetwork":
         return replace(self, shape=(2, *self.shape[1:]))
+
+
+# What stays as it is when a network is replaced; all else is parts that run fused, and what they need.
+KEPT = ("convolution", "slow_conv", "mm", "scaled_dot", "gelu", "upsample", "pool2d", "embedding")
+
+
+def shares(case: ReplacedCase, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """By mode, of a network: how many times faster it would be if the parts that run fused took no time
+    (``allows``), and how many times faster these are (``parts``), by the operators' own times."""
+    if not isinstance(case, ReplacedNetwork):
+        return {}
+    inputs, grad, found = case.inputs(), case.grad_output(), {}
+    functions = {**case.eager(), contenders.FUSED: case.fused()}
+    for mode in MODES:
+        steps = [contenders.step(case, mode, name, f, inputs, grad) for name, f in functions.items()]
+        times = [[_own_times(step) for step in steps] for _ in range(rounds + 1)][1:]
+        kept = min(kept for of_round in times for kept, _ in of_round)
+        eager, fused = (min(of_round[n][1] for of_round in times) for n in range(2))
+        found[mode] = {"allows": (kept + eager) / kept, "parts": eager / fused}
+    return found
+
+
+def _own_times(step: Callable[[], object]) -> tuple[float, float]:
+    """The time of the operators that are kept, and that of all others."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    kept = rest = 0.0
+    for event in profiled.key_averages():
+        if any(name in event.key for name in KEPT) and event.key.startswith("aten::"):
+            kept += event.self_cpu_time_total
+        else:
+            rest += event.self_cpu_time_total
+    return kept, rest
 
 
 class FirstOf(nn.Module):

@@ -95,6 +95,8 @@ def table(result: dict, group: str) -> tuple[list[str], list[list[str]]]:
         },
         BOTH_COMPILED: [number(s.get(BOTH_COMPILED), "×") for s in found],
         **{f"{kind} MiB": [_peak(s[kind]) for s in found] for kind in kinds},
+        "parts": [number(s["fused"].get("parts"), "×") for s in found],
+        "allowed": [number(s["fused"].get("allows"), "×") for s in found],
         "difference": [_difference(s["fused"]) for s in found],
         "of ceiling": [_ceiling(s) for s in found],
     }
@@ -120,7 +122,8 @@ WIDE_LEGEND = (
     "rates measured in the same run. Whole blocks are compared eager with eager and compiled with compiled. "
     "Replaced modules: eager is a module as its authors wrote it, fused the same one after "
     "fusedattn.dropin.replace (benchmarks/dropin.py); difference: the largest of their outputs and gradients in "
-    "training, over the largest value of each."
+    "training, over the largest value of each; parts: how many times as fast what runs fused is, by the "
+    "operators' own times; allowed: how many times as fast the network would be if that took no time."
 )
 
 

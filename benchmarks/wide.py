@@ -10,7 +10,7 @@ from rich.console import Console
 
 from . import contenders, fresh, machine, measure, memory, sizing
 from .blocks import DiTBlock, FiLMedResNetBlock
-from .dropin import ReplacedCase, ReplacedLoop, ReplacedNetwork, ReplacedPool, ReplacedTranslation
+from .dropin import ReplacedCase, ReplacedLoop, ReplacedNetwork, ReplacedPool, ReplacedTranslation, shares
 from .location import LocationLoop, LocationStep
 from .machine import GIB
 from .measure import Job
@@ -139,7 +139,8 @@ def time_case(job: Job, seconds: float) -> list[dict]:
     if isinstance(job.case, ReplacedCase):
         functions = contenders.of(job.case, compile=False)
         difference = measure.relative_difference(job.case, functions, job.case.inputs(), job.case.grad_output())
-        rows = [row | {"difference": difference} for row in rows]
+        found = shares(job.case)
+        rows = [row | {"difference": difference} | found.get(row["mode"], {}) for row in rows]
     return rows
 
 
