@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fusedattn import dropin
 from fusedattn.ops.additive_attention import additive_attention
 from fusedattn.ops.additive_scores import additive_scores
+from fusedattn.ops.attention_pool import attention_pool
 from fusedattn.ops.film import film
 from fusedattn.ops.norm_film import norm_film
 
@@ -323,9 +324,20 @@ def test_a_graph_without_shapes_or_of_another_kind_is_refused():
     assert str(report) == "fusedattn.dropin: no pattern is in the graph"
 
 
-class Step(nn.Module):
+class Of(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
     def forward(self, q, k, x, w):
-        return sums_of_a_step(q, k, x, w)
+        return self.function(q, k, x, w)
+
+
+class Step(Of):
+    def __init__(self):
+        super().__init__(sums_of_a_step)
 
 
 def test_an_exported_program_is_rewritten_and_takes_other_sizes():
@@ -403,6 +415,80 @@ def test_inductor_compiles_what_was_rewritten_and_trains_it():
     torch.compiler.reset()
 
 
+# Pooling
+
+
+class Gated(nn.Module):
+    """ABMIL's, of one bag or several; the weights are returned, too."""
+
+    def __init__(self, heads=1):
+        super().__init__()
+        self.V = nn.Sequential(nn.Linear(DV, D), nn.Tanh())
+        self.U = nn.Sequential(nn.Linear(DV, D), nn.Sigmoid())
+        self.w = nn.Linear(D, heads)
+
+    def forward(self, x):
+        weights = F.softmax(torch.transpose(self.w(self.V(x) * self.U(x)), -1, -2), dim=-1)
+        return torch.matmul(weights, x), weights
+
+
+class GatedByTwoHeads(Gated):
+    def __init__(self):
+        super().__init__(heads=2)
+
+
+def gated_sum(a, b, x, w):
+    weights = torch.softmax((torch.sigmoid(b) * torch.tanh(a)) @ w, 1)
+    return (weights[..., None] * x).sum(1)
+
+
+def gated_scores(a, b, x, w):
+    """Of which padding has a finite fill."""
+    scores = (torch.tanh(a) * torch.sigmoid(b) * w).sum(-1).masked_fill(~KEYS[:, 0], -1e9)
+    return torch.bmm(torch.softmax(scores, 1).unsqueeze(1), x).squeeze(1)
+
+
+def gated_perceptron(a, b, x, w):
+    return torch.einsum("btd,d->bt", torch.tanh(a).mul(b.sigmoid()), w)
+
+
+BAG = {"a": (B, TK, D), "b": (B, TK, D), "x": (B, TK, DV), "w": (D,)}
+POOLED = {
+    "a-bag": (Gated, {"x": (TK, DV)}, True),
+    "bags": (Gated, {"x": (B, TK, DV)}, True),
+    "heads": (GatedByTwoHeads, {"x": (B, TK, DV)}, True),
+    "heads-of-a-bag": (GatedByTwoHeads, {"x": (TK, DV)}, True),
+    "sum": (gated_sum, BAG, True),
+    "masked": (gated_scores, BAG, False),
+    "without-a-softmax": (gated_perceptron, BAG, False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", POOLED)
+def test_gated_pooling_is_rewritten_and_answers_as_before(name, dtype):
+    form, shapes, is_whole = POOLED[name]
+    model, inputs = made(form, shapes, dtype)
+    graph_module = torch.fx.symbolic_trace(model)
+    (found,) = dropin.rewrite(graph_module, *inputs)
+    used = functions(graph_module)
+    assert found.replaced and ("these alone" in found.reason) is not is_whole
+    assert used.count(attention_pool) == 1 and not {torch.tanh, "sigmoid", "mul"} & set(used)
+    assert (torch.softmax in used or F.softmax in used) is (name == "masked")
+    assert_as_before(answers(graph_module, inputs, parameters(graph_module)), model, inputs)
+
+
+def test_a_gate_that_is_used_elsewhere_stays():
+    def form(a, b, x, w):
+        gated = torch.tanh(a) * torch.sigmoid(b)
+        return attention(gated @ w, x), gated
+
+    _, inputs = made(form, BAG)
+    graph_module = torch.fx.symbolic_trace(form)
+    (found,) = dropin.rewrite(graph_module, *inputs)
+    assert not found.replaced and "used elsewhere" in found.reason
+
+
 # Conditioning
 
 C, T = 6, 5
@@ -441,6 +527,30 @@ def rms_norm_per_token(x, c):
     return torch.relu(torch.add(F.rms_norm(x, (C,), eps=1e-6).mul_(scale), shift))
 
 
+def rms_norm_written_out(x, c, w):
+    """With a weight, before scale and shift."""
+    n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+    scale, shift = c.unsqueeze(1).chunk(2, -1)
+    return n * (1 + scale) + shift
+
+
+def rms_norm_by_division(x, w):
+    return w * (x / torch.sqrt(1e-6 + torch.mean(x * x, dim=2, keepdim=True)))
+
+
+def product_and_sum_in_one(x, r, c):
+    """``addcmul`` of gate and residual before a norm, of scale and shift after it, SiLU written out."""
+    scale, shift, gate = c.unsqueeze(1).chunk(3, -1)
+    h = torch.addcmul(r, gate, x)
+    z = torch.addcmul(shift, 1 + scale, F.layer_norm(h, (C,)))
+    return torch.sigmoid(z) * z + r, h
+
+
+def residual_is_the_norms_input(x, r, c):
+    h = r + c.unsqueeze(1) * x
+    return F.layer_norm(h, (C,)) * (1 + c.unsqueeze(1)) + h
+
+
 def film_of_a_convolution(x, r, c, w):
     gamma, beta = c.unsqueeze(-1).unsqueeze(-1).chunk(2, 1)
     return F.conv2d(x, w).mul(gamma).add(beta).relu() + r
@@ -453,6 +563,9 @@ CONDITIONED = {
     "group-activated": (group_norm_activated, {"x": MAP}, 1),
     "instance": (instance_norm, {"x": MAP, "c": (B, 2 * C)}, 1),
     "rms-per-token": (rms_norm_per_token, {"x": (B, T, C), "c": (B, T, 2 * C)}, 1),
+    "rms-written-out": (rms_norm_written_out, {"x": (B, T, C), "c": (B, 2 * C), "w": (C,)}, 1),
+    "rms-by-division": (rms_norm_by_division, {"x": (B, T, C), "w": (C,)}, 1),
+    "addcmul": (product_and_sum_in_one, {"x": (B, T, C), "r": (B, T, C), "c": (B, 3 * C)}, 1),
     "film": (film_of_a_convolution, {"x": MAP, "r": MAP, "c": (B, 2 * C), "w": (C, C, 1, 1)}, 1),
 }
 
@@ -468,6 +581,52 @@ def test_conditioning_is_rewritten_and_answers_as_before(name, dtype):
     used = functions(graph_module)
     assert len({norm_film, film} & set(used)) == patterns and not {operator.mul, "mul", "expand"} & set(used)
     assert_as_before(answers(graph_module, inputs, parameters(graph_module)), model, inputs)
+
+
+def test_a_norm_whose_input_is_the_residual_too():
+    _, inputs = made(residual_is_the_norms_input, {"x": (B, T, C), "r": (B, T, C), "c": (B, C)})
+    graph_module = torch.fx.symbolic_trace(residual_is_the_norms_input)
+    (found,) = dropin.rewrite(graph_module, *inputs)
+    assert found.replaced and norm_film in functions(graph_module)
+    torch.testing.assert_close(answers(graph_module, inputs), answers(residual_is_the_norms_input, inputs))
+
+
+class Modulated(nn.Module):
+    """What core ATen takes apart: norms, SiLU, linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.map = nn.LayerNorm(C, elementwise_affine=False), nn.GroupNorm(2, C)
+        self.condition = nn.Linear(C, 2 * C)
+
+    def forward(self, x, y, c):
+        scale, shift = self.condition(c).chunk(2, -1)
+        modulated = self.rows(x) * (1 + scale[:, None]) + shift[:, None]
+        return modulated, F.silu(self.map(y) * (1 + scale[..., None]) + shift[..., None])
+
+
+CORE = {
+    "linear": (Linear, {name: PAIRS[name] for name in "qkx"}, 1),
+    "a-step": (Step, STEP, 1),
+    "heads": (functools.partial(Of, matmul_heads), HEADS, 1),
+    "modulated": (Modulated, {"x": (B, T, C), "y": (B, C, T), "c": (B, C)}, 2),
+}
+
+
+@pytest.mark.parametrize("changing", [False, True])
+@pytest.mark.parametrize("name", CORE)
+def test_core_aten_is_rewritten(name, changing):
+    form, shapes, patterns = CORE[name]
+    torch.manual_seed(0)
+    model, inputs = form(), [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+    sizes = {name: {0: torch.export.Dim.AUTO} if len(shape) > 1 else {} for name, shape in shapes.items()}
+    sizes = tuple(sizes.values()) if changing else None
+    program = torch.export.export(model, tuple(inputs), dynamic_shapes=sizes).run_decompositions().module()
+    report = dropin.rewrite(program)
+    assert len(report.replaced) == patterns and not report.not_replaced, report
+    assert not {torch.ops.aten.tanh.default, torch.ops.aten.native_layer_norm.default} & set(functions(program))
+    found, expected = (answers(f, inputs) for f in (program, model))
+    torch.testing.assert_close(found, expected)
 
 
 def layer_norm(x, *sizes):
@@ -510,6 +669,19 @@ def norm_alone(x, c, w):
     return layer_norm(x) + x
 
 
+def root_used_twice(x, c, w):
+    root = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return x * root * w + root
+
+
+def mean_of_another(x, c, w):
+    return x * torch.rsqrt((x * w).square().mean(-1, keepdim=True) + 1e-6) * w
+
+
+def half_of_a_product(x, c, w):
+    return torch.addcmul(w, layer_norm(x), w, value=0.5)
+
+
 def gated_unit(x, c, w):
     return F.linear(x, c) * x + x
 
@@ -531,6 +703,9 @@ LEFT = {
     written_while_scaled: "written in place",
     running_statistics: "keeps running statistics",
     norm_alone: None,
+    root_used_twice: None,
+    mean_of_another: None,
+    half_of_a_product: None,
     gated_unit: None,
     padding_masked: None,
     subtracted: None,

@@ -20,6 +20,12 @@ _SIGNATURES = {
     for name, arguments in {
         "add": "input other",
         "mul": "input other",
+        "addcmul": "input tensor1 tensor2",
+        "pow": "input exponent",
+        "square": "input",
+        "rsqrt": "input",
+        "sqrt": "input",
+        "mean": "input dim keepdim",
         "div": "input other",
         "tanh": "input",
         "sigmoid": "input",
@@ -61,6 +67,7 @@ _SIGNATURES = {
     }.items()
 }
 _OF_METHODS = {"where": ("input", "condition", "other")}
+_OF_CORE = {"_softmax": "softmax", "_log_softmax": "log_softmax"}  # core ATen's names
 _SAME = {"self": "input", "mat2": "other", "axis": "dim", "train": "training"}
 
 
@@ -70,6 +77,7 @@ def _functions() -> dict[Any, str]:
         operator.mul: "mul",
         operator.truediv: "div",
         operator.matmul: "matmul",
+        operator.pow: "pow",
         operator.getitem: "getitem",
     }
     for name in _SIGNATURES:
@@ -147,6 +155,7 @@ def read(node: Any, module: nn.Module) -> Call | None:
         schema = node.target._schema
         space, _, name = schema.name.partition("::")
         names = tuple(argument.name for argument in schema.arguments) if space == "aten" else None
+        name = _OF_CORE.get(name, name)
     elif node.op == "call_function":
         name = _FUNCTIONS.get(node.target, "")
         names = _SIGNATURES.get(name)

@@ -65,6 +65,10 @@ def is_same(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def _is_one(n: Any) -> bool:
     return is_same(n, 1)
 
@@ -113,6 +117,13 @@ class Graph:
         if not isinstance(value, (torch.SymFloat, torch.SymInt)):
             raise Miss(f"{argument.name} is not known as a number")
         return float(value) if isinstance(value, torch.SymFloat) else int(value)
+
+    def filled(self, argument: Any) -> Any:
+        """The number that a node makes a tensor of, or else the argument."""
+        call = self.call(argument)
+        if call is None or call.name not in ("scalar_tensor", "full"):
+            return argument
+        return call.get("s", call.get("fill_value"))
 
     def is_small(self, node: fx.Node, least: int) -> bool:
         """Whether a node on the CPU is known to have fewer elements; elsewhere it was not measured."""

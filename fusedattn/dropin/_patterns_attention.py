@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fusedattn.dropin._calls import Call, Source
-from fusedattn.dropin._graph import DISTURBED, SMALL, Carried, Graph, Labels, Miss, New
+from fusedattn.dropin._graph import DISTURBED, SMALL, Carried, Graph, Labels, Miss, New, only_user
 from fusedattn.dropin._report import Rewrite
 from fusedattn.dropin._scores import ATTENTION, NAN_ROWS, SCORES
 from fusedattn.ops.additive_attention import additive_attention
@@ -42,7 +42,7 @@ class _Summand(NamedTuple):
     columns: slice | None = None
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What is between the scores and their softmax; ``obstacle``: what of it additive attention has not."""
 
     softmax: fx.Node
@@ -67,7 +67,7 @@ class _Scores(NamedTuple):
     column: Any
     options: dict[str, Any]
     nodes: set[fx.Node]  # that go with them
-    rows: _Rows | None
+    rows: Rows | None
 
     @property
     def node(self) -> fx.Node:
@@ -95,7 +95,7 @@ def rewrite(graph: Graph, node: fx.Node, least: int = 0) -> Rewrite | None:
         return None
     chain, labels = [node], graph.labels(node)
     while (product := graph.carried(chain[-1], labels)) is None:
-        user = _only_user(chain[-1])
+        user = only_user(chain[-1])
         after = None if user is None else graph.through(user, labels)
         if user is None or after is None:
             return None
@@ -123,10 +123,6 @@ def rewrite(graph: Graph, node: fx.Node, least: int = 0) -> Rewrite | None:
         return Rewrite(name, SCORES, False, str(miss))
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _is_weight(product: Carried) -> bool:
     """Whether the other operand has one value for each channel, or each of each head."""
     labels = [label for label in product.other_labels if label is not None]
@@ -145,7 +141,7 @@ def _read(graph: Graph, call: Call, chain: list[fx.Node], product: Carried) -> _
     nodes |= set(passed)
     product = product._replace(other=weight)
     summands = _summands(graph, call.input, labels, channel, nodes)
-    rows = _to_softmax(graph, scores, product.result)
+    rows = to_softmax(graph, scores, product.result)
     kinds = [{channel if label == _INPUT else label for label in s.labels} - {None} for s in summands]
 
     def split(column):
@@ -274,7 +270,7 @@ def _replace_scores(graph: Graph, found: _Scores) -> None:
 # Softmax and context
 
 
-def _to_softmax(graph: Graph, scores: fx.Node, labels: Labels) -> _Rows | None:
+def to_softmax(graph: Graph, scores: fx.Node, labels: Labels) -> Rows | None:
     """What is between scores and a softmax of them; None where none follows."""
     node, scale, obstacle = scores, 1.0, ""
     nodes: list[fx.Node] = []
@@ -295,7 +291,7 @@ def _to_softmax(graph: Graph, scores: fx.Node, labels: Labels) -> _Rows | None:
             column = labels[call.get("dim")]
             if column is None:
                 return None
-            return _Rows(user, labels, column, tuple(nodes), scale, tuple(biases), tuple(masks), obstacle)
+            return Rows(user, labels, column, tuple(nodes), scale, tuple(biases), tuple(masks), obstacle)
         if after is not None:
             labels = after
         elif graph.shape(user) != graph.shape(node):
@@ -346,6 +342,7 @@ def _mask(graph: Graph, call: Call, node: fx.Node, labels: Labels) -> tuple[Sour
         mask, fill = call.get("condition"), call.input if hides else call.get("other")
     else:
         return None
+    fill = graph.filled(fill)
     if not isinstance(fill, (int, float)):
         return "what a mask fills with is no number"
     if fill != -math.inf:
@@ -362,7 +359,7 @@ class _Context(NamedTuple):
     first: fx.Node  # what uses the weights
 
 
-def _context(graph: Graph, weights: fx.Node, labels: Labels, column: Any) -> _Context | None:
+def context_of(graph: Graph, weights: fx.Node, labels: Labels, column: Any) -> _Context | None:
     """The product of weights with values."""
     for first in weights.users:
         node, of_node = weights, labels
@@ -372,7 +369,7 @@ def _context(graph: Graph, weights: fx.Node, labels: Labels, column: Any) -> _Co
             if product is not None and product.summed == column:
                 chain += product.product.nodes
                 return _Context(product, set(chain), chain[0])
-            user = first if node is weights else _only_user(node)
+            user = first if node is weights else only_user(node)
             after = None if user is None else graph.through(user, of_node)
             if user is None or after is None:
                 break
@@ -387,7 +384,7 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
         return "no softmax follows"
     if rows.obstacle:
         return rows.obstacle
-    context = _context(graph, rows.softmax, rows.labels, found.column)
+    context = context_of(graph, rows.softmax, rows.labels, found.column)
     if context is None:
         return "the weights are not multiplied with values as they are"
     product, softmax = context.product, rows.softmax

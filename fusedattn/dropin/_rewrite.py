@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from fusedattn.dropin import _patterns_attention, _patterns_conditioning
+from fusedattn.dropin import _patterns_attention, _patterns_conditioning, _patterns_pooling
+from fusedattn.dropin._core import compose
 from fusedattn.dropin._graph import Graph
 from fusedattn.dropin._report import GraphReport, Rewrite
 
@@ -15,6 +16,7 @@ Pattern = Callable[[Graph, fx.Node], Rewrite | None]
 # In the order in which they are looked for: what a norm takes with it is no longer a layer's.
 _PATTERNS = (
     _patterns_attention.rewrite,
+    _patterns_pooling.rewrite,
     _patterns_conditioning.rewrite_norm,
     _patterns_conditioning.rewrite_layer,
 )
@@ -30,14 +32,16 @@ def rewrite(graph_module: fx.GraphModule, *example_inputs: Any) -> GraphReport:
     """Makes attention and conditioning in a traced graph fused, in place, whatever module it is in, and reports.
 
     Additive attention is ``softmax(activation(a + b) @ w) @ x`` in every way to write it, with scale, biases and
-    masks of -inf; where more stands between, the scores ``activation(a + b) @ w`` alone. Conditioning is a norm
-    that is scaled and shifted, or a layer, ``activation(n * (1 + s) + b) + r``, with the gated residual before the
-    norm. What else uses an intermediate result keeps it, and the pattern stays. Parameters and results are those
-    before.
+    masks of -inf; where more stands between, the scores ``activation(a + b) @ w`` alone. Gated pooling is
+    ``softmax(tanh(a) * sigmoid(b) @ w) @ x``, or its scores alone. Conditioning is a norm that is scaled and
+    shifted, or a layer, ``activation(n * (1 + s) + b) + r``, with the gated residual before the norm; an RMS norm
+    may be written out. What else uses an intermediate result keeps it, and the pattern stays. Parameters and
+    results are those before.
 
     Args:
-        graph_module: of ``torch.fx.symbolic_trace``, of ``torch.export.export(...).module()``, or what a backend
-            of ``torch.compile`` is given. Shapes are read from its nodes.
+        graph_module: of ``torch.fx.symbolic_trace``, of ``torch.export.export(...).module()``, in core ATen, too
+            (``run_decompositions``), or what a backend of ``torch.compile`` is given. Shapes are read from its
+            nodes.
         example_inputs: of a graph whose nodes have no shapes, as that of ``symbolic_trace``. A size of 1 is taken
             for one that is always 1, other sizes may change from call to call.
 
@@ -65,6 +69,7 @@ def _rewritten(graph_module: Any, patterns: tuple[Pattern, ...]) -> Iterator[Rew
         if getattr(node.target, "__name__", "") == "tag_activation_checkpoint":
             yield from _rewritten(graph_module.get_submodule(node.args[0].target), patterns)
     graph = Graph(graph_module)
+    compose(graph)
     for pattern in patterns:
         for node in list(graph.order):
             if node in graph.order and (found := pattern(graph, node)) is not None:
