@@ -59,6 +59,11 @@ CASES: dict[str, Callable[[int], tuple]] = {
         _tokens(n // 4),
     ),
     "captioning.Attention": lambda n: (originals("captioning").Attention(C, C, C), _tokens(n), _row()),
+    "attention_learn_to_route.Attention": lambda n: (
+        originals("attention_learn_to_route").Attention(C, True),
+        _row(),
+        torch.randn(n // C, 1, C),
+    ),
     "torchmil.AttentionPool": lambda n: (originals("torchmil").AttentionPool(C, C), _tokens(n)),
 }
 
