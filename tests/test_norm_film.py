@@ -338,32 +338,62 @@ def test_constant_input_has_variance_zero(norm):
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "group", "instance"])
 def test_one_element_a_group(norm):
-    shape = {"layer": (3, 4, 1), "rms": (3, 4, 1)}.get(norm, (3, 4, 1))
+    shape = (3, 4, 1)
     channel_dim, C = (2, 1) if norm in ("layer", "rms") else (1, 4)
     inputs = make_inputs({"x": shape, "beta": (C,)})
-    y = ours(inputs, norm=norm, channel_dim=channel_dim, num_groups=4 if norm == "group" else None)
-    expected = torch.zeros(shape) if norm != "rms" else inputs["x"] * (inputs["x"].square() + 1e-5).rsqrt()
-    beta = broadcast(inputs["beta"], None, inputs["x"], channel_dim)
-    torch.testing.assert_close(y, expected + beta)
+    options = {"norm": norm, "channel_dim": channel_dim, "num_groups": 4 if norm == "group" else None}
+    found = run(ours, inputs, **options)
+    x = inputs["x"]
+    expected = torch.zeros(shape) if norm != "rms" else x * (x.square() + 1e-5).rsqrt()
+    torch.testing.assert_close(found["y"], expected + broadcast(inputs["beta"], None, x, channel_dim))
+    exact = run(partial(ours, function=norm_film_ref), inputs, torch.float64, **options)
+    # Gradients that cancel are multiplied by 1 / sqrt(eps) = 316.
+    torch.testing.assert_close(found["grad_x"].double(), exact["grad_x"], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "group", "instance"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_eps_is_not_rounded_to_half_precision(norm, dtype):
+    """1e-8 would be 0 in float16; the variance here is as small."""
+    x = (numbers((2, 6, 40), torch.Generator().manual_seed(0)) * 1e-4).to(dtype)
+    options = {"channel_dim": 1, "eps": 1e-8, **options_of(norm)}
+    y, expected = norm_film(x, **options).double(), norm_film_ref(x.double(), **options)
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    assert (expected - norm_film_ref(x.double(), **options | {"eps": 0.0})).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_huge_magnitudes(norm):
+    for shape, channel_dim in (((2, 6, 40), 1), ((2, 40, 6), 2)):
+        x = numbers(shape, torch.Generator().manual_seed(0))
+        options = {"channel_dim": channel_dim, **options_of(norm)}
+        for size in (1e15, -1e15):
+            y = norm_film((size * x).float(), **options)
+            exact = norm_film_ref((size * x).float().double(), **options)
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_what_is_not_a_number_stays_in_its_group(norm):
-    x = numbers((3, 6, 40), torch.Generator().manual_seed(0)).float()
-    channel_dim = 1
-    clean = norm_film(x, channel_dim=channel_dim, **options_of(norm))
-    x[1, 2, 7] = float("nan")
-    y = norm_film(x, channel_dim=channel_dim, **options_of(norm))
+    clean = numbers((3, 6, 40), torch.Generator().manual_seed(0)).float()
+    spoilt = clean.clone()
+    spoilt[1, 2, 7] = float("nan")
+    results = []
+    for x in (clean.requires_grad_(), spoilt.requires_grad_()):
+        y = norm_film(x, channel_dim=1, **options_of(norm))
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
     members = {
         "layer": (1, slice(None), 7),
         "rms": (1, slice(None), 7),
         "group": (1, slice(2, 4), slice(None)),
         "instance": (1, 2, slice(None)),
+        "batch": (slice(None), 2, slice(None)),
     }[norm]
-    expected = clean.clone()
-    expected[members] = float("nan")
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y[~y.isnan()], clean[~y.isnan()])
+    spoils = torch.zeros(3, 6, 40, dtype=torch.bool)
+    spoils[members] = True
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found.isnan(), spoils)
+        assert torch.equal(found[~spoils], expected[~spoils])
 
 
 # Batch norm
