@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from device import BACKEND, DEVICE, INTERPRETED, cpu_alone, not_on_the_standin, raw_op
-from pairwise import pairwise
+from pairwise import in_dtypes, pairwise
 from test_additive_attention import INPUTS, check, make_inputs, shape
 
 from fusedattn import AdditiveAttention, additive_attention, additive_attention_ref
@@ -224,21 +224,15 @@ def test_raw_backward_refuses_what_is_not_of_its_forward(wrong):
 
 # A float32 weight beside half precision: a parameter under manual casts
 
-HALF = [torch.float16, torch.bfloat16]
+HALF = (torch.float16, torch.bfloat16)
+MIXED = [shape(2, 9, 7, 5, 4), shape(2, 33, 37, 6, 3, H=3), shape(2, 1, 70, 8, 4)]
+if INTERPRETED:
+    MIXED = [shape(2, 9, 7, 5, 4), shape(1, 17, 9, 3, 3, H=2), shape(2, 1, 20, 3, 4)]
 
 
 @pytest.mark.levels
 @pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        shape(2, 9, 7, 5, 4),
-        shape(1, 17, 9, 3, 3, H=2) if INTERPRETED else shape(2, 33, 37, 6, 3, H=3),
-        shape(2, 1, 70, 8, 4),
-    ],
-    ids=str,
-)
+@in_dtypes(MIXED, MIXED[: 1 if INTERPRETED else 3], HALF)
 def test_float32_weight_beside_half_precision(sizes, dtype):
     """Results and gradients in each one's dtype; the weight is not rounded: lse and its gradient are float32's."""
     *rows, weight = make_inputs(sizes)

@@ -40,7 +40,7 @@ SIZES = [
     shape(2, 50, 37, 33, 9, H=2),
 ]
 if INTERPRETED:
-    SIZES = [shape(2, 3, 61, 2, 3), shape(2, 35, 67, 3, 5, H=2), shape(1, 70, 33, 2, 3)]
+    SIZES = [shape(1, 3, 61, 2, 3, H=2), shape(2, 35, 67, 2, 3), shape(1, 70, 33, 2, 3)]
     CENTERS = {name: CENTERS[name] for name in ("none", "scattered", "apart", "far")}
     WINDOWS = {name: WINDOWS[name] for name in ("both", "left", "large", "causal")}
 
@@ -127,7 +127,7 @@ def test_windows_and_other_options(activation):
 @pytest.mark.parametrize("function", [additive_attention, *[additive_attention_ref] * (not INTERPRETED)])
 @pytest.mark.parametrize("center", ["none", "apart"])
 def test_what_is_in_no_window_is_absent(Tq, function, center):
-    check_absent(shape(2, Tq, 90, 3 if INTERPRETED else 20, 4), center, function)
+    check_absent(shape(1, Tq, 90, 2, 4) if INTERPRETED else shape(2, Tq, 90, 20, 4), center, function)
 
 
 def check_absent(sizes, center, function):
