@@ -287,7 +287,7 @@ class ReplacedNetwork(ReplacedCase):
         return (self.shape, (self.shape[0], self.condition)) if self.condition else (self.shape,)
 
     def reduced(self) -> "ReplacedNetwork":
-        return replace(self, shape=(2, *self.shape[1:]))
+        return replace(self, shape=(2, *(size if size == self.C else 8 for size in self.shape[1:])))
 
 
 # What stays as it is when a network is replaced; all else is parts that run fused, and what they need.
