@@ -30,7 +30,8 @@ BUILT := $(VENV)/.built
 
 # A worker per core, whose two threads must not spin while they wait.
 test test-all gates: export OMP_WAIT_POLICY := passive
-test test-all gates: PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+test test-all gates: PYTEST_ALONE := $(BIN)/python -m pytest -q
+test test-all gates: PYTEST = $(PYTEST_ALONE) --numprocesses auto --maxprocesses 8
 test-all: export FUSEDATTN_TESTS := all
 test test-all: $(BUILT)
 	@echo "== compiling CUDA kernels for the emulator"
@@ -40,10 +41,13 @@ test test-all: $(BUILT)
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(shell grep -l mark.interpreted tests/test_*.py)
 	@echo "== tests of GPUs on a stand-in, which refuses to mix their tensors with the CPU's"
 	FUSEDATTN_TEST_DEVICE=standin $(PYTEST) @tests/on_gpus.txt
-	@for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \
-	  echo "== kernel tests at CPU level $$level"; \
-	  FUSEDATTN_TESTS=$${FUSEDATTN_TESTS:-values} FUSEDATTN_CPU_CAPABILITY=$$level $(PYTEST) -m levels $(shell grep -l pytest.mark.levels tests/test_*.py); \
-	done
+	@echo "== kernel tests at the lower CPU levels, side by side: a process each"
+	@jobs= failed=; \
+	for level in $$($(BIN)/python -m fusedattn.info --levels | cut -s -d' ' -f2-); do \
+	  FUSEDATTN_TESTS=$${FUSEDATTN_TESTS:-values} FUSEDATTN_CPU_CAPABILITY=$$level $(PYTEST_ALONE) -m levels \
+	    $(shell grep -l pytest.mark.levels tests/test_*.py) 2>&1 | sed "s/^/$$level: /" & jobs+=" $$!"; \
+	done; \
+	for job in $$jobs; do wait "$$job" || failed=yes; done; [[ -z $$failed ]]
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks --quick

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from choose import TESTS
 from hypothesis import assume
 from pairwise import EVERYTHING
 
@@ -29,8 +30,8 @@ def not_on_the_standin(reason: str):
 
 
 def examples(n: int) -> int:
-    """How many hypothesis draws: the stand-in sees from few where tensors are made, a night has time for more."""
-    return min(n, 10) if DEVICE == "standin" else 10 * n if EVERYTHING else n
+    """How many hypothesis draws: few where the same test has run in full elsewhere; a night has time for more."""
+    return min(n, 10) if DEVICE == "standin" or TESTS == "values" else 10 * n if EVERYTHING else n
 
 
 def off_the_kink(activation: str | None, z: torch.Tensor) -> None:
