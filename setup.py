@@ -12,7 +12,8 @@ Environment:
     FUSEDATTN_CUDA=1 builds _C_cuda, 0 does not. Default: where this torch has CUDA and nvcc is found.
     TORCH_CUDA_ARCH_LIST: for which GPUs. Default: "7.5;8.0;9.0;10.0+PTX;12.0", all from 7.5 on.
     CUDA_HOME: of the toolkit, if nvcc is neither on PATH nor in /usr/local/cuda.
-    FUSEDATTN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    FUSEDATTN_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; the names of CPU levels, with
+    commas between them, leave the kernels of the others as they are.
     MAX_JOBS limits parallel compilation.
 """
 
@@ -61,10 +62,14 @@ CUDA_ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX;12.0"
 # library to be built.
 CUDA_STUB = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n"
 
-if os.environ.get("FUSEDATTN_SANITIZE") == "1":
+if (sanitized := os.environ.get("FUSEDATTN_SANITIZE", "0")) != "0":
+    if not {"1", *LEVELS}.issuperset(sanitized.split(",")):
+        raise ValueError(f"FUSEDATTN_SANITIZE: expected 0, 1 or some of {', '.join(LEVELS)}, got {sanitized!r}")
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     CXX_FLAGS += [*SANITIZE, "-g1", "-O1"]  # checks between all instructions: -O3 compiles for many minutes
     LINK_FLAGS += SANITIZE
+    for level in LEVELS.keys() - {*sanitized.split(",")} if sanitized != "1" else ():
+        LEVELS[level] += ["-fno-sanitize=all"]
 
 
 def pure_python() -> bool:
@@ -110,6 +115,8 @@ class Build(BuildExtension):
     """Compiles every CPU kernel once per instruction set, then builds and links the extensions as usual."""
 
     def build_extensions(self):
+        if self.editable_mode:  # else in a folder that is deleted: a wheel made later would compile all anew
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
         for extension in self.extensions:
             if extension.name == "fusedattn._C":
                 extension.extra_objects = self.compile_levels()
@@ -172,11 +179,16 @@ class Build(BuildExtension):
         def compile_level(source, level):
             target = folder / f"{source.parent.name}_{source.stem}_{level}.o"
             newest = max(p.stat().st_mtime for p in [source, *headers])
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
-                name = "default_" if level == "default" else level  # `default` is a C++ keyword
-                flags = [*CXX_FLAGS, *KERNEL_FLAGS, *LEVELS[level], f"-DFUSEDATTN_LEVEL={name}", "-fPIC"]
-                compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
-                self.spawn([*compiler, "-c", str(source), "-o", str(target), *flags])
+            name = "default_" if level == "default" else level  # `default` is a C++ keyword
+            flags = [*CXX_FLAGS, *KERNEL_FLAGS, *LEVELS[level], f"-DFUSEDATTN_LEVEL={name}", "-fPIC"]
+            compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+            command = [*compiler, "-c", str(source), "-o", str(target), *flags]
+            # Written once it is compiled. `force` says nothing: BuildExtension sets it wherever there is ninja.
+            made_by = target.with_suffix(".txt")
+            kept = made_by.exists() and target.exists() and made_by.stat().st_mtime >= newest
+            if not (kept and made_by.read_text() == shlex.join(command)):
+                self.spawn(command)
+                made_by.write_text(shlex.join(command))
             return str(target)
 
         sources = [source for op in OPS for source in sorted(CSRC.glob(f"{op}/cpu_kernel*.cpp"))]

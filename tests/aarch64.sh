@@ -14,9 +14,14 @@ compile() {  # FOLDER SOURCE COMPILER...; flags as in setup.py
   "${@:3}" -O3 -std=c++17 -Wall -Werror -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option \
     -ffp-contract=fast -fno-math-errno -fno-trapping-math -Icsrc -DFUSEDATTN_LEVEL=default_ -c "$2" -o "$1/$(tr / _ <<<"$2").o"
 }
+of_the_extension() {  # FOLDER SOURCE: what it was made of, where that is newer than all sources
+  local object
+  object=$(echo build/temp*/levels/"$(basename "$(dirname "$2")")_$(basename "$2" .cpp)_default.o")
+  [[ -e $object && -z $(find csrc setup.py -newer "$object" -print -quit) ]] && cp "$object" "$1"
+}
 for source in csrc/*/cpu_kernel*.cpp; do
   jobs=()
-  compile $built/here "$source" c++ & jobs+=($!)
+  of_the_extension $built/here "$source" || compile $built/here "$source" c++ & jobs+=($!)
   compile $built/gcc "$source" "${gcc[@]}" & jobs+=($!)
   compile $built/clang "$source" "${zig[@]}" & jobs+=($!)
   for job in "${jobs[@]}"; do wait "$job"; done
