@@ -18,7 +18,7 @@ from .kernel import Kernel
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = {"CUDA C++": cuda_kernels, "Triton": triton_kernels}
-# For a quick look: the architecture of the plan, the one that spills soonest, one of AMD.
+# For a quick look, each kernel on one of: the architecture of the plan, the one that spills soonest, one of AMD.
 QUICK = ("sm_80", "sm_90", "gfx942")
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--triton", type=Path, metavar="DIR", help="folder of another Triton; only Triton's kernels"
     )
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; writes nothing")
+    parser.add_argument("--quick", action="store_true", help=f"each on one of {', '.join(QUICK)}; writes nothing")
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of table.md and counts.json")
     options = parser.parse_args()
@@ -44,9 +44,7 @@ def main() -> int:
     counts = options.output / "counts.json"
     stored = json.loads(counts.read_text()) if counts.exists() else {"tools": {}, "kernels": []}
     if options.quick:
-        print(
-            f"Quick: {', '.join(QUICK)} alone. Without --quick, as in make gates, all architectures are checked."
-        )
+        print(f"Quick: each kernel on one of {', '.join(QUICK)}. Without --quick, as in make gates, on all.")
     kernels, compilers, broken = [Kernel.from_json(k) for k in stored["kernels"]], dict(stored["tools"]), 0
     digests = dict(stored.get("sources", {}))
     for backend, part in PARTS.items():

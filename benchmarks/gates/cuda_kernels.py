@@ -128,9 +128,11 @@ def kernels_of(op: str, cubin: bytes, arch: int, launched: dict[int, dict[str, i
 
 
 def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
-    """Every kernel on every architecture, or on those named. Raises ToolError where a compilation fails."""
+    """Every kernel on every architecture, or on one of those named. Raises ToolError where a compilation fails."""
     wanted = [arch for arch in ARCHITECTURES if archs is None or f"sm_{arch}" in archs]
     work = [(source, arch) for source in sources() for arch in wanted]
+    if archs is not None:  # of a source's kernels, all on the same one
+        work = [item for n, item in enumerate(work) if n // len(wanted) % len(wanted) == n % len(wanted)]
     with ThreadPoolExecutor(jobs) as pool:
         cubins = list(pool.map(lambda item: compile_source(*item), work))
         launched = dynamic_shared()

@@ -136,11 +136,17 @@ def arch_name(arch: int | str) -> str:
 
 
 def measure(jobs: int, archs: Container[str] | None = None) -> list[Kernel]:
-    """Every kernel on every architecture, or on those named; in processes, for Triton compiles one at a time."""
+    """Every kernel on every architecture, or on one of those named; in processes: Triton compiles one at once."""
     os.environ["TRITON_CACHE_DIR"] = str(tools.CACHE / "triton")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, of which every process warns if unset
     targets = [target for target in TARGETS if archs is None or arch_name(target[1]) in archs]
-    work = [(op, n, *target) for op in ops() for target in targets for n in range(len(kernels(op, target)))]
+    work = [
+        (op, n, *target)
+        for op in ops()
+        for turn, target in enumerate(targets)
+        for n in range(len(kernels(op, target)))
+        if archs is None or n % len(targets) == turn
+    ]
     oldest = triton_version().startswith(f"{OLDEST}.")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return [replace(kernel, oldest=oldest) for kernel in pool.map(measure_one, *zip(*work, strict=True))]
