@@ -1,9 +1,9 @@
 """Of the cases of a test, few: where the same test has run in full elsewhere, and this run asks one thing more.
 
 On the stand-in that is which device tensors are made on; at CPU levels below the best (``FUSEDATTN_TESTS=values``,
-as `make test` and `make sanitize` set it there) whether the kernels of the level compute the same.
-`make test-all` and `FUSEDATTN_TESTS=all make sanitize` run all. Triton's interpreter runs all but the repetitions
-of ``machinery``: tests marked so ask PyTorch more than our kernels, and take seconds; one case is enough here.
+as `make test` and `make sanitize` set it there) whether the kernels of the level compute the same. Every run takes
+one case, of each op, of tests marked ``machinery``: they ask PyTorch more than our kernels, and take seconds.
+`make test-all` and `FUSEDATTN_TESTS=all make sanitize` run all.
 """
 
 import os
@@ -28,13 +28,15 @@ def each_value(items: list, value_of: Callable = repr) -> list:
     return chosen
 
 
-def machinery_once(items: list) -> list:
-    """All items, but of each test marked ``machinery`` the first."""
+def machinery_once(items: list, apart: tuple[str, ...] = ()) -> list:
+    """All items, but of each test marked ``machinery`` the first of each value of the parameters ``apart``."""
     seen, chosen = set(), []
     for item in items:
-        if not item.get_closest_marker("machinery") or item.function not in seen:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        kind = item.function, *(repr(parameters.get(name)) for name in apart)
+        if not item.get_closest_marker("machinery") or kind not in seen:
             chosen.append(item)
-        seen.add(item.function)
+        seen.add(kind)
     return chosen
 
 

@@ -53,8 +53,8 @@ def pytest_collection_modifyitems(config, items):
         choose.keep(config, items, choose.each_value(items, standin.names_or_makes))
     elif choose.TESTS == "values":
         choose.keep(config, items, choose.each_value(items))
-    elif INTERPRETED:
-        choose.keep(config, items, choose.machinery_once(items))
+    else:
+        choose.keep(config, items, choose.machinery_once(items, apart=() if INTERPRETED else ("op",)))
 
 
 def pytest_report_header():

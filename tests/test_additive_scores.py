@@ -105,9 +105,9 @@ def test_gradients_at_nan_are_those_of_pytorch(Tq, activation):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("spread", [1e-20, 30.0, 1e4, 1e30])
-@pytest.mark.parametrize("Tq", [1, 40])
+@pytest.mark.parametrize("Tq", [1, 18 if INTERPRETED else 40])
 def test_magnitudes(Tq, spread):
-    found = check(make_inputs(2, Tq, 37, 5, spread=spread))
+    found = check(make_inputs(1 if INTERPRETED else 2, Tq, 37, 5, spread=spread))
     assert all(torch.isfinite(t).all() for t in found.values())
 
 
