@@ -40,7 +40,7 @@ SIZES = [
     shape(2, 50, 37, 33, 9, H=2),
 ]
 if INTERPRETED:
-    SIZES = [shape(1, 3, 61, 2, 3, H=2), shape(2, 35, 67, 2, 3), shape(1, 70, 33, 2, 3)]
+    SIZES = [shape(1, 3, 61, 2, 3, H=2), shape(2, 17, 67, 2, 3), shape(1, 70, 33, 2, 3)]
     CENTERS = {name: CENTERS[name] for name in ("none", "scattered", "apart", "far")}
     WINDOWS = {name: WINDOWS[name] for name in ("both", "left", "large", "causal")}
 
