@@ -24,6 +24,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fusedattn import _flops, _library
-from fusedattn._dispatch import UnsupportedError
+from fusedattn._dispatch import MOST_SIGNATURES, UnsupportedError, are_plain, is_eager
 
 # The families of backends: a dispatch key holds one kernel, so Triton's operators have names of their own.
 _SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton"}
@@ -114,6 +115,8 @@ class Op:
             ``<name>_step_bwd``: backward with one tensor more, before output_mask: a sum of the gradients of the
             first one, in the dtype of the arithmetic, to add to. For ops most of whose work one call for all steps
             would repeat.
+        tiny: (\\*tensors, options) -> outputs by plain PyTorch, of what :meth:`at_once` takes, where that is as
+            accurate as kernels and faster; None elsewhere.
         flops: (\\*shapes of the inputs) -> operations in forward's products of matrices; backward has twice those.
         any_strides: whether kernels and fakes take tensors as they lie. Inductor then passes on what a convolution
             made with its channels last, which else it would copy for every call.
@@ -133,9 +136,11 @@ class Op:
     hidden: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     summed: tuple[str, ...] = ()
+    tiny: Callable[..., Any] | None = None
     flops: Callable[..., int] | None = None
     any_strides: bool = False
     operators: dict[str, "Operators"] = field(init=False, default_factory=dict)
+    _sound: dict[tuple, tuple] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
         DECLARED.append(self)
@@ -162,6 +167,36 @@ class Op:
         except (TypeError, RuntimeError) as error:
             self._name_subclass(tensors, error)
             raise
+
+    def at_once(self, tensors: tuple, settings: tuple):
+        """A call whose settings were found sound before, for tensors of as many dimensions as its first one.
+
+        Nothing else is looked at: the operator checks its tensors itself. None where there is something to look
+        at, errors to be put into words included. For ops whose operator takes whatever the public function does.
+        """
+        if not (is_eager() and are_plain(tensors)) or torch._C._len_torch_dispatch_stack() or tensors[0] is None:
+            return None
+        first = tensors[0]
+        dtype = first.dtype
+        for t in tensors:
+            if t is not None and not (t.dtype is dtype and t.is_cpu):
+                return None
+        try:
+            options = self._sound[first.dim(), settings]
+            if self.tiny is not None and (found := self.tiny(*tensors, options)) is not None:
+                return found
+            operators = self.operators["cpu"]
+            asked = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+            return (operators.Forward.apply if asked else operators.below)(*tensors, *options)
+        except (KeyError, TypeError, RuntimeError):
+            return None
+
+    def is_sound(self, backend: str, tensors: tuple, settings: tuple, options: tuple) -> None:
+        """Remembers these settings for :meth:`at_once`."""
+        if backend == "cpu" and is_eager():
+            if len(self._sound) >= MOST_SIGNATURES:
+                self._sound.clear()
+            self._sound[tensors[0].dim(), settings] = options
 
     def _name_subclass(self, tensors: tuple, error: Exception) -> None:
         """In place of the dispatcher's error: the argument that is a subclass without a rule for the operator."""
@@ -243,7 +278,7 @@ class Operators:
         self._visible = len(op.outputs) - len(op.hidden)
         self._kept = [op.outputs.index(name) for name in op.kept]
         self._inputs = len(op.inputs)
-        self._of_others = (None,) * len(op.others)
+        self._patterns: dict[tuple[bool, ...], tuple[int, Callable[[tuple], tuple]]] = {}
         self.Forward, self.TransformedForward = _functions(
             self.fwd, self.save_forward, self.first_derivative, self._vmap_forward
         )
@@ -262,16 +297,22 @@ class Operators:
         if self.step_bwd is not None:
             torch.library.register_fake(self.step_bwd.name(), lambda *a: op._masked_bwd_fake(*a[:-2], a[-1]))
 
+    def below(self, *arguments):
+        """Forward, of which no derivative will be asked."""
+        with below_autograd():
+            return self.fwd._op(*arguments)  # which is what the operator calls
+
     def forward(self, arguments: tuple):
         return self._run(self.fwd, self.Forward, self.TransformedForward, arguments)
 
     @staticmethod
     def _run(operator, function, transformed, arguments):
-        compiling = torch.compiler.is_compiling()
-        if torch._C._are_functorch_transforms_active():
-            return transformed.apply(*(map(_traced, arguments) if compiling else arguments))
-        if compiling or torch._C._is_tracing():
-            return operator(*arguments)
+        if not is_eager():
+            compiling = torch.compiler.is_compiling()
+            if torch._C._are_functorch_transforms_active():
+                return transformed.apply(*(map(_traced, arguments) if compiling else arguments))
+            if compiling or torch._C._is_tracing():
+                return operator(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)
         with below_autograd():  # a Function costs more than a small problem
@@ -308,21 +349,18 @@ class Operators:
         return None
 
     def first_derivative(self, ctx, *grads):
-        needed, grads = ctx.needs_input_grad, self.given(ctx, grads)
+        grads = self.given(ctx, grads)
         if grads is None:
-            return (None,) * len(needed)
-        return self.gradients(ctx.options, grads, ctx.saved_tensors, needed)
+            return (None,) * len(ctx.needs_input_grad)
+        return self.gradients(ctx.options, grads, ctx.saved_tensors, ctx.needs_input_grad)
 
     def gradients(self, options, grads, saved, needed) -> tuple:
         """What backward returns of those that are needed, from what :meth:`save_forward` saved."""
-        read, asked, of_added = self._read, needed[: self._inputs], needed[self._read : self._tensors]
-        tensors, kept = saved[:read], saved[read:]
-        mask = 0
-        for wanted in reversed(asked):
-            mask = 2 * mask + wanted
+        mask, returned = (self._pattern if torch.compiler.is_compiling() else self._known_pattern)(needed)
+        tensors, kept = saved[: self._read], saved[self._read :]
         found: Any
         if not mask:  # what is added alone
-            found = [None] * self._inputs
+            found = (None,) * self._inputs
         elif forward_ad._current_level >= 0:
             gradients, present, primals = self._through_reference(grads, tensors, options)
             found = [None] * self._inputs
@@ -331,12 +369,26 @@ class Operators:
         else:
             arguments = (*grads, *tensors, *options, *kept, mask)
             found = _tuple(self._run(self.bwd, self.Backward, self.TransformedBackward, arguments))
-            if False in asked:
-                found = [grad if wanted else None for grad, wanted in zip(found, asked, strict=True)]
-        if True in of_added:
-            of_added = [grads[0] if wanted else None for wanted in of_added]
-            return (*found, *self._of_others, *of_added, *(None,) * (len(needed) - self._tensors))
-        return (*found, *(None,) * (len(needed) - self._inputs))
+        return returned((*found, grads[0], None))
+
+    def _pattern(self, needed: tuple[bool, ...]) -> tuple[int, Callable[[tuple], tuple]]:
+        """(output_mask, what picks backward's results), by what needs a gradient.
+
+        It picks from the gradients of all inputs, then that of what is added, then None.
+        """
+        inputs, nothing = self._inputs, self._inputs + 1
+        places = [nothing] * len(needed)
+        for n, wanted in enumerate(needed[: self._tensors]):
+            if wanted and (n < inputs or n >= self._read):
+                places[n] = min(n, inputs)
+        mask = sum([1 << n for n, wanted in enumerate(needed[:inputs]) if wanted])
+        return mask, itemgetter(*places)
+
+    def _known_pattern(self, needed: tuple[bool, ...]) -> tuple[int, Callable[[tuple], tuple]]:
+        """The same, made once for each of the few that there are."""
+        if needed not in self._patterns:
+            self._patterns[needed] = self._pattern(needed)
+        return self._patterns[needed]
 
     def _vmap_forward(self, info, in_dims, *arguments):
         tensors, options, flags = self.op.fwd_parts(arguments)

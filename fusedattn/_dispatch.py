@@ -9,6 +9,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._mode_utils import no_dispatch
 
@@ -202,9 +203,25 @@ def tf32_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
+# By names of their own: a small call notices each dot.
+_is_compiling = torch.compiler.is_compiling
+_is_transformed = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
+
+
+def is_eager() -> bool:
+    """Whether calls are run as they come: nothing compiles, transforms or traces them."""
+    return not (_is_compiling() or _is_transformed() or _is_tracing() or forward_ad._current_level >= 0)
+
+
 _signature = attrgetter("__class__", "shape", "dtype", "device", "layout")
-_PLAIN = (Tensor, torch.nn.Parameter)
-_MOST_SIGNATURES = 1024  # of a function; sizes may change from call to call
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+MOST_SIGNATURES = 1024  # of a function; sizes may change from call to call
+
+
+def are_plain(tensors: tuple) -> bool:
+    """Whether these are tensors or None, and no subclass has a say in what is done with them."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def once_per_signature(check: Callable[..., R]) -> Callable[..., R]:
@@ -227,8 +244,8 @@ def once_per_signature(check: Callable[..., R]) -> Callable[..., R]:
             key, found = (), None
         if found is None:
             found = check(tensors, *settings)
-            if key and all(t is None or t[0] in _PLAIN for t in of_tensors):
-                if len(known) >= _MOST_SIGNATURES:
+            if key and are_plain(tensors):
+                if len(known) >= MOST_SIGNATURES:
                     known.clear()
                 known[key] = found
         return found

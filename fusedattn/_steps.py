@@ -29,22 +29,13 @@ from torch import Tensor
 from torch.autograd import Function, Variable, forward_ad
 
 from fusedattn._autograd import Op, Operators, below_autograd, quick_function
+from fusedattn._dispatch import is_eager
 from fusedattn._dtypes import accumulation_dtype
 
 
 def are_recorded() -> bool:
     """Whether steps may leave their gradients to a joint backward: autograd makes a graph, and nothing else."""
     return torch.is_grad_enabled() and is_eager()
-
-
-def is_eager() -> bool:
-    """Whether calls are run as they come: nothing compiles, transforms or traces them."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
-        and forward_ad._current_level < 0
-    )
 
 
 def version(t: Tensor | None) -> int | None:
@@ -85,6 +76,13 @@ class Shared:
 
 def attend(op: Op, backend: str, tensors: tuple, options: NamedTuple, flags: tuple, token: Tensor):
     """A step: ``op(backend, tensors, options, flags)``, whose token stands for what ``op.shared`` names."""
+    if backend == "reference" or not _is_joint(op, tensors, options, token):
+        return op(backend, tensors, options, flags)
+    return _step(op.operators[backend]).apply(*tensors, *options, *flags, token)
+
+
+def _is_joint(op: Op, tensors: tuple, options: NamedTuple, token: Tensor) -> bool:
+    """Whether a step may leave gradients to the joint node."""
     key, value, *parameters = (tensors[n] for n in _places(op))
     of_key, of_value, *of_parameters = token.grad_fn.shared  # type: ignore[union-attr]
     fits = key is of_key and value is of_value  # most often; else perhaps their first batch elements
@@ -96,10 +94,50 @@ def attend(op: Op, backend: str, tensors: tuple, options: NamedTuple, flags: tup
     # of one seed for a call.
     has_window = getattr(options, "has_window", False)
     counts = has_window and tensors[len(op.inputs) + op.others.index("window_center")] is None
-    alone = counts or getattr(options, "dropout_p", 0.0) != 0
-    if not fits or backend == "reference" or alone:
-        return op(backend, tensors, options, flags)
-    return _step(op.operators[backend]).apply(*tensors, *options, *flags, token)
+    return fits and not counts and getattr(options, "dropout_p", 0.0) == 0
+
+
+class Repeated:
+    """The call of a step over projected keys, for steps that differ from it in the numbers of their query alone.
+
+    ``state``, compared by value, and ``tensors``, by identity and version, tell whether a step does.
+    """
+
+    def __init__(self, state: tuple, tensors: tuple[Tensor | None, ...]):
+        self._state, self._tensors = state, tensors
+        self._watched = [t for t in tensors if t is not None and not t.is_inference()]
+        self._seen = self._look()
+        self._run: Callable | None = None
+        self._others: tuple = ()  # all arguments but the query
+
+    def _look(self) -> list:
+        if torch.is_grad_enabled():
+            return [(t._version, t.requires_grad) for t in self._watched]
+        return [t._version for t in self._watched]
+
+    def is_like(self, state: tuple, tensors: tuple[Tensor | None, ...]) -> bool:
+        if self._run is None or self._state != state:
+            return False
+        for a, b in zip(self._tensors, tensors, strict=True):
+            if a is not b:
+                return False
+        return self._look() == self._seen
+
+    def keep(self, op: Op, query: Tensor, tensors: tuple, options: NamedTuple, flags: tuple, token) -> None:
+        """What a step with this query came to on the CPU; nothing where the query was expanded for it."""
+        if tensors[0] is not query:
+            return
+        operators, self._others = op.operators["cpu"], (*tensors[1:], *options, *flags)
+        if token is not None and _is_joint(op, tensors, options, token):
+            self._others = *self._others, token
+            self._run = _step(operators).apply
+        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            self._run = operators.Forward.apply
+        else:
+            self._run = operators.below
+
+    def __call__(self, query: Tensor) -> tuple:
+        return self._run(query, *self._others)  # type: ignore[misc]
 
 
 def _is_batched(t: Tensor) -> bool:
@@ -136,7 +174,7 @@ def _step(operators: Operators) -> type[Function]:
             if operators.step_bwd is not None and not any([g is not None and _is_batched(g) for g in grads]):
                 return run.add_step(operators, ctx.options, grads, saved, own, ctx.needs_input_grad)
             run.records.append(_Record(operators, ctx.options, grads, saved))
-        return operators.gradients(ctx.options, grads, saved, own)
+        return operators.gradients(ctx.options, grads, saved, tuple(own))
 
     return quick_function(f"{operators.fwd._opname}_step", forward, backward)
 

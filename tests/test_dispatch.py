@@ -87,10 +87,54 @@ def test_calls_that_are_alike_are_checked_once():
 def test_only_so_many_signatures_are_remembered():
     checked = []
     plan = _dispatch.once_per_signature(lambda tensors, n: checked.append(n) or n)
-    sizes = [*range(_dispatch._MOST_SIGNATURES + 1), 0]
+    sizes = [*range(_dispatch.MOST_SIGNATURES + 1), 0]
     for n in sizes:
         assert plan((), n) == n
     assert checked == sizes
+
+
+def test_a_call_like_a_sound_one_has_the_errors_of_the_first():
+    x, gamma = torch.randn(2, 3, 4), torch.randn(2, 3)
+    condition = torch.randn(2, 6)
+    for _ in range(2):
+        fusedattn.film(x, gamma, gamma)
+        fusedattn.gated_film(torch.randn(2, 6, 4), condition)
+    wrong = {
+        "gamma: expected shape": (x, gamma[:, :2]),
+        "gamma: expected dtype": (x, gamma.double()),
+        "gamma: expected dtype torch.float32 on cpu": (x, gamma.to(META)),
+        "gamma: expected a dense Tensor": (x, gamma.to_sparse()),
+        "x: expected a floating-point dtype": (x.int(), None),
+        "x: expected shape": (x[0, 0], None),
+    }
+    for message, (features, parameter) in wrong.items():
+        with pytest.raises(ValueError, match=f"^film: {message}"):
+            fusedattn.film(features, parameter)
+    for arguments in ((None, gamma), (x, gamma.numpy())):
+        with pytest.raises(TypeError, match="^film: (x|gamma): expected a Tensor"):
+            fusedattn.film(*arguments)
+    with pytest.raises(ValueError, match="^film: residual: expected shape"):
+        fusedattn.film(x, gamma, residual=x[:1])
+    with pytest.raises(TypeError, match="^film: channel_dim: expected an int"):
+        fusedattn.film(x, gamma, gamma, channel_dim=1.0)
+    with pytest.raises(ValueError, match="^gated_film: condition: expected shape"):
+        fusedattn.gated_film(torch.randn(2, 6, 4), condition[:, :4])
+
+
+@pytest.mark.parametrize("parameter", [(), (3,), (2, 3), (1, 3, 1), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("times", [1, 3000, 10000])  # by PyTorch's operators, some of them, by the kernels
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tiny_film_is_as_the_reference(parameter, times, requires_grad):
+    torch.manual_seed(0)
+    shapes = [(2, 3, 4 * times), *[(*parameter[:-1], 4 * times) if parameter == (2, 3, 4) else parameter] * 2]
+    inputs = [torch.randn(shape).requires_grad_(requires_grad) for shape in shapes]
+    for _ in range(2):  # the first of its kind is looked at
+        y, expected = fusedattn.film(*inputs), fusedattn.film_ref(*inputs)
+        torch.testing.assert_close(y, expected)
+        if requires_grad:
+            grad = torch.randn_like(y)
+            found, wanted = (torch.autograd.grad(t, inputs, grad) for t in (y, expected))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)  # of long sums
 
 
 def test_shapes_on_meta_are_those_of_the_real_call():

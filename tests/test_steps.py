@@ -213,6 +213,69 @@ def test_steps_with_biases_of_their_own(heads, monkeypatch):
 
 
 @pytest.mark.machinery
+def _negative(decoder, keys):
+    decoder.attention.weight.neg_()
+
+
+def _other_weight(decoder, keys):
+    decoder.attention.weight = nn.Parameter(-decoder.attention.weight)
+
+
+def _sharper(decoder, keys):
+    decoder.attention.scale = 3.0
+
+
+def _other_keys(decoder, keys):
+    keys.key.mul_(2.0)
+
+
+def _other_values(decoder, keys):
+    keys.value.mul_(2.0)
+
+
+def _hidden(decoder, keys):
+    keys.mask.logical_and_(torch.arange(7) < 3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised", "heads"])
+@pytest.mark.parametrize("edit", [_negative, _other_weight, _sharper, _other_keys, _other_values, _hidden])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_step_that_repeats_another_sees_what_was_edited(kind, edit, mode):
+    torch.manual_seed(1)
+    decoder = Decoder(**DECODERS[kind])
+    with mode():
+        state, memory = (t.detach() for t in data())
+        mask = torch.ones(3, 7, dtype=torch.bool)
+        mask = mask[:, None, None] if kind == "heads" else mask
+        keys = decoder.project(memory, mask=mask)
+        for _ in range(3):
+            before = decoder.step(state, keys)[0]
+        with torch.no_grad():
+            edit(decoder, keys)
+        fresh = ProjectedKeys(keys.key, keys.value, keys.mask)
+        expected = decoder.step(state, fresh)[0]
+        assert not torch.allclose(before, expected)
+        for _ in range(2):
+            torch.testing.assert_close(decoder.step(state, keys)[0], expected)
+
+
+def test_a_step_that_repeats_another_takes_any_query(decoder):
+    state, memory = data()
+    keys = decoder.project(memory)
+    for _ in range(2):
+        expected = decoder.step(state, keys)[0]
+    assert decoder.step(state[:1], keys[:1])[0].shape == (1, 6)
+    with pytest.raises(ValueError, match="^additive_attention: key: expected shape"):
+        decoder.attention(state[:2], keys)
+    with pytest.raises(ValueError, match="^BahdanauAttention: query: expected shape"):
+        decoder.attention(state[:, :5], keys)
+    with torch.no_grad():
+        assert not decoder.step(state, keys)[0].requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder.attention(state, keys)[0].dtype == torch.bfloat16
+    torch.testing.assert_close(decoder.step(state, keys)[0], expected)
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_second_derivatives(kind, monkeypatch):
     decoder, (state, memory) = Decoder(**DECODERS[kind]).double(), (t.detach().double() for t in data())

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedattn._dispatch import beside
+from fusedattn._dispatch import beside, is_eager
 from fusedattn._dtypes import accumulation_dtype
-from fusedattn._steps import are_recorded, is_eager, version
+from fusedattn._steps import are_recorded, version
 from fusedattn.dropin._adapter import has_hooks
 from fusedattn.modules.projected_keys import ProjectedKeys
 from fusedattn.ops.additive_attention import attend

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from fusedattn import _normalizers, _scores
-from fusedattn._dispatch import beside, check_backend, not_scriptable
+from fusedattn._dispatch import beside, check_backend, is_eager, not_scriptable
 from fusedattn._steps import are_recorded
 from fusedattn.modules.projected_keys import ProjectedKeys, center_over_heads, over_heads
 from fusedattn.ops.additive_attention import attend
@@ -33,6 +35,17 @@ def _for_one_query(
     if mask.dim() != 2:
         raise ValueError(f"{caller}: {argument}: expected shape (B, T), got {tuple(mask.shape)}")
     return mask.unsqueeze(1)
+
+
+_settings = attrgetter(
+    *("scale", "softcap", "activation", "negative_slope", "dropout", "training", "backend", "num_heads")
+)
+
+
+def _held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or what was put in its place."""
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,10 +306,16 @@ class AdditiveAttention(nn.Module):
         normalizer = self.normalizer if normalizer is None else normalizer
         unseen_are_zero = False
         query = self._heads(self.query_proj(query))
-        token, has_heads = None, self.num_heads > 1
+        token, repeated, has_heads = None, None, self.num_heads > 1
         if isinstance(key, ProjectedKeys):
             if value is not None:
                 raise ValueError("AdditiveAttention: value: pass it to project_keys, not with ProjectedKeys")
+            if mask is bias is key_lengths is window_size is window_center is None and not is_causal:
+                state = self._state_of_step(query, key, normalizer, return_weights)
+                if state is not None and (kept := key.repeated(*state)) is not None:
+                    context, _, weights, _ = kept(query)
+                    return self._of_all_heads(context, weights if return_weights else None)
+                repeated = None if state is None else key.to_repeat(*state)
             keys = key.in_dtype(query.dtype)
             key_exp, key_bound = keys.exponentials(query.dtype)
             if are_recorded() and key.is_shared:
@@ -312,11 +331,14 @@ class AdditiveAttention(nn.Module):
             keys = ProjectedKeys(_cast(key, query.dtype), _cast(value, query.dtype), mask, key_lengths)
             key_exp, key_bound = None, None
             weight = self._score_weight()
+        weight_beside = beside(query, weight)
+        if key is not keys or weight_beside is not weight or (token is None and self.weight_g is not None):
+            repeated = None  # what a step was given are copies, of which nobody would tell that they are old
         result: Any = attend(
             query,
             keys.key,
             keys.value,
-            beside(query, weight),
+            weight_beside,
             mask=over_heads(keys.mask, has_heads),
             bias=over_heads(bias, has_heads),
             key_lengths=keys.key_lengths,
@@ -334,14 +356,39 @@ class AdditiveAttention(nn.Module):
             key_exp=key_exp,
             key_bound=key_bound,
             token=token,
+            repeated=repeated,
             unseen_are_zero=unseen_are_zero,
         )
         context, weights = result if return_weights else (result, None)
-        if has_heads:
+        return self._of_all_heads(context, weights)
+
+    def _of_all_heads(self, context: Tensor, weights: Any) -> tuple[Tensor, Any]:
+        if self.num_heads > 1:
             context = context.transpose(1, 2).flatten(2)
         elif weights is not None:
             weights = weights.unsqueeze(1)
         return (context if self.out_proj is None else self.out_proj(context)), weights
+
+    def _state_of_step(
+        self, query: Tensor, keys: ProjectedKeys, normalizer: Any, return_weights: bool
+    ) -> tuple[tuple, tuple] | None:
+        """What tells for :meth:`ProjectedKeys.repeated` whether a step with nothing of its own but the query is
+        like another; None where there is more to it."""
+        weight, weight_g = _held(self, "weight"), _held(self, "weight_g")
+        if (
+            type(query) is not Tensor
+            or query.is_nested
+            or query.layout is not torch.strided
+            or weight is None  # a parametrization makes it anew at each step
+            or not (is_eager() and query.is_cpu and keys.is_shared)
+            or normalizer != "softmax"
+            or has_torch_function_variadic(query)  # a mode
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return None
+        of_query = query.shape, query.dtype, query.requires_grad, torch.is_grad_enabled(), return_weights
+        return (self, of_query, _settings(self)), (weight, weight_g)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -459,7 +506,7 @@ class BahdanauAttention(AdditiveAttention):
             context (B, memory_dim) and, with ``return_weights``, weights (B, T).
         """
         _check(query, "BahdanauAttention: query", "B", self.query_dim)
-        result: Any = super().forward(
+        context, weights = self._attend(
             query.unsqueeze(1),
             memory,
             mask=_for_one_query(mask),
@@ -469,9 +516,8 @@ class BahdanauAttention(AdditiveAttention):
             window_center=None if window_center is None else window_center.unsqueeze(-1),
             return_weights=return_weights,
         )
-        if not return_weights:
-            return result.squeeze(1)
-        return result[0].squeeze(1), result[1].flatten(1)
+        context = context.squeeze(1)
+        return (context, weights.flatten(1)) if return_weights else context
 
     if TYPE_CHECKING:
         __call__ = forward  # type: ignore[assignment]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fusedattn._steps import is_eager
+from fusedattn._dispatch import is_eager
 
 LEAST = 16  # rows of the first memory
 

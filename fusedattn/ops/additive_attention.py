@@ -509,10 +509,12 @@ def attend(
     key_exp: Tensor | None = None,
     key_bound: Tensor | None = None,
     token: Tensor | None = None,
+    repeated: _steps.Repeated | None = None,
     unseen_are_zero: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`additive_attention` for the modules: optionally with exp(2 key) and max |key| already at hand, as a
-    step of a loop (``token``, see ``_steps.py``), and, for a normaliser, with zeros in what no query sees."""
+    step of a loop (``token``, ``repeated``, see ``_steps.py``), and, for a normaliser, with zeros in what no query
+    sees."""
     _scores.require_tensors("additive_attention", query=query, key=key, value=value, weight=weight)
     device = query.device
     if autocast_enabled(device):
@@ -541,6 +543,7 @@ def attend(
                 token=token,
                 unseen_are_zero=unseen_are_zero,
             )
+    given = query
     query, key, weight, value = _scores.broadcast("additive_attention", query, key, weight, value)
     _scores.check_numbers("additive_attention", scale, softcap, activation, negative_slope)
     dtype = query.dtype
@@ -604,6 +607,8 @@ def attend(
     left, right = window
     options = Options(left, right, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p)
     flags = (return_weights, keeps_scores(*tensors[:5]), dtype == torch.float32 and tf32_allowed())
+    if repeated is not None and backend == "cpu" and seed is None:
+        repeated.keep(ATTENTION, given, tensors, options, flags, token)
     if token is None:
         context, lse, weights, *_ = ATTENTION(backend, tensors, options, flags)
     else:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedattn import _autograd, _conditioning
 from fusedattn._conditioning import (
     FUNCTIONS,
+    HALF,
     NUMBERS,
     Parameter,
     check_affine,
@@ -100,6 +101,27 @@ class _Fold(_conditioning.Fold):
     parameters = 4
 
 
+_TINY = 2**17  # elements, up to which a Function costs more than kernels save
+
+
+def _tiny(x, gamma, beta, gamma_added, beta_added, residual, options: Options):
+    """What is two operators of PyTorch's: one gamma and one beta for each element."""
+    if (
+        gamma is None
+        or beta is None
+        or residual is not None
+        or gamma.dim() != x.dim()
+        or options.activation
+        or options.gamma_offset
+        or x.dtype in HALF
+        or not x.shape == gamma.shape == beta.shape
+        or x.numel() > _TINY
+        or not (x.is_contiguous() and gamma.is_contiguous() and beta.is_contiguous())
+    ):
+        return None
+    return (x * gamma).add_(beta) if torch.is_grad_enabled() else torch.addcmul(beta, x, gamma)
+
+
 FILM = _autograd.Op(
     "film",
     inputs=("x", "gamma", "beta", "gamma_added", "beta_added"),
@@ -111,6 +133,7 @@ FILM = _autograd.Op(
     bwd_fake=_bwd_fake,
     fold=_Fold,
     any_strides=True,
+    tiny=_tiny,
 )
 
 
@@ -166,7 +189,9 @@ def film(
         activation: None, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"`` (erf),
             ``"gelu_tanh"``, ``"tanh"`` or ``"sigmoid"``. Default: None.
         residual: like x, added after the activation. Default: None.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. On the CPU ``"auto"`` has
+            PyTorch's own operators compute ``gamma * x + beta`` where each of up to 131,072 elements of x has a
+            gamma and a beta of its own, in float32 or float64: they are faster there.
 
     Returns:
         y with the shape and dtype of x.
@@ -181,12 +206,19 @@ def film(
         ValueError: an input with the wrong shape, dtype, device or value.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
+    settings = channel_dim, gamma_offset, activation, backend
+    kinds = type(channel_dim), type(gamma_offset)  # 1 == 1.0 == True
+    if backend == "auto":
+        y = FILM.at_once((x, gamma, beta, None, None, residual), (settings, kinds))
+        if y is not None:
+            return y
     if isinstance(x, Tensor) and autocast_enabled(x.device):
         gamma, beta = in_dtype(gamma, x.dtype), in_dtype(beta, x.dtype)
     gamma, gamma_added = parts("film", "gamma", gamma)
     beta, beta_added = parts("film", "beta", beta)
     tensors = x, gamma, beta, gamma_added, beta_added, residual
-    backend, options, adds_up = _plan(tensors, channel_dim, gamma_offset, activation, backend)
+    backend, options, adds_up = _plan(tensors, *settings)
+    FILM.is_sound(backend, tensors, (settings, kinds), options)
     if adds_up:
         gamma = per_channel(gamma, gamma_added, x, options.channel_dim)
         beta = per_channel(beta, beta_added, x, options.channel_dim)

@@ -130,8 +130,14 @@ def gated_film(x: Tensor, condition: Parameter = None, *, channel_dim: int = 1, 
         ValueError: an input with the wrong shape, dtype, device or value; an odd number of channels.
         UnsupportedError: no backend, or not the one asked for, can run these inputs.
     """
+    settings = channel_dim, type(channel_dim), backend  # 1 == 1.0 == True
+    if backend == "auto":
+        y = GATED_FILM.at_once((x, condition, None), settings)
+        if y is not None:
+            return y
     if isinstance(x, Tensor) and autocast_enabled(x.device):
         condition = in_dtype(condition, x.dtype)
     tensors = x, *parts("gated_film", "condition", condition)
     backend, options = _plan(tensors, channel_dim, backend)
+    GATED_FILM.is_sound(backend, tensors, settings, options)
     return GATED_FILM(backend, tensors, options)
