@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import contenders, memory
 from .cases import MODES, AttentionCase, Case
+from .machine import MIB
 
 EPSILON = torch.finfo(torch.float32).eps
 FAR_BEHIND = 1.15  # times the faster rival's first call
@@ -212,7 +213,26 @@ def time_case(job: Job, seconds: float = inf) -> list[dict]:
                     **job.labels,
                 }
             )
+    reads_all_once = isinstance(case, AttentionCase) and case.Tq == 1 and case.bytes_moved("forward") >= MIB
+    if reads_all_once and time.perf_counter() < end:
+        rate = rate_over(inputs)
+        rows = [row | {"bytes_rate": rate} for row in rows]
     return rows
+
+
+def rate_over(tensors: tuple[Tensor, ...], rounds: int = 7) -> float:
+    """GB/s, reads plus writes, that PyTorch reaches over these very tensors: for sums, or for copies into memory
+    that exists. A buffer of another size may fit a cache that they do not, or lie in other pages."""
+    copies = tuple(torch.zeros_like(x) for x in tensors)
+    steps = {
+        "read": lambda: [x.sum() for x in tensors],
+        "copy": lambda: [y.copy_(x) for x, y in zip(tensors, copies, strict=True)],
+    }
+    with torch.no_grad():
+        samples = alternate(steps, rounds, 0.01)
+    moved = {"read": 1, "copy": 2}
+    size = sum(x.nbytes for x in tensors)
+    return max(moved[name] * size / statistics.median(seconds) for name, seconds in samples.items()) / 1e9
 
 
 def ceilings(sizes: dict[str, int], rounds: int = 7) -> dict[str, float]:
@@ -260,17 +280,22 @@ def add_ceilings(
     """Puts them into the rows of these cases, by group and name."""
     for row in rows:
         if case := timed.get((row["group"], row["case"])):
-            seconds, limit = ceiling_seconds(case, row["mode"], ceilings, cache_bytes)
+            seconds, limit = ceiling_seconds(case, row["mode"], ceilings, cache_bytes, row.get("bytes_rate"))
             row["ceiling_milliseconds"], row["limit"] = 1e3 * seconds, limit
 
 
-def ceiling_seconds(case: Case, mode: str, ceiling: dict[str, float], cache_bytes: int) -> tuple[float, str]:
-    """The least time the measured ceilings allow a case, and which of them sets it.
+def ceiling_seconds(
+    case: Case, mode: str, ceiling: dict[str, float], cache_bytes: int, bytes_rate: float | None = None
+) -> tuple[float, str]:
+    """The least time the measured ceilings allow a case, and which of them sets it. ``bytes_rate`` is that of
+    :func:`rate_over` its own tensors, where it was measured.
 
     Within the cache everything goes to memory that exists. Beyond it the output of the forward pass is fresh, and
     gradients are not: what those of the last step took is kept for them.
     """
-    if case.bytes_moved(mode) <= cache_bytes:
+    if bytes_rate is not None:
+        seconds = case.bytes_moved(mode) / bytes_rate
+    elif case.bytes_moved(mode) <= cache_bytes:
         fastest = max(ceiling["copy cache"], ceiling["clone cache"], ceiling["read cache"])
         seconds = case.bytes_moved(mode) / fastest
     else:
