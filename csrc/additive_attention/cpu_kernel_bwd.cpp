@@ -129,7 +129,7 @@ FUSEDATTN_INLINE void backward_column(const T* q, const Vec<T>* k, const T* g, T
 // What walking whole rows of keys against the queries of a chunk works on, besides the keys.
 template <typename T>
 struct Rowwise {
-  T limit;  // of |argument k|, for the product of exponentials
+  T limit;  // of |k|, for the product of exponentials
   T negative_slope;
   T slope;  // of ScoreFactors
   const T* g;
@@ -164,6 +164,15 @@ FUSEDATTN_INLINE KeyRange keys_in_windows(const AttentionProblem<S>& p, const Ch
   return {first, end};
 }
 
+// exp(2 argument k) of KEYS vectors; argument is 1, or that of sigmoid.
+template <int KEYS, typename T>
+FUSEDATTN_INLINE void take_exponentials(T argument, Vec<T>* k) {
+  if (argument == 1)
+    for (int c = 0; c < KEYS; ++c) k[c] = exp_unclamped<2, true>(k[c]);
+  else
+    for (int c = 0; c < KEYS; ++c) k[c] = exp_unclamped<1, true>(k[c]);
+}
+
 // KEYS whole rows of keys from j: reads keys and writes their gradients once, in the order of memory, which is
 // what few queries are bound by. The form says what these rows hold; keys themselves become exponentials where
 // they are in range.
@@ -185,7 +194,6 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
     for (int c = 0; c < KEYS; ++c) {
       prefetch(key + c * keys.stride + d, KEYS * keys.stride * static_cast<int64_t>(sizeof(K)));
       k[c] = get(row[c] + d, n);
-      if (form == Form::SUM) k[c] *= p.argument;
       bound = max_abs(k[c], bound);
     }
     const auto walk = [&](auto constant, const T* q) {
@@ -194,11 +202,12 @@ void backward_key_rows(const AttentionProblem<S>& p, const Chunk& chunk, const P
                                              runs.run[n].last, m.dq + column, sum, dwd);
     };
     if (form == Form::SUM && any(bound > m.limit)) {
+      for (int c = 0; c < KEYS; ++c) k[c] *= p.argument;
       for (int64_t i = 0; i < chunk.queries; ++i)
         store(m.raw_query + i * W, p.argument * get(p.query.row(at.b, at.h, chunk.first_query + i) + d, n));
       walk(FormConstant<Form::SUM>{}, m.raw_query);
     } else {
-      for (int c = 0; c < KEYS && form == Form::SUM; ++c) k[c] = exp_unclamped<2, true>(k[c]);
+      if constexpr (form == Form::SUM) take_exponentials<KEYS>(p.argument, k);
       walk(FormConstant<form == Form::SUM ? Form::PRODUCT : form>{}, m.q + column);
     }
     store(m.dw + d, load(m.dw + d) + dwd);
@@ -245,7 +254,7 @@ void backward_rows(const AttentionProblem<S>& p, const Chunk& chunk, int64_t hea
       store(m.dq + d * Tq + i * W, Vec<T>{});
     }
   }
-  m.limit = ScoreRange<T>::PAIR - query_bound;
+  m.limit = (ScoreRange<T>::PAIR - query_bound) / p.argument;
   m.negative_slope = static_cast<T>(p.options.negative_slope);
   m.slope = factors_of(p.options.activation).slope;
   const Rows<S> keys{p.key.row(at.b, at.h, 0), p.key.stride_t};

@@ -257,8 +257,9 @@ FUSEDATTN_INLINE Vec<T> linear_gradient(Vec<T> z, T g, T negative_slope) {
     return z > 0 ? splat(g) : splat(negative_slope * g);
 }
 
-// Pairs of rows are walked in tiles of Tile::QUERIES x TILE_KEYS, or a half or quarter of that, whose sums over d
-// stay in registers: tile.run<QUERIES, KEYS>(q, k, sums) leaves them at sums[i * KEYS + j].
+// Pairs of rows are walked in tiles of Tile::QUERIES queries, or a half or quarter of those, and
+// Tile::keys(queries) keys, whose sums over d stay in registers: tile.run<QUERIES, KEYS>(q, k, sums) leaves them
+// at sums[i * KEYS + j].
 constexpr int TILE_KEYS = VECTOR_REGISTERS >= 32 ? 4 : 2;
 
 template <int N, typename T>
@@ -273,12 +274,13 @@ FUSEDATTN_INLINE void fold_lanes(const Vec<T> (&lanes)[N], T* sums) {
 // QUERIES rows and any number of keys; sums[i * KEY_BLOCK + j].
 template <int QUERIES, typename Tile, typename S, typename T = Arithmetic<S>>
 __attribute__((noinline)) void pairwise_rows(Tile tile, Rows<T> q, Rows<S> k, int64_t keys, T* sums) {
-  T part[QUERIES * TILE_KEYS];
+  constexpr int KEYS = Tile::keys(QUERIES);
+  T part[QUERIES * KEYS];
   int64_t j = 0;
-  for (; j + TILE_KEYS <= keys; j += TILE_KEYS) {
-    tile.template run<QUERIES, TILE_KEYS>(q, k.from(j), part);
+  for (; j + KEYS <= keys; j += KEYS) {
+    tile.template run<QUERIES, KEYS>(q, k.from(j), part);
     for (int i = 0; i < QUERIES; ++i)
-      for (int c = 0; c < TILE_KEYS; ++c) sums[i * KEY_BLOCK + j + c] = part[i * TILE_KEYS + c];
+      for (int c = 0; c < KEYS; ++c) sums[i * KEY_BLOCK + j + c] = part[i * KEYS + c];
   }
   for (; j < keys; ++j) {
     tile.template run<QUERIES, 1>(q, k.from(j), part);

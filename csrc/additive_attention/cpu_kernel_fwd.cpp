@@ -4,7 +4,8 @@
 // (13 more operations per four). A tile of queries x keys keeps its sums in registers and folds the lanes once at
 // the end. Where |q| + |k| could overflow the product, two channels share one. Beyond that range
 // 1 / (1 + exp(2(q + k))) is taken of the sum, clamped where tanh is 1: any input is safe. A single query meets
-// every key once: its keys are read, exponentiated and used in one go.
+// every key once: its keys are read, exponentiated and used in one go, and exponentials at hand asked for ahead as
+// these are. Walked as a tile, without that, they took longer than keys where both came from memory.
 //
 // Activations that are linear on either side of zero cost an addition, a maximum and a multiply-add.
 #include "cpu_kernel_common.h"
@@ -41,7 +42,7 @@ FUSEDATTN_INLINE T exp2x_padded(const S* x, int64_t n, T argument, T* y) {
 template <typename T>
 FUSEDATTN_INLINE Vec<T> sum_of_four_quotients(const Vec<T> (&w)[4], const Vec<T> (&t)[4]) {
   const auto sum = add(sum_of_quotients(w[0], t[0], w[1], t[1]), sum_of_quotients(w[2], t[2], w[3], t[3]));
-  return sum.numerator * reciprocal(sum.denominator);
+  return quotient(sum.numerator, sum.denominator);
 }
 
 enum class Mode { QUAD, PAIR, SUM, TANH };
@@ -49,7 +50,10 @@ enum class Mode { QUAD, PAIR, SUM, TANH };
 // Sums of w r (QUAD and PAIR: rows hold exponentials; SUM: rows hold q and k) or of w tanh (TANH).
 template <Mode mode, typename T>
 struct ScoreTile {
-  static constexpr int QUERIES = 2;
+  static constexpr int QUERIES = 4;
+  // Four sums, which are folded at once. More, or w in registers, was slower: 16 registers are few, and of 32 two
+  // queries by four keys left too few for what goes on at a time.
+  static constexpr int keys(int queries) { return 4 / queries; }
   const T* w;
   int64_t D_padded;
   T factor;  // in TANH: w (1 + factor r)
@@ -67,19 +71,16 @@ struct ScoreTile {
     Vec<T> acc[ROWS * KEYS] = {};
     int64_t d = 0;
     if constexpr (mode == Mode::QUAD || mode == Mode::SUM) {
-      for (; d + 4 * W <= D_padded; d += 4 * W) {
-        Vec<T> wd[4];
-        for (int c = 0; c < 4; ++c) wd[c] = load(w + d + c * W);
-        for (int j = 0; j < KEYS; ++j) {
-          Vec<T> kd[4];
-          for (int c = 0; c < 4; ++c) kd[c] = load(k.data + j * k.stride + d + c * W);
+      for (; d + 4 * W <= D_padded; d += 4 * W)
+        for (int j = 0; j < KEYS; ++j)
           for (int i = 0; i < ROWS; ++i) {
-            Vec<T> t[4];
-            for (int c = 0; c < 4; ++c) t[c] = denominator(load(q.data + i * q.stride + d + c * W), kd[c]);
+            Vec<T> wd[4], t[4];
+            for (int c = 0; c < 4; ++c) {
+              wd[c] = load(w + d + c * W);
+              t[c] = denominator(load(q.from(i).data + d + c * W), load(k.from(j).data + d + c * W));
+            }
             acc[i * KEYS + j] += sum_of_four_quotients<T>(wd, t);
           }
-        }
-      }
     }
     if constexpr (mode != Mode::TANH) {
       for (; d + 2 * W <= D_padded; d += 2 * W) {
@@ -90,7 +91,7 @@ struct ScoreTile {
             const Vec<T> t0 = denominator(load(q.data + i * q.stride + d), k0);
             const Vec<T> t1 = denominator(load(q.data + i * q.stride + d + W), k1);
             const auto sum = sum_of_quotients(w0, t0, w1, t1);
-            acc[i * KEYS + j] += sum.numerator * reciprocal(sum.denominator);
+            acc[i * KEYS + j] += quotient(sum.numerator, sum.denominator);
           }
         }
       }
@@ -113,6 +114,7 @@ struct ScoreTile {
 template <ScoreActivation activation, typename T>
 struct LinearTile {
   static constexpr int QUERIES = 2;
+  static constexpr int keys(int) { return TILE_KEYS; }
   const T* w;
   int64_t D_padded;
   T negative_slope;
@@ -170,11 +172,13 @@ FUSEDATTN_INLINE void finish_scores(const AttentionProblem<S>& p, const Place& a
   }
 }
 
-// sums[j] over d of w r, or w phi, for one query and KEYS keys j that are not exponentials yet; `bound` grows to
-// max |argument k|. Beyond ScoreRange::QUAD the sums over r are anything. `number`: argument, or the negative
-// slope.
-template <ScoreActivation activation, int KEYS, typename S, typename T = Arithmetic<S>>
-FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, T number, const T* w,
+// What the rows of keys that one query meets hold: keys, for the activations of formula.h, or exponentials.
+enum class KeyForm { TANH, SIGMOID, RELU, LEAKY_RELU, EXPONENTIALS };
+
+// sums[j] over d of w r, or w phi, for one query and KEYS keys j. `bound` grows to max |k| of keys of which
+// exponentials are taken. Beyond ScoreRange::QUAD the sums over r are anything.
+template <KeyForm form, int KEYS, typename S, typename T = Arithmetic<S>>
+FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, const int* index, T slope, const T* w,
                                      int64_t D, T* sums, Vec<T>& bound) {
   constexpr int W = LANES<T>;
   Vec<T> acc[KEYS] = {};
@@ -185,12 +189,15 @@ FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, cons
     return get(key[j] + d, n);
   };
   const auto denominator = [&](int j, int64_t d, int64_t n) {
-    const Vec<T> kd = number * load_key(j, d, n);
-    bound = max_abs(kd, bound);
-    return load(q + d) * exp_unclamped<2, true>(kd) + 1;
+    Vec<T> kd = load_key(j, d, n);
+    if constexpr (form != KeyForm::EXPONENTIALS) {
+      bound = max_abs(kd, bound);
+      kd = exp_unclamped<form == KeyForm::TANH ? 2 : 1, true>(kd);
+    }
+    return load(q + d) * kd + 1;
   };
   int64_t d = 0;
-  if constexpr (takes_exponentials(activation)) {
+  if constexpr (form != KeyForm::RELU && form != KeyForm::LEAKY_RELU) {
     for (; d + 4 * W <= D; d += 4 * W)
       for (int j = 0; j < KEYS; ++j) {
         Vec<T> wd[4], t[4];
@@ -200,24 +207,30 @@ FUSEDATTN_INLINE void one_query_tile(const T* q, const S* k, int64_t k_row, cons
     for (; d < D; d += W)
       for (int j = 0; j < KEYS; ++j) acc[j] += load(w + d) * reciprocal(denominator(j, d, lower(W, D - d)));
   } else {
+    constexpr ScoreActivation activation =
+        form == KeyForm::RELU ? ScoreActivation::RELU : ScoreActivation::LEAKY_RELU;
     for (; d < D; d += W)
       for (int j = 0; j < KEYS; ++j)
-        acc[j] += load(w + d) * linear<activation, T>(load(q + d) + load_key(j, d, lower(W, D - d)), number);
+        acc[j] += load(w + d) * linear<activation, T>(load(q + d) + load_key(j, d, lower(W, D - d)), slope);
   }
   T folded[KEYS];
   fold_lanes(acc, folded);
   for (int j = 0; j < KEYS; ++j) sums[j] = folded[j];
 }
 
-template <ScoreActivation activation, typename S, typename T = Arithmetic<S>>
-__attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, const SeenKeys& keys, T number,
+template <KeyForm value_>
+struct KeyFormConstant {
+  static constexpr KeyForm value = value_;
+};
+
+template <KeyForm form, typename S, typename T = Arithmetic<S>>
+__attribute__((noinline)) T one_query(const T* q, const S* k, int64_t k_row, const SeenKeys& keys, T slope,
                                       const T* w, int64_t D, T* sums) {
   Vec<T> bound{};
   int64_t n = 0;
   for (; n + 1 < keys.count; n += TILE_KEYS)  // the last key again costs less than single ones
-    one_query_tile<activation, TILE_KEYS>(q, k, k_row, keys.index + n, number, w, D, sums + n, bound);
-  for (; n < keys.count; ++n)
-    one_query_tile<activation, 1>(q, k, k_row, keys.index + n, number, w, D, sums + n, bound);
+    one_query_tile<form, TILE_KEYS>(q, k, k_row, keys.index + n, slope, w, D, sums + n, bound);
+  for (; n < keys.count; ++n) one_query_tile<form, 1>(q, k, k_row, keys.index + n, slope, w, D, sums + n, bound);
   return horizontal_max<T>(bound);
 }
 
@@ -257,10 +270,20 @@ FUSEDATTN_INLINE void score_by_exponentials(const AttentionProblem<S>& p, const 
   };
   T sums[ScoreTile<Mode::QUAD, T>::QUERIES * KEY_BLOCK] = {};
   const Rows<S> key_rows{p.key.row(at.b, at.h, block.first_key), p.key.stride_t};
-  if (chunk.queries == 1 && p.key_exp == nullptr && finite) {
-    const T bound = one_query<ScoreActivation::TANH>(p.query_exp + block.head * p.D_padded, key_rows.data,
-                                                     key_rows.stride, seen, p.argument, w, p.D, sums);
-    if (bound + p.query_bound[block.head] <= ScoreRange<T>::QUAD) return finish(0, 1, sums);
+  if (chunk.queries == 1 && finite) {
+    const T* q = p.query_exp + block.head * p.D_padded;
+    const T limit = ScoreRange<T>::QUAD - p.query_bound[block.head];
+    const auto sum_up = [&](auto form, const auto* k, int64_t k_row) {
+      return one_query<form.value>(q, k, k_row, seen, T(0), w, p.D, sums);
+    };
+    T bound = p.key_bound;
+    if (p.key_exp != nullptr && bound <= limit)
+      sum_up(KeyFormConstant<KeyForm::EXPONENTIALS>{}, p.key_exp + (at.n * p.Tk + block.first_key) * p.D, p.D);
+    else if (p.key_exp == nullptr && p.options.activation == ScoreActivation::TANH)
+      bound = sum_up(KeyFormConstant<KeyForm::TANH>{}, key_rows.data, key_rows.stride);
+    else if (p.key_exp == nullptr)
+      bound = p.argument * sum_up(KeyFormConstant<KeyForm::SIGMOID>{}, key_rows.data, key_rows.stride);
+    if (bound <= limit) return finish(0, 1, sums);
   }
 
   const int64_t row_size = scratch_row(p);
@@ -327,8 +350,9 @@ FUSEDATTN_INLINE void score_linearly(const AttentionProblem<S>& p, const Chunk& 
     finish_rows(r, rows, sums, static_cast<T>(p.options.scale), T(1), T(0));
   };
   if (chunk.queries == 1) {
-    one_query<activation>(p.query_exp + block.head * p.D_padded, key_rows.data, key_rows.stride, block.seen,
-                          tile.negative_slope, tile.w, p.D, sums);
+    constexpr KeyForm form = activation == ScoreActivation::RELU ? KeyForm::RELU : KeyForm::LEAKY_RELU;
+    one_query<form>(p.query_exp + block.head * p.D_padded, key_rows.data, key_rows.stride, block.seen,
+                    tile.negative_slope, tile.w, p.D, sums);
     return finish(0, 1);
   }
   const Rows<T> keys = block.gathered() ? copied(key_rows, block.seen, p.D, scratch, scratch_row(p))

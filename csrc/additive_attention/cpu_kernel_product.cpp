@@ -131,6 +131,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t 
 template <typename T>
 struct DotTile {
   static constexpr int QUERIES = VECTOR_REGISTERS >= 32 ? 4 : 2;
+  static constexpr int keys(int) { return TILE_KEYS; }
   int64_t width;
 
   template <int ROWS, int KEYS, typename S>

@@ -228,21 +228,29 @@ FUSEDATTN_INLINE T horizontal_max(Vec<T> v) {
   return m;
 }
 
-// 1 / x to float32 rounding: the estimate has 12 to 14 bits and one Newton step doubles them.
-// x must be finite and, with its reciprocal, a normal number.
+// a / b and 1 / x to float32 rounding. b and x must be finite and, with their reciprocal, normal numbers.
+//
+// Dividing has a unit of its own, beside which multiply-adds go on. Eight lanes keep it for five cycles (Intel
+// since Skylake, AMD since Zen 3), no longer than what a quotient in our loops comes with; sixteen lanes keep
+// Intel's for ten. There the estimate has 14 bits, and a Newton step doubles them.
 FUSEDATTN_INLINE Vec<float> reciprocal(Vec<float> x) {
 #if defined(__AVX512F__)
   const Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)x);
-  return r * (2.0f - x * r);
-#elif defined(__AVX2__)
-  const Vec<float> r = (Vec<float>)_mm256_rcp_ps((__m256)x);
   return r * (2.0f - x * r);
 #else
   return 1.0f / x;
 #endif
 }
+FUSEDATTN_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return a * reciprocal(b);
+#else
+  return a / b;
+#endif
+}
 
 FUSEDATTN_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+FUSEDATTN_INLINE Vec<double> quotient(Vec<double> a, Vec<double> b) { return a / b; }
 
 // exp(FACTOR x) for FACTOR 1 or 2 to 2 ulp. Any number may come out where |FACTOR x| > 87. NaN stays NaN. A FACTOR
 // of exp(2q) and exp(2k) whose product is to be PAIRED may take log2 e rounded: x is then off by a fifth of its
