@@ -79,8 +79,9 @@ struct NormFilmMapKernels {
   void (*column_moments)(StorageType, int64_t rows, int64_t C, const void* h, void* near, void* off,
                          void* squares);
   void (*forward)(StorageType, Activation, const NormMapRows&, const void* residual, void* y);
-  // sums of dz (h - mean) and of dz; vectors are added to what is there
-  void (*sums)(StorageType, Activation, const NormMapRows&, const void* dy, void* dz_h, void* dz);
+  // sums of dz (h - mean) and of dz; vectors are added to what is there. `kept`, if any: dz itself, as dy is
+  // stored
+  void (*sums)(StorageType, Activation, const NormMapRows&, const void* dy, void* kept, void* dz_h, void* dz);
   void (*backward)(StorageType, Activation, const NormMapRows&, const NormMapGradients&);
 };
 

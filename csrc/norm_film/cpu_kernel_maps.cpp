@@ -144,15 +144,17 @@ struct MapRows {
     return s;
   }
 
-  static void sums(const NormMapRows& t, const void* grad, void* of_dz_h, void* of_dz) {
+  static void sums(const NormMapRows& t, const void* grad, void* kept, void* of_dz_h, void* of_dz) {
     const Of mean(t.mean), scale(t.scale), shift(t.shift);
     T *const dz_h = static_cast<T*>(of_dz_h), *const dz = static_cast<T*>(of_dz);
     Sum<T> product, sum;
     for (int64_t r = 0; r < t.rows; ++r) {
       const S* h = static_cast<const S*>(t.h) + r * t.n;
       const S* dy = static_cast<const S*>(grad) + r * t.n;
+      S* const to = kept == nullptr ? nullptr : static_cast<S*>(kept) + r * t.n;
       along<T>(t.n, [&](auto part, int64_t i, int64_t n, int which) __attribute__((always_inline)) {
         const Step s = step(part, h, dy, mean, scale, shift, i, n);
+        if (to != nullptr) set(part, to, i, n, s.dz);
         if constexpr (is_vector) {
           set(part, dz_h, i, n, get(part, dz_h, i, n) + s.dz * s.centred);
           set(part, dz, i, n, get(part, dz, i, n) + s.dz);
@@ -240,8 +242,9 @@ void forward(StorageType type, Activation activation, const NormMapRows& t, cons
   if (t.streamed) stream_fence();
 }
 
-void sums(StorageType type, Activation activation, const NormMapRows& t, const void* dy, void* dz_h, void* dz) {
-  with_rows(type, activation, t.is_vector, [&](auto rows) { decltype(rows)::sums(t, dy, dz_h, dz); });
+void sums(StorageType type, Activation activation, const NormMapRows& t, const void* dy, void* kept, void* dz_h,
+          void* dz) {
+  with_rows(type, activation, t.is_vector, [&](auto rows) { decltype(rows)::sums(t, dy, kept, dz_h, dz); });
 }
 
 void backward(StorageType type, Activation activation, const NormMapRows& t, const NormMapGradients& to) {

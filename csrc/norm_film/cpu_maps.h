@@ -113,14 +113,17 @@ class Maps {
                 *const dr = out.dr.dim() == in_.x.dim() ? static_cast<char*>(out.dr.mutable_data_ptr()) : nullptr;
     const bool streamed = streams(asked[X] ? out.dx : out.dr), of_gate = sums.needed[DH_X];
     const int64_t of_unit = in_.planes ? 1 : in_.C;
+    // An activation's derivative costs more than to keep dz, where what will be dx holds it unrounded.
+    const bool is_wide = p_.type == StorageType::FLOAT || p_.type == StorageType::DOUBLE;
+    const bool keeps = dx && dy && !streamed && is_wide && p_.options.activation != Activation::NONE;
     const Buffer<T> parts(3 * domains_ * units_ * of_unit);
     for (int64_t domain = 0; domain < domains_; ++domain) normalise(domain);
     const auto part = [&](int64_t index, int which) { return parts.get() + (3 * index + which) * of_unit; };
     const auto first = [&](const Unit& u) {
       std::fill_n(part(u.index, 0), 3 * of_unit, T(0));
       if (dy)
-        map_kernels().sums(p_.type, p_.options.activation, rows(u, h, false), bytes(dy) + u.at, part(u.index, 0),
-                           part(u.index, 1));
+        map_kernels().sums(p_.type, p_.options.activation, rows(u, h, false), bytes(dy) + u.at,
+                           keeps ? dx + u.at : nullptr, part(u.index, 0), part(u.index, 1));
     };
     const auto close = [&](int64_t domain) {
       const double n = elements_of_group();
@@ -150,8 +153,9 @@ class Maps {
       });
     };
     run(first, close, [&](const Unit& u) {
-      map_kernels().backward(p_.type, p_.options.activation, rows(u, h, streamed),
-                             {offset(bytes(dy), u.at), offset(bytes(dh), u.at), x + u.at, number(BY_H, u.b, u.c),
+      const char* const grad = keeps ? dx + u.at : offset(bytes(dy), u.at);
+      map_kernels().backward(p_.type, keeps ? Activation::NONE : p_.options.activation, rows(u, h, streamed),
+                             {grad, offset(bytes(dh), u.at), x + u.at, number(BY_H, u.b, u.c),
                               number(BY_MEAN, u.b, u.c), p_.gate.is_present() ? number(GATE, u.b, u.c) : nullptr,
                               offset(dx, u.at), offset(dr, u.at), of_gate ? part(u.index, 2) : nullptr});
     });

@@ -150,7 +150,7 @@ void norm_maps(const Storage& storage, Activation activation, int64_t count, int
   rows.mean = mean.data(), rows.scale = affine.scale.data(), rows.shift = affine.shift.data();
   kernels.forward(storage.type, activation, rows, residual.data(), y.data());
   std::vector<T> dz_h(width), dz(width), dh_x(width);
-  kernels.sums(storage.type, activation, rows, dy.data(), dz_h.data(), dz.data());
+  kernels.sums(storage.type, activation, rows, dy.data(), nullptr, dz_h.data(), dz.data());
   kernels.backward(storage.type, activation, rows,
                    {dy.data(), dh.data(), x.data(), by_h.data(), by_mean.data(), gate.data(), dx.data(), dr.data(),
                     dh_x.data()});
