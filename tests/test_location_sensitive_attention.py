@@ -125,6 +125,18 @@ def test_a_batch_that_shrinks():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_memory_that_all_batch_elements_share(projected):
+    module, states, memory = make()
+    memory = memory[:1].detach().requires_grad_()
+    leaves, found = [states, memory, *module.parameters()], []
+    for expanded in (False, True):
+        given = memory.expand(2, -1, -1) if expanded else memory
+        contexts, *_ = loop(module, states, module.project_keys(given) if projected else given)
+        found.append(torch.autograd.grad(contexts.square().sum(), leaves))
+    torch.testing.assert_close(*found)
+
+
 def test_half_precision_and_autocast():
     module, states, memory = make(dtype=torch.bfloat16)
     context, weights, state = module(states[0].bfloat16(), memory.bfloat16())
