@@ -271,7 +271,7 @@ def test_a_step_that_repeats_another_takes_any_query(decoder):
         decoder.attention(state[:, :5], keys)
     with torch.no_grad():
         assert not decoder.step(state, keys)[0].requires_grad
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert decoder.attention(state, keys)[0].dtype == torch.bfloat16
     torch.testing.assert_close(decoder.step(state, keys)[0], expected)
 
