@@ -87,9 +87,8 @@ def _is_joint(op: Op, tensors: tuple, options: NamedTuple, token: Tensor) -> boo
     of_key, of_value, *of_parameters = token.grad_fn.shared  # type: ignore[union-attr]
     fits = key is of_key and value is of_value  # most often; else perhaps their first batch elements
     fits = fits or (key.shape[1:] == of_key.shape[1:] and value.shape[1:] == of_value.shape[1:])
-    fits = (
-        fits and len(key) <= len(of_key) and len(value) <= len(of_value)
-    )  # not one that all batch elements share
+    # Not one key that all batch elements share.
+    fits = fits and len(key) <= len(of_key) and len(value) <= len(of_value)
     fits = fits and key.dtype is of_key.dtype and value.dtype is of_value.dtype
     for t, of in zip(parameters, of_parameters, strict=True):
         fits = fits and (t is of or (t is not None and of is not None and t.shape == of.shape))
