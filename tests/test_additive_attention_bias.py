@@ -89,13 +89,17 @@ def test_several_chunks(sizes, kind):
 @pytest.mark.parametrize("Tq", [1, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_lowest_number_leaves_its_rows_a_softmax(dtype, Tq):
+    check_lowest_bias(dtype, Tq, additive_attention)
+
+
+def check_lowest_bias(dtype, Tq, kernel):
     """Of equal numbers; and beside others its keys have no weight. So float masks are written, too."""
     inputs = make_inputs(shape(2, Tq, 37, 4, 5), dtype)
     bias = torch.zeros(2, 1, 37, dtype=dtype)
     bias[0], bias[1, 0, 5:] = torch.finfo(dtype).min, torch.finfo(dtype).min
-    weights = additive_attention(*inputs, bias=bias, softcap=3.0, return_weights=True)[1]
+    weights = kernel(*inputs, bias=bias, softcap=3.0, return_weights=True)[1]
     torch.testing.assert_close(weights[0], torch.full_like(weights[0], 1 / 37))
-    masked = additive_attention(*inputs, mask=bias == 0, softcap=3.0, return_weights=True)[1]
+    masked = kernel(*inputs, mask=bias == 0, softcap=3.0, return_weights=True)[1]
     torch.testing.assert_close(weights[1], masked[1])
 
 

@@ -157,7 +157,7 @@ def test_the_reference_is_a_backend():
 
 def raw_arguments():
     query, key, value, weight = make_inputs(shape(2, 3, 5, 4, 6, H=2))
-    bias = torch.zeros(1, 2, 3, 1) if BACKEND == "triton" or DEVICE != "cuda" else None
+    bias = torch.zeros(1, 2, 3, 1)
     arguments = {"query": query, "key": key, "value": value, "weight": weight, "bias": bias}
     arguments |= {"mask": torch.ones(2, 2, 3, 5, dtype=torch.bool), "key_lengths": torch.tensor([5, 5])}
     arguments["window_center"] = torch.zeros(2, 2, 3, dtype=torch.int64)

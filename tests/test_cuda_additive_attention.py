@@ -16,6 +16,7 @@ import torch
 from cuda_emulator.arrays import array, name, poisoned
 from pairwise import in_dtypes, pairwise
 from test_additive_attention import ACTIVATIONS, DTYPES, INPUTS, MAGNITUDES, MASKS, STRIDES, make_inputs, shape
+from test_additive_attention_bias import BIAS_VIEWS, BIASES, check_lowest_bias
 from tolerance import TF32_EPS
 from torch.autograd import Function
 
@@ -47,12 +48,12 @@ def rows(t):
 class EmulatedAttention(Function):
     @staticmethod
     def forward(
-        module, query, key, value, weight, mask, key_lengths, center, seed, options, keep_scores, chunk, tf32
+        module, query, key, value, weight, bias, mask, key_lengths, center, seed, options, keep_scores, chunk, tf32
     ):  # fmt: skip
         lead, Tk, dtype = query.shape[:-1], key.shape[-2], query.dtype
         context, lse = poisoned((*lead, value.shape[-1]), dtype), poisoned(lead, accumulation_dtype(dtype))
         scores, weights = poisoned((*lead, Tk), lse.dtype), poisoned((*lead, Tk), dtype)
-        arrays = arguments(query, key, value, weight, mask, key_lengths, center, seed)
+        arrays = arguments(query, key, value, weight, bias, mask, key_lengths, center, seed)
         outputs = [array(rows(context)), array(lse), array(rows(scores)), array(rows(weights))]
         module.additive_attention_fwd(name(dtype), *arrays, options, *outputs, tf32)
         return context, weights, lse, scores if keep_scores else torch.empty(0)
@@ -68,7 +69,8 @@ class EmulatedAttention(Function):
     @staticmethod
     def backward(ctx, grad_context, grad_weights, grad_lse, _):
         *tensors, context, lse, scores = ctx.saved_tensors
-        outputs = [poisoned(t.shape, t.dtype) for t in tensors[:4]]
+        query = tensors[0]
+        outputs = [None if t is None else poisoned(t.shape, t.dtype) for t in tensors[:5]]
         contiguous = [None if t is None else t.contiguous() for t in (grad_lse, grad_weights)]
         ctx.module.additive_attention_bwd(
             name(context.dtype),
@@ -77,20 +79,28 @@ class EmulatedAttention(Function):
             *arguments(*tensors),
             ctx.options,
             *(array(t) for t in (rows(context), lse, scores if ctx.keep_scores else None)),
-            *(array(t) for t in outputs),
+            *(array(t) for t in outputs[:4]),
+            array(scores_of_heads(outputs[4], query.dim())),
             ctx.chunk,
         )
         return None, *outputs, *(None,) * 8
 
 
-def arguments(query, key, value, weight, mask, key_lengths, center, seed):
+def scores_of_heads(bias, rank):
+    """A bias, or its gradient, of four dimensions."""
+    return bias if bias is None or rank == 4 else bias.detach().unsqueeze(1)
+
+
+def arguments(query, key, value, weight, bias, mask, key_lengths, center, seed):
     if mask is not None:
         mask = with_heads(mask.expand(*query.shape[:-1], key.shape[-2]))
     weight = weight.detach() if query.dim() == 4 else weight.detach().unsqueeze(0)
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     if center is not None and query.dim() == 3:
         center = center.unsqueeze(1)
-    return [array(t) for t in (rows(query), rows(key), rows(value), weight, mask, key_lengths, center, seed)]
+    bias = scores_of_heads(bias, query.dim())
+    tensors = (rows(query), rows(key), rows(value), weight, bias, mask, key_lengths, center, seed)
+    return [array(t) for t in tensors]
 
 
 def emulated_attention(
@@ -100,6 +110,7 @@ def emulated_attention(
     value,
     weight,
     *,
+    bias=None,
     mask=None,
     key_lengths=None,
     is_causal=False,
@@ -124,7 +135,9 @@ def emulated_attention(
         window_center = _windows.centers("emulated_attention", window_center, query.shape[:-1], query.device)
     options = Options(*window, *_scores.numbers(scale, softcap, activation, negative_slope), dropout_p, *place)
     seed = _philox.draw_seed(query.device) if dropout_p else None
-    others = (mask, key_lengths, window_center, seed, options, keep_scores, chunk, tf32)
+    if bias is not None:
+        bias = bias.view((1,) * (query.dim() - bias.dim()) + bias.shape)
+    others = (bias, mask, key_lengths, window_center, seed, options, keep_scores, chunk, tf32)
     return EmulatedAttention.apply(module, query, key, value, weight, *others)[:3]
 
 
@@ -250,6 +263,64 @@ def test_windows(module, sizes, window, center, masked, keep_scores):
     elif masked != "none":
         options["mask"] = MASKS[masked](B, H, Tq, Tk)
     check(module, make_inputs(sizes), keep_scores, chunk=1 << 15, **options)
+
+
+@pytest.mark.sanitized
+@pairwise(
+    sizes=[
+        shape(2, 1, 61, 5, 4),
+        shape(2, 6, 140, 20, 9, H=2),
+        shape(2, 70, 83, 6, 7),
+        shape(2, 66, 67, 3, 2, H=3),
+    ],
+    kind=BIASES,
+    strides=BIAS_VIEWS,
+    dtype=DTYPES,
+    is_wide=[False, True],
+    others=[
+        {},
+        {"softcap": 0.7, "scale": -0.3},
+        {"window_size": (9, 4)},
+        {"mask": "empty_rows"},
+        {"key_lengths": True, "is_causal": True},
+        {"activation": "leaky_relu"},
+    ],
+    kept_and_chunk=[(True, CHUNK), (False, CHUNK), (False, 1), (True, 1)],
+)
+def test_biases(module, sizes, kind, strides, dtype, is_wide, others, kept_and_chunk):
+    inputs = make_inputs(sizes, dtype)
+    called = [sizes[name] for name in ("B", "H", "Tq", "Tk")]
+    wide = accumulation_dtype(dtype)
+    bias = BIASES[kind](*called).to(wide if is_wide or kind == "lowest" else dtype)
+    full = (*inputs[0].shape[:-1], called[-1])
+
+    def views(leaves):
+        return [*leaves[:4], BIAS_VIEWS[strides](leaves[4], full)]
+
+    options = dict(others)
+    if "mask" in options:
+        options["mask"] = MASKS[options["mask"]](*called)
+    if "key_lengths" in options:
+        options["key_lengths"] = torch.tensor([called[3] - 3, 9])
+    actual = check(module, [*inputs, bias], *kept_and_chunk, views=views, **options)
+    assert (actual["grad_bias"][bias == -math.inf] == 0).all()
+    empty = (bias == -math.inf).expand(full).all(-1)
+    assert (actual["lse"][empty] == -math.inf).all() and (actual["context"][empty] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["one", "keys", "queries", "queries_keys", "batch", "heads", "heads_alone"])
+@pytest.mark.parametrize(("heads", "chunk"), [(3, 1), (3, 1 << 15), (300, CHUNK)])
+def test_gradients_of_a_bias_from_many_tiles(module, kind, heads, chunk):
+    """Of several chunks, which begin within a batch element; and with more heads than a part of them has."""
+    sizes = shape(2, 130 if heads == 3 else 17, 129 if heads == 3 else 3, 2, 1, H=heads)
+    bias = BIASES[kind](*(sizes[name] for name in ("B", "H", "Tq", "Tk")))
+    check(module, [*make_inputs(sizes), bias], False, chunk)
+
+
+@pytest.mark.parametrize("Tq", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_bias_of_the_lowest_number_leaves_its_rows_a_softmax(module, dtype, Tq):
+    check_lowest_bias(dtype, Tq, functools.partial(emulated_attention, module))
 
 
 @pytest.mark.parametrize("center", [None, torch.tensor([100])])
@@ -385,7 +456,9 @@ def test_tf32_is_left_out_on_7_5(module_75):
 
 @pytest.mark.parametrize("empty", ["B", "Tq", "Tk", "D", "Dv", "H"])
 def test_zero_sizes(module, empty):
-    check(module, make_inputs(shape(2, 3, 5, 4, 6, H=2) | {empty: 0}))
+    inputs = make_inputs(shape(2, 3, 5, 4, 6, H=2) | {empty: 0})
+    check(module, inputs)
+    check(module, [*inputs, torch.randn(3, 1)[: inputs[0].shape[2]]])
 
 
 @pairwise(
@@ -476,19 +549,24 @@ def test_gradients_of_each_output_alone(module, outputs, keep_scores):
 # Few queries over two splits of keys; two tiles of queries and of keys, two steps over channels and columns.
 @pytest.mark.races
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "keep_scores"),
+    ("sizes", "dtype", "keep_scores", "bias"),
     [
-        (shape(1, 2, 70, 35, 9), torch.float32, True),
-        (shape(1, 66, 67, 33, 65), torch.float32, False),
-        (shape(1, 66, 67, 33, 65), torch.bfloat16, True),
-        (shape(1, 17, 67, 17, 9), torch.float64, False),
+        (shape(1, 2, 70, 35, 9), torch.float32, True, None),
+        (shape(1, 66, 67, 33, 65), torch.float32, False, None),
+        (shape(1, 66, 67, 33, 65), torch.bfloat16, True, None),
+        (shape(1, 17, 67, 17, 9), torch.float64, False, None),
+        (shape(1, 2, 70, 3, 1), torch.float32, True, "queries"),
+        (shape(1, 17, 67, 3, 1), torch.float32, False, "keys"),
+        (shape(1, 17, 67, 3, 1), torch.float32, False, "one"),
     ],
-    ids=["few-float32", "tiles-float32", "tiles-bfloat16", "tiles-float64"],
+    ids=["few-float32", "tiles-float32", "tiles-bfloat16", "tiles-float64", "bias-few", "bias-keys", "bias-one"],
 )
-def test_no_thread_relies_on_luck(module, sizes, dtype, keep_scores, thread_order):
+def test_no_thread_relies_on_luck(module, sizes, dtype, keep_scores, bias, thread_order):
     """Under ThreadSanitizer a missing barrier is reported, and in other orders it changes the result."""
     inputs = make_inputs(sizes, dtype)
     inputs[1][0, 65] *= 30  # its tile takes the exponential of the sum
+    if bias is not None:
+        inputs.append(BIASES[bias](*(sizes[name] for name in ("B", "H", "Tq", "Tk"))))
     module.set_order(thread_order)
     try:
         check(module, inputs, keep_scores)
@@ -498,7 +576,7 @@ def test_no_thread_relies_on_luck(module, sizes, dtype, keep_scores, thread_orde
 
 @pytest.mark.parametrize("Tq", [3, 70])
 def test_the_order_of_threads_changes_no_bit(module, Tq, thread_order):
-    inputs = make_inputs(shape(2, Tq, 130, 35, 9))
+    inputs = [*make_inputs(shape(2, Tq, 130, 35, 9)), torch.randn(130)]
     kernel = functools.partial(emulated_attention, module, chunk=1)
     expected = cases.run(kernel, inputs)
     module.set_order(thread_order)

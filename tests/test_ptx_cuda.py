@@ -13,6 +13,7 @@ import torch
 from cuda_emulator.arrays import array
 from ptx import nvcc
 from test_additive_attention import make_inputs, shape
+from test_additive_attention_bias import BIASES
 
 from fusedattn import _philox
 
@@ -72,6 +73,17 @@ def test_options_of_additive_attention(attention, Tq, keep_scores):
         patch.setattr(_philox, "draw_seed", lambda device, generator=None: seed)
         inputs = make_inputs(shape(1, Tq, 70, 33, 9))
         test_cuda_additive_attention.check(attention, inputs, keep_scores, window_center=centers, **options)
+
+
+# Each with another sum of its gradient.
+@pytest.mark.parametrize(
+    ("Tq", "keep_scores", "kind"),
+    [(1, True, "one"), (3, True, "queries"), (17, False, "keys"), (17, True, "full")],
+)
+def test_bias_of_additive_attention(attention, Tq, keep_scores, kind):
+    bias = BIASES[kind](2, None, Tq, 70)
+    inputs = [*make_inputs(shape(2, Tq, 70, 9, 3)), bias]
+    test_cuda_additive_attention.check(attention, inputs, keep_scores, softcap=2.0)
 
 
 def test_additive_attention_in_tf32(attention):

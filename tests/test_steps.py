@@ -154,12 +154,9 @@ def test_steps_with_masks_of_their_own(heads, masked, monkeypatch):
         close(module(query, module.project_keys(memory, **options), **of), module(query, memory, mask=seen))
 
 
-without_biases = not_on_the_standin("it has no kernels for a bias, as CUDA C++")
-
-
 @pytest.mark.parametrize(
     ("masked", "biased"),
-    [("all", False), ("lengths", False), pytest.param("lengths", True, marks=without_biases)],
+    [("all", False), ("lengths", False), ("lengths", True)],
 )
 def test_steps_with_windows_of_their_own(masked, biased, monkeypatch):
     """Around a place of each: one call for all. Without one, a window counts from the step's first query."""
@@ -188,7 +185,6 @@ def test_steps_with_windows_of_their_own(masked, biased, monkeypatch):
     assert calls.masks == [own | 0b1110] * 4
 
 
-@without_biases
 @pytest.mark.parametrize("heads", [None, 2])
 def test_steps_with_biases_of_their_own(heads, monkeypatch):
     """Those of as many batch elements are one call; the last step has fewer than the keys."""

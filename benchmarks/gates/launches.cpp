@@ -46,7 +46,7 @@ void film(int64_t M, int64_t C, int64_t N) {
 }
 
 template <typename S>
-void attention(ScoreActivation activation, int64_t B, int64_t Tq, int64_t Tk, int64_t D) {
+void attention(ScoreActivation activation, int64_t B, int64_t Tq, int64_t Tk, int64_t D, bool biased = false) {
   using T = gpu::Arithmetic<S>;
   AttentionProblem<S> p = {};
   p.B = B, p.H = 1, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = D;
@@ -55,6 +55,8 @@ void attention(ScoreActivation activation, int64_t B, int64_t Tq, int64_t Tk, in
   p.weight = {somewhere<S>(), false};
   p.mask = somewhere<bool>();
   p.mask_stride[0] = p.mask_stride[1] = Tq * Tk, p.mask_stride[2] = Tk, p.mask_stride[3] = 1;
+  if (biased) p.bias = {somewhere<S>(), false};
+  p.bias_size[0] = p.bias_size[1] = 1, p.bias_size[2] = Tq, p.bias_size[3] = Tk;
   p.center = somewhere<int64_t>();
   p.options.activation = activation;
   for (bool tf32 : {false, true})
@@ -62,8 +64,8 @@ void attention(ScoreActivation activation, int64_t B, int64_t Tq, int64_t Tk, in
                                      somewhere<T>(), nullptr, tf32);
   for (const T* scores : {static_cast<T*>(nullptr), somewhere<T>()}) {  // computed again, or kept
     const AttentionGradients<S> grads = {
-        queries, somewhere<T>(), somewhere<S>(), queries,        somewhere<T>(),
-        scores,  somewhere<S>(), somewhere<S>(), somewhere<S>(), {somewhere<S>(), false}};
+        queries,        somewhere<T>(), somewhere<S>(),          queries, somewhere<T>(), scores, somewhere<S>(),
+        somewhere<S>(), somewhere<S>(), {somewhere<S>(), false}, p.bias};
     launch_additive_attention_bwd<S>(p, grads, somewhere<T>(), nullptr);
   }
 }
@@ -81,6 +83,9 @@ void all() {
     attention<S>(activation, 64, 8, 1024, 512);
     attention<S>(activation, 4, 0, 512, 256);
   }
+  attention<S>(ScoreActivation::TANH, 4, 512, 512, 256, true);
+  attention<S>(ScoreActivation::TANH, 64, 1, 1024, 512, true);
+  attention<S>(ScoreActivation::TANH, 64, 8, 1024, 512, true);
 }
 
 }  // namespace

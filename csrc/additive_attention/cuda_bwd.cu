@@ -54,9 +54,12 @@ Gradients backward(const AttentionInputs& in, const OptionalTensor& grad_context
   grads.context = in.view<S>(*c), grads.lse = gpu::data<T>(l), grads.scores = gpu::data<T>(s);
   grads.grad_query = gpu::mutable_data<S>(dq), grads.grad_key = asked[1] ? gpu::mutable_data<S>(dk) : nullptr;
   grads.grad_value = asked[2] ? gpu::mutable_data<S>(dx) : nullptr, grads.grad_weight = in.numbers<S>(dw);
+  const bool of_bias = asked[4] && in.bias;
+  Tensor db = of_bias ? in.empty(in.bias_shape(), in.bias->scalar_type()) : none();
+  if (of_bias) grads.grad_bias = in.numbers<S>(db, "bias");
   const Tensor memory = in.empty(additive_attention_bwd_workspace(p, grads), acc);
   launch_additive_attention_bwd<S>(p, grads, gpu::mutable_data<T>(memory), in.device.stream());
-  return {asked[0] ? dq : none(), dk, dx, asked[3] ? dw : none(), none()};
+  return {asked[0] ? dq : none(), dk, dx, asked[3] ? dw : none(), db};
 }
 
 Gradients additive_attention_bwd(const OptionalTensor& grad_context, const OptionalTensor& grad_lse,
@@ -67,8 +70,8 @@ Gradients additive_attention_bwd(const OptionalTensor& grad_context, const Optio
                                  const OptionalTensor& dropout_seed, const AttentionOptions& options,
                                  const Tensor& context, const Tensor& lse, const Tensor& scores,
                                  OutputMask asked) {
-  STD_TORCH_CHECK(!bias, "additive_attention: bias: the CUDA kernels have none");
-  const AttentionInputs in(query, key, value, weight, mask, key_lengths, window_center, dropout_seed, options);
+  const AttentionInputs in(query, key, value, weight, bias, mask, key_lengths, window_center, dropout_seed,
+                           options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return backward<decltype(storage)>(in, grad_context, grad_lse, grad_weights, context, lse, scores, asked);
   });

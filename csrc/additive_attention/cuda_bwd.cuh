@@ -25,6 +25,7 @@
 // Few queries would leave most rows of those tiles empty; they have kernels of their own (cuda_bwd_few.cuh).
 #pragma once
 
+#include "cuda_bwd_bias.cuh"
 #include "cuda_bwd_few.cuh"
 #include "cuda_problem.cuh"
 #include "cuda_seen.cuh"
@@ -51,6 +52,7 @@ struct BackwardChunk {
   bool first, last;          // of the queries of its heads
   T* g;                      // (heads, keys, rows)
   T* p;                      // (heads, rows, keys); scores, before they become p
+  T* bias;                   // like p: gradients of scores with their bias; null: not asked for
   T* key_parts;              // (heads, tiles, keys, channels)
   T* weight_parts;           // (B, H, all tiles, channels)
   T* row_terms;              // (B, H, Tq)
@@ -144,8 +146,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     const KeyRange keys = p.keys_of_tile(at.b, at.h, i / BLOCK_Q * BLOCK_Q);
     const T* score = scores.row(chunk, head, row, keys);
     for (int64_t j = keys.first + lane; j < keys.end; j += gpu::WARP)
-      if (score[j] != -INFINITE<T>)
-        sum = gpu::fma(gpu::exp_approx(score[j] - origin), gpu::to_arithmetic(dp[j]), sum);
+      if (const T biased = with_bias(p, at, i, j, score[j]); biased != -INFINITE<T>)
+        sum = gpu::fma(gpu::exp_approx(biased - origin), gpu::to_arithmetic(dp[j]), sum);
   }
   sum = gpu::warp_sum(sum);
   if (lane == 0) chunk.row_terms[number] = sum - (grads.grad_lse == nullptr ? T(0) : grads.grad_lse[number]);
@@ -206,16 +208,21 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
     const bool exists = query < p.Tq;
     const T lse = exists && !only_scores ? grads.lse[number] : T(0);
     const T term = exists && !only_scores ? chunk.row_terms[number] : T(0);
+    gpu::Pack<T, TILE_K> of_bias;
 #pragma unroll
     for (int j = 0; j < TILE_K; ++j) {
       if (only_scores) continue;
+      const T biased = with_bias(p, at, query, j_first + j, score[i][j]);
       T a = grad[i][j] - term;
       if (score[i][j] != -INFINITE<T> && grads.grad_weights != nullptr)
         a += gpu::to_arithmetic(grads.grad_weights[number * p.Tk + j_first + j]);
-      const auto pair = pair_gradient(p, score[i][j], lse, a);
+      const auto pair = pair_gradient(p, score[i][j], biased, lse, a);
       score[i][j] = pair.weight;
       grad[i][j] = pair.g;
+      of_bias.element[j] = pair.biased;
     }
+    if (chunk.bias != nullptr && !only_scores)
+      gpu::store_pack(chunk.bias + (head * chunk.rows() + row + i) * chunk.keys + column, of_bias);
   }
   if (p.drops() && !only_scores) drop_pairs(kept, T(p.dropout.factor), score);
 #pragma unroll
@@ -539,12 +546,27 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK) additive_attention_bwd_kernel_
   if (at < n) x[at] = gpu::to_storage<S>(gpu::Arithmetic<S>(0));
 }
 
-// Elements of working memory: of the plan, then what with_seen_keys takes.
+// Elements of working memory: of the plan, of that of the bias, then what prepared takes.
+struct BackwardMemory {
+  int64_t bias, seen, size;  // where those begin, and all
+};
+template <typename S>
+BiasPlan<S> bias_plan(const AttentionProblem<S>& p, const AttentionGradients<S>& grads, int64_t chunk_elements) {
+  if (few_queries(p, grads)) return BiasPlan<S>(p, grads, p.heads(), 1, p.Tq, p.Tk);
+  const BackwardPlan<S> plan(p, chunk_elements);
+  return BiasPlan<S>(p, grads, plan.chunk_heads, plan.chunk_tiles, plan.chunk_tiles * BLOCK_Q, plan.keys);
+}
+template <typename S>
+BackwardMemory backward_memory(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
+                               int64_t chunk_elements) {
+  const int64_t planned = few_queries(p, grads) ? FewPlan<S>(p).size : BackwardPlan<S>(p, chunk_elements).size;
+  const int64_t bias = whole_packs(planned), seen = bias + bias_plan(p, grads, chunk_elements).size;
+  return {bias, seen, seen + seen_workspace(p)};
+}
 template <typename S>
 int64_t additive_attention_bwd_workspace(const AttentionProblem<S>& p, const AttentionGradients<S>& grads,
                                          int64_t chunk_elements = BACKWARD_CHUNK) {
-  const int64_t planned = few_queries(p, grads) ? FewPlan<S>(p).size : BackwardPlan<S>(p, chunk_elements).size;
-  return whole_packs(planned) + seen_workspace(p);
+  return backward_memory(p, grads, chunk_elements).size;
 }
 
 // Compiled for Phi as launch_tiles of cuda_fwd.cuh is.
@@ -579,28 +601,40 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
                                    gpu::Arithmetic<S>* workspace, cudaStream_t stream,
                                    int64_t chunk_elements = BACKWARD_CHUNK) {
   using T = gpu::Arithmetic<S>;
-  const int64_t planned =
-      additive_attention_bwd_workspace(problem, grads, chunk_elements) - seen_workspace(problem);
-  const auto p = prepared<true>(problem, workspace + planned, stream);
+  const BackwardMemory memory = backward_memory(problem, grads, chunk_elements);
+  const auto p = prepared<true>(problem, workspace + memory.seen, stream);
   const auto zero = [&](auto* x, int64_t n) {
     if (n > 0 && x != nullptr)
       FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_zero<std::remove_pointer_t<decltype(x)>>,
                        gpu::ceil_div(n, BACKWARD_BLOCK), BACKWARD_BLOCK, 0, stream, x, n);
   };
+  const auto zero_numbers = [&](const gpu::Numbers<S>& x, int64_t n) {
+    if (x.wide)
+      zero(static_cast<T*>(x.data), n);
+    else
+      zero(static_cast<S*>(x.data), n);
+  };
+  const BiasPlan<S> bias = bias_plan(p, grads, chunk_elements);
+  T* const of_bias = workspace + memory.bias;
   const int64_t values = p.heads() * p.Tk * p.Dv;
   const bool empty = p.heads() == 0 || p.Tq == 0 || p.Tk == 0;
   if (empty) {
     zero(grads.grad_query, p.heads() * p.Tq * p.D);
     zero(grads.grad_key, p.heads() * p.Tk * p.D);
-    if (grads.grad_weight.wide)
-      zero(static_cast<T*>(grads.grad_weight.data), p.H * p.D);
-    else
-      zero(static_cast<S*>(grads.grad_weight.data), p.H * p.D);
+    zero_numbers(grads.grad_weight, p.H * p.D);
+    zero_numbers(grads.grad_bias, bias.elements);
   }
   if (empty || grads.grad_context.data == nullptr) zero(grads.grad_value, values);
   if (empty) return;
+  zero(bias.sums_of(grads, of_bias), bias.elements);
 
   BackwardChunk<T> chunk;
+  chunk.bias = bias.elements > 0 ? of_bias : nullptr;
+  const auto add_to_bias = [&](int64_t rows, int64_t columns) {
+    const BiasChunk<T> of_chunk = {of_bias,          rows,        columns,          chunk.follows,
+                                   chunk.first_head, chunk.heads, chunk.first_tile, chunk.tiles};
+    launch_bias_chunk(p, grads, bias, of_chunk, of_bias, stream);
+  };
   const auto launch_rows = [&](const ScoreRows<T>& scores) {
     FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_rows<S>,
                      gpu::ceil_div(chunk.heads * chunk.rows(), ATTENTION_BLOCK / gpu::WARP), ATTENTION_BLOCK, 0,
@@ -612,13 +646,16 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
   };
   if (few_queries(p, grads)) {
     const FewPlan<S> plan(p);
-    const FewParts<T> parts(plan, workspace);
+    FewParts<T> parts(plan, workspace);
+    parts.bias = chunk.bias;
     chunk.first_head = 0, chunk.heads = p.heads(), chunk.first_tile = 0, chunk.tiles = 1;
     chunk.row_terms = parts.row_terms;
     chunk.follows = false;
     launch_rows({grads.scores, p.Tq * p.Tk, p.Tk, false});
     launch_additive_attention_bwd_few(p, grads, parts, stream);
     if (p.D > 0) launch_weight(parts.weight, parts.splits, parts.channels);
+    add_to_bias(p.Tq, p.Tk);
+    launch_bias_rounded(grads, bias, of_bias, stream);
     return;
   }
 
@@ -649,6 +686,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
       }
       launch_rows(scores);
       launch_score_tiles(false);
+      add_to_bias(chunk.rows(), chunk.keys);
       if (p.D > 0) {
         with_phi(p.options.activation, [&](auto phi) { launch_inputs<decltype(phi)>(p, grads, chunk, stream); });
         const int64_t key_blocks = gpu::ceil_div(chunk.heads * p.Tk * p.D, BACKWARD_BLOCK);
@@ -663,6 +701,7 @@ void launch_additive_attention_bwd(const AttentionProblem<S>& problem, const Att
                          grads.grad_value);
     }
   if (p.D > 0) launch_weight(chunk.weight_parts, plan.tiles, plan.channels);
+  launch_bias_rounded(grads, bias, of_bias, stream);
 }
 
 }  // namespace fusedattn

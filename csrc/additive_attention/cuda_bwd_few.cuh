@@ -16,6 +16,7 @@
 // Without kept scores, that is for D < 16, the tiles of cuda_bwd.cuh do it all.
 #pragma once
 
+#include "cuda_bias.cuh"
 #include "cuda_problem.cuh"
 #include "cuda_split.cuh"
 
@@ -64,6 +65,7 @@ struct FewParts {
   T *g, *g_sums;      // (B H, Tk, queries), (B H, splits)
   T *query, *weight;  // (B H, splits, Tq, channels), (B H, splits, channels)
   T* row_terms;       // (B H, Tq)
+  T* bias = nullptr;  // (B H, Tq, Tk), gradients of scores with their bias; null: not asked for
 
   template <typename S>
   FewParts(const FewPlan<S>& plan, T* memory)
@@ -77,8 +79,24 @@ struct FewParts {
         row_terms(memory + plan.row_terms) {}
 };
 
-template <typename S, int QUERIES>
-__global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES > 1     ? 3
+template <typename T>
+struct PairGradient {
+  T weight, biased, g;  // p_ij and the gradients of the score with its bias, and before scale and cap
+};
+
+// From the score, that with its bias, and a_ij - D_i (cuda_bwd.cuh). lse: of the row.
+template <typename S, typename T>
+FUSEDATTN_DEVICE PairGradient<T> pair_gradient(const AttentionProblem<S>& p, T score, T biased, T lse, T a) {
+  if (biased == -INFINITE<T>) return {T(0), T(0), T(0)};
+  const T origin = lse - lse == 0 ? lse : NOT_A_NUMBER<T>;  // of an infinite row: every weight is NaN
+  const T weight = gpu::exp_approx(biased - origin),
+          ratio = p.options.softcap == 0 ? T(0) : score / T(p.options.softcap);
+  return {weight, weight * a, weight * a * T(p.options.scale) * (1 - ratio * ratio)};
+}
+
+// A bias takes registers that with 16 queries there are none left of: it has kernels of its own.
+template <typename S, bool with_its_bias, int QUERIES>
+__global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES > 1     ? (with_its_bias ? 2 : 3)
                                                    : sizeof(S) < 8 ? 6
                                                                    : 2)
     additive_attention_bwd_kernel_few_values(const AttentionProblem<S> p, const AttentionGradients<S> grads,
@@ -134,14 +152,16 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, QUERIES > 1     ? 3
     __syncwarp();
     for (int n = lane; n < PAIRS; n += gpu::WARP) {
       const int64_t i = n % QUERIES, j = j0 + n / QUERIES, row = at.n * p.Tq + i;
-      PairGradient<T> pair = {T(0), T(0)};
+      PairGradient<T> pair = {T(0), T(0), T(0)};
       if (i < p.Tq && j < keys_end) {
         const T score = grads.scores[row * p.Tk + j];
+        const T biased = with_its_bias ? with_bias(p, here(at), i, j, score) : score;
         const T of_context = p.drops() ? dropped(p, at, i, j, pairs[n]) : pairs[n];
         T a = of_context - parts.row_terms[row];
         if (score != -INFINITE<T> && grads.grad_weights != nullptr)
           a += gpu::to_arithmetic(grads.grad_weights[row * p.Tk + j]);
-        pair = pair_gradient(p, score, grads.lse[row], a);
+        pair = pair_gradient(p, score, biased, grads.lse[row], a);
+        if (with_its_bias && parts.bias != nullptr) parts.bias[row * p.Tk + j] = pair.biased;
         if (p.drops()) pair.weight = dropped(p, at, i, j, pair.weight);
       }
       pairs[n] = pair.weight;
@@ -402,12 +422,18 @@ void launch_additive_attention_bwd_few(const AttentionProblem<S>& p, const Atten
   const auto value_memory = [](int queries) {
     return sizeof(T) * ATTENTION_BLOCK / gpu::WARP * (FEW_KEYS * queries + 1);
   };
-  if (p.Tq == 1)
-    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, 1>), value_blocks, ATTENTION_BLOCK,
-                     value_memory(1), stream, p, grads, parts);
+  const auto launch_values = [&](auto biased) {
+    if (p.Tq == 1)
+      FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, biased.value, 1>), value_blocks,
+                       ATTENTION_BLOCK, value_memory(1), stream, p, grads, parts);
+    else
+      FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, biased.value, FEW_QUERIES<S>>), value_blocks,
+                       ATTENTION_BLOCK, value_memory(FEW_QUERIES<S>), stream, p, grads, parts);
+  };
+  if (p.has_bias())
+    launch_values(std::true_type{});
   else
-    FUSEDATTN_LAUNCH((additive_attention_bwd_kernel_few_values<S, FEW_QUERIES<S>>), value_blocks, ATTENTION_BLOCK,
-                     value_memory(FEW_QUERIES<S>), stream, p, grads, parts);
+    launch_values(std::false_type{});
   if (p.D == 0) return;
   with_phi(p.options.activation, [&](auto phi) { launch_few_inputs<decltype(phi)>(p, grads, parts, stream); });
   FUSEDATTN_LAUNCH(additive_attention_bwd_kernel_few_query<S>, query_blocks, ATTENTION_BLOCK,

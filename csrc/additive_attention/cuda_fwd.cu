@@ -43,8 +43,8 @@ Forward additive_attention_fwd(const Tensor& query, const Tensor& key, const Ten
                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor& dropout_seed,
                                const AttentionOptions& options, bool return_weights, bool keep_scores,
                                bool allow_tf32) {
-  STD_TORCH_CHECK(!bias, "additive_attention: bias: the CUDA kernels have none");
-  const AttentionInputs in(query, key, value, weight, mask, key_lengths, window_center, dropout_seed, options);
+  const AttentionInputs in(query, key, value, weight, bias, mask, key_lengths, window_center, dropout_seed,
+                           options);
   return gpu::with_storage(query.scalar_type(), "additive_attention: query", [&](auto storage) {
     return forward<decltype(storage)>(in, return_weights, keep_scores, allow_tf32);
   });

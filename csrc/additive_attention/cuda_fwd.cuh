@@ -12,6 +12,7 @@
 // small part of its work: TF32 reaches gradients through the context alone.
 #pragma once
 
+#include "cuda_bias.cuh"
 #include "cuda_problem.cuh"
 #include "cuda_seen.cuh"
 #include "cuda_split.cuh"
@@ -277,6 +278,7 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
           if (row < p.Tq && column < p.Tk) out.scores[(at.n * p.Tq + row) * p.Tk + column] = score[i][j];
         }
     }
+    if (p.has_bias()) add_bias(p, here(at), i0, j0, score);
     softmax_step(score, memory);
     if (p.drops()) drop_pairs(kept_pairs(p, at, i0, j0), T(p.dropout.factor), score);
     ContextProduct<S, tensor_cores>::store_p(score, memory.p);
@@ -317,13 +319,43 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK)
   }
 }
 
+// The same with a bias, a block for each row: beside a bias of the lowest number, as float masks have it, the
+// log-sum-exp has no digits left for the sum.
+template <typename S>
+__global__ void __launch_bounds__(ATTENTION_BLOCK, 6)
+    additive_attention_fwd_kernel_biased_weights(const AttentionProblem<S> p, const gpu::Arithmetic<S>* scores,
+                                                 S* weights) {
+  using T = gpu::Arithmetic<S>;
+  FUSEDATTN_DYNAMIC_SHARED(T, shared);
+  const int64_t row = blockIdx.x, i = row % p.Tq;
+  const Head at(p, row / p.Tq);
+  const auto each_score = [&](const auto& body) {
+    for (int64_t j = threadIdx.x; j < p.Tk; j += ATTENTION_BLOCK)
+      body(j, with_bias(p, at, i, j, scores[row * p.Tk + j]));
+  };
+  T top = -INFINITE<T>, sum = 0;
+  each_score([&](int64_t, T score) { top = gpu::max(top, score); });
+  top = block_reduce(top, shared, [](T a, T b) { return gpu::max(a, b); });
+  const T origin = top == -INFINITE<T> ? T(0) : top;
+  each_score([&](int64_t, T score) { sum += gpu::exp(score - origin); });
+  sum = block_reduce(sum, shared, [](T a, T b) { return a + b; });
+  const T factor = normaliser(top, sum);
+  each_score([&](int64_t j, T score) {
+    weights[row * p.Tk + j] = gpu::to_storage<S>(score == -INFINITE<T> ? T(0) : gpu::exp(score - origin) * factor);
+  });
+}
+
 template <typename S>
 void launch_additive_attention_weights(const AttentionProblem<S>& p, const gpu::Arithmetic<S>* scores,
                                        const gpu::Arithmetic<S>* lse, S* weights, cudaStream_t stream) {
   const int64_t elements = p.heads() * p.Tq * p.Tk, blocks = gpu::ceil_div(elements, ATTENTION_BLOCK * 4);
   if (elements == 0) return;
-  FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_weights<S>, blocks < 65536 ? blocks : 65536, ATTENTION_BLOCK, 0,
-                   stream, scores, lse, elements, p.Tk, weights);
+  if (p.has_bias())
+    FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_biased_weights<S>, p.heads() * p.Tq, ATTENTION_BLOCK,
+                     ATTENTION_BLOCK / gpu::WARP * sizeof(gpu::Arithmetic<S>), stream, p, scores, weights);
+  else
+    FUSEDATTN_LAUNCH(additive_attention_fwd_kernel_weights<S>, blocks < 65536 ? blocks : 65536, ATTENTION_BLOCK, 0,
+                     stream, scores, lse, elements, p.Tk, weights);
 }
 
 // Elements of working memory: the sums of the context in half precision, or the parts of few queries; then what

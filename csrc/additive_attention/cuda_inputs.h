@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "common/cuda_torch.h"
@@ -23,11 +24,11 @@ struct AttentionInputs {
   bool flat;  // no dimension of heads
   int64_t B, H, Tq, Tk, D, Dv;
   Tensor query, key, value, weight;
-  OptionalTensor mask, key_lengths, window_center, dropout_seed;
+  OptionalTensor bias, mask, key_lengths, window_center, dropout_seed;
   AttentionOptions options;
 
   AttentionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& weight_,
-                  const OptionalTensor& mask, const OptionalTensor& key_lengths_,
+                  const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& key_lengths_,
                   const OptionalTensor& window_center, const OptionalTensor& dropout_seed,
                   const AttentionOptions& options)
       : device(query_),
@@ -36,6 +37,7 @@ struct AttentionInputs {
         key(rows(key_, "key")),
         value(rows(value_, "value")),
         weight(rows(weight_, "weight")),
+        bias(bias),
         mask(mask),
         key_lengths(key_lengths_),
         window_center(window_center),
@@ -49,6 +51,13 @@ struct AttentionInputs {
     check_shape(key, "key", shape(Tk, D));
     check_shape(value, "value", shape(Tk, Dv));
     check_shape(weight, "weight", flat ? std::vector<int64_t>{D} : std::vector<int64_t>{H, D});
+    if (bias) {
+      device.require(bias, "additive_attention", "bias");
+      const std::vector<int64_t> full = shape(Tq, Tk);
+      bool fits = bias->dim() == static_cast<int64_t>(full.size());
+      for (int64_t n = 0; fits && n < bias->dim(); ++n) fits = bias->size(n) == 1 || bias->size(n) == full[n];
+      STD_TORCH_CHECK(fits, "additive_attention: bias does not have a shape that broadcasts to the scores");
+    }
     if (mask) {
       device.require(mask, "additive_attention", "mask");
       check_shape(*mask, "mask", shape(Tq, Tk));
@@ -96,10 +105,16 @@ struct AttentionInputs {
     return {gpu::data<S>(t), t.stride(0), flat ? 0 : t.stride(1), t.stride(-2)};
   }
 
-  // A weight, or its gradient.
+  std::vector<int64_t> bias_shape() const {
+    std::vector<int64_t> sizes;
+    for (int64_t n = 0; n < bias->dim(); ++n) sizes.push_back(bias->size(n));
+    return sizes;
+  }
+
+  // A weight or a bias, or its gradient.
   template <typename S>
-  gpu::Numbers<S> numbers(const Tensor& t) const {
-    return gpu::numbers<S>(t, query.scalar_type(), "additive_attention: weight");
+  gpu::Numbers<S> numbers(const OptionalTensor& t, const char* name = "weight") const {
+    return gpu::numbers<S>(t, query.scalar_type(), (std::string("additive_attention: ") + name).c_str());
   }
 
   template <typename S>
@@ -110,6 +125,12 @@ struct AttentionInputs {
     p.B = B, p.H = H, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = Dv;
     p.query = view<S>(query), p.key = view<S>(key), p.value = view<S>(value);
     p.weight = numbers<S>(weight), p.weight_stride_h = flat ? 0 : weight.stride(0);
+    p.bias = numbers<S>(bias, "bias");
+    for (int64_t n = 0; n < 4; ++n) {
+      const int64_t dim = flat && n > 1 ? n - 1 : n;
+      p.bias_size[n] = !bias || (flat && n == 1) ? 1 : bias->size(dim);
+      p.bias_stride[n] = p.bias_size[n] == 1 ? 0 : bias->stride(dim);
+    }
     p.mask = gpu::data<bool>(mask);
     for (int64_t n = 0; n < 4; ++n)
       p.mask_stride[n] = !mask    ? 0

@@ -115,7 +115,10 @@ struct AttentionProblem {
   RowsOf<S> query, key, value;
   gpu::Numbers<S> weight;  // (H, D)
   int64_t weight_stride_h;
-  const bool* mask;  // (B, H, Tq, Tk), true = may attend, or null
+  gpu::Numbers<S> bias;    // or null
+  int64_t bias_size[4];    // B, H, Tq and Tk, or 1 where it is broadcast
+  int64_t bias_stride[4];  // 0 there
+  const bool* mask;        // (B, H, Tq, Tk), true = may attend, or null
   int64_t mask_stride[4];
   const int64_t* key_lengths;  // (B,) or null
   const int64_t* center;       // (B, H, Tq): that of each query's window; null: i, and without windows
@@ -136,6 +139,7 @@ struct AttentionProblem {
   }
   FUSEDATTN_HOST_DEVICE int64_t query_tiles() const { return gpu::ceil_div(Tq, BLOCK_Q); }
 
+  FUSEDATTN_HOST_DEVICE bool has_bias() const { return bias.data != nullptr; }
   FUSEDATTN_DEVICE bool drops() const { return random.seeds != nullptr; }
 
   FUSEDATTN_DEVICE bool sees(int64_t b, int64_t h, int64_t j) const {
@@ -182,6 +186,7 @@ struct AttentionGradients {
   const T *lse, *scores;
   S *grad_query, *grad_key, *grad_value;  // contiguous, as the next; the last two may be null: not asked for
   gpu::Numbers<S> grad_weight;
+  gpu::Numbers<S> grad_bias;  // in the shape of the bias; may be null
 };
 
 // A head of a batch element: b, h, and its number among all.
@@ -659,21 +664,6 @@ FUSEDATTN_DEVICE void drop_pairs(uint32_t kept, T factor, T (&x)[TILE_Q][TILE_K]
 template <typename S, typename T>
 FUSEDATTN_DEVICE T dropped(const AttentionProblem<S>& p, const Head& at, int64_t i, int64_t j, T x) {
   return kept_keys(p, at, i, j) & 1 ? x * T(p.dropout.factor) : T(0);
-}
-
-template <typename T>
-struct PairGradient {
-  T weight, g;  // p_ij and the gradient of the score before scale and cap
-};
-
-// From the score and a_ij - D_i (cuda_bwd.cuh). lse: of the row.
-template <typename S, typename T>
-FUSEDATTN_DEVICE PairGradient<T> pair_gradient(const AttentionProblem<S>& p, T score, T lse, T a) {
-  if (score == -INFINITE<T>) return {T(0), T(0)};
-  const T origin = lse - lse == 0 ? lse : NOT_A_NUMBER<T>;  // of an infinite row: every weight is NaN
-  const T weight = gpu::exp_approx(score - origin),
-          ratio = p.options.softcap == 0 ? T(0) : score / T(p.options.softcap);
-  return {weight, weight * a * T(p.options.scale) * (1 - ratio * ratio)};
 }
 
 // finish_scores of one visible-by-length pair.

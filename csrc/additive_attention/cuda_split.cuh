@@ -15,6 +15,7 @@
 //   0.2    the rest of a step: keys, their conversion and range, addresses
 #pragma once
 
+#include "cuda_bias.cuh"
 #include "cuda_problem.cuh"
 
 namespace fusedattn {
@@ -280,6 +281,14 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, sizeof(S) == 8 ? 2
                                 : -INFINITE<T>;
         if (scores != nullptr && key < scored) scores[(at.n * Tq + i) * p.Tk + j0 + key] = score[n];
         top = gpu::max(top, score[n]);
+      }
+      if (p.has_bias()) {  // a pass of its own takes no registers from calls without
+        top = before;
+#pragma unroll
+        for (int n = 0; n < SPLIT_KEYS / gpu::WARP; ++n) {
+          score[n] = with_bias(p, here(at), i, j0 + lane + n * gpu::WARP, score[n]);
+          top = gpu::max(top, score[n]);
+        }
       }
       top = gpu::warp_max(top);
       const T origin = top == -INFINITE<T> ? T(0) : top;

@@ -43,7 +43,6 @@ from torch import Tensor
 
 from fusedattn import _autograd, _nested, _normalizers, _philox, _scores, _steps, _windows
 from fusedattn._dispatch import (
-    NO_REASONS,
     autocast,
     autocast_enabled,
     choose,
@@ -295,10 +294,6 @@ def _dropout_seed(dropout_p, generator, device) -> Tensor | None:
     _scores.check_dropout("additive_attention", "dropout_p", dropout_p)
     _scores.check_generator("additive_attention", generator, device)
     return None if dropout_p == 0 else _philox.draw_seed(device, generator)
-
-
-# Backends without kernels for it, and why.
-_NO_BIAS = {"cuda": "there are no kernels for a bias in CUDA C++"}
 
 
 def is_traced() -> bool:
@@ -599,7 +594,6 @@ def attend(
         device,
         dtype,
         lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        _NO_BIAS if bias is not None else NO_REASONS,
     )
     if mask is not None and backend != "reference":
         mask = mask.expand(full)

@@ -24,13 +24,19 @@ RowsOf<S> rows(const Array& x) {
 
 template <typename S>
 AttentionProblem<S> problem(const py::array& query, const py::array& key, const py::array& value,
-                            const py::array& weight, const Array& mask, const Array& key_lengths,
-                            const Array& center, const Array& seed, const py::tuple& options) {
+                            const py::array& weight, const Array& bias, const Array& mask,
+                            const Array& key_lengths, const Array& center, const Array& seed,
+                            const py::tuple& options) {
   AttentionProblem<S> p;
   p.B = query.shape(0), p.H = query.shape(1), p.Tq = query.shape(2), p.D = query.shape(3);
   p.Tk = key.shape(2), p.Dv = value.shape(3);
   p.query = rows<S>(query), p.key = rows<S>(key), p.value = rows<S>(value);
   p.weight = numbers<S>(weight), p.weight_stride_h = stride(weight, 0);
+  p.bias = numbers<S>(bias);
+  for (int n = 0; n < 4; ++n) {
+    p.bias_size[n] = bias ? bias->shape(n) : 1;
+    p.bias_stride[n] = p.bias_size[n] == 1 ? 0 : stride(*bias, n);
+  }
   p.mask = data<bool>(mask);
   for (int n = 0; n < 4; ++n) p.mask_stride[n] = mask ? stride(*mask, n) : 0;
   p.key_lengths = data<int64_t>(key_lengths);
@@ -55,35 +61,37 @@ std::vector<T> working_memory(int64_t size) {
 BINDINGS(additive_attention, module) {
   module.def("additive_attention_fwd",
              [](const std::string& dtype, const py::array& query, const py::array& key, const py::array& value,
-                const py::array& weight, const Array& mask, const Array& key_lengths, const Array& center,
-                const Array& seed, const py::tuple& options, const py::array& context, const py::array& lse,
-                const Array& scores, const Array& weights, bool tf32) {
+                const py::array& weight, const Array& bias, const Array& mask, const Array& key_lengths,
+                const Array& center, const Array& seed, const py::tuple& options, const py::array& context,
+                const py::array& lse, const Array& scores, const Array& weights, bool tf32) {
                with_storage(dtype, [&](auto storage) {
                  using S = decltype(storage);
                  using T = fusedattn::gpu::Arithmetic<S>;
-                 const auto p = problem<S>(query, key, value, weight, mask, key_lengths, center, seed, options);
+                 const auto p =
+                     problem<S>(query, key, value, weight, bias, mask, key_lengths, center, seed, options);
                  auto memory = working_memory<T>(additive_attention_fwd_workspace(p));
                  fusedattn::launch_additive_attention_fwd<S>(p, data<S>(context), data<T>(lse), data<T>(scores),
                                                              data<S>(weights), memory.data(), nullptr, tf32);
                });
              });
-  module.def("additive_attention_bwd",
-             [](const std::string& dtype, const Array& grad_context, const Array& grad_lse,
-                const Array& grad_weights, const py::array& query, const py::array& key, const py::array& value,
-                const py::array& weight, const Array& mask, const Array& key_lengths, const Array& center,
-                const Array& seed, const py::tuple& options, const py::array& context, const py::array& lse,
-                const Array& scores, const py::array& grad_query, const py::array& grad_key,
-                const py::array& grad_value, const py::array& grad_weight, int64_t chunk_elements) {
-               with_storage(dtype, [&](auto storage) {
-                 using S = decltype(storage);
-                 using T = fusedattn::gpu::Arithmetic<S>;
-                 const auto p = problem<S>(query, key, value, weight, mask, key_lengths, center, seed, options);
-                 const fusedattn::AttentionGradients<S> grads = {
-                     rows<S>(grad_context), data<T>(grad_lse),      data<S>(grad_weights), rows<S>(context),
-                     data<T>(lse),          data<T>(scores),        data<S>(grad_query),   data<S>(grad_key),
-                     data<S>(grad_value),   numbers<S>(grad_weight)};
-                 auto memory = working_memory<T>(additive_attention_bwd_workspace(p, grads, chunk_elements));
-                 fusedattn::launch_additive_attention_bwd<S>(p, grads, memory.data(), nullptr, chunk_elements);
-               });
-             });
+  module.def(
+      "additive_attention_bwd",
+      [](const std::string& dtype, const Array& grad_context, const Array& grad_lse, const Array& grad_weights,
+         const py::array& query, const py::array& key, const py::array& value, const py::array& weight,
+         const Array& bias, const Array& mask, const Array& key_lengths, const Array& center, const Array& seed,
+         const py::tuple& options, const py::array& context, const py::array& lse, const Array& scores,
+         const py::array& grad_query, const py::array& grad_key, const py::array& grad_value,
+         const py::array& grad_weight, const Array& grad_bias, int64_t chunk_elements) {
+        with_storage(dtype, [&](auto storage) {
+          using S = decltype(storage);
+          using T = fusedattn::gpu::Arithmetic<S>;
+          const auto p = problem<S>(query, key, value, weight, bias, mask, key_lengths, center, seed, options);
+          const fusedattn::AttentionGradients<S> grads = {
+              rows<S>(grad_context), data<T>(grad_lse),       data<S>(grad_weights), rows<S>(context),
+              data<T>(lse),          data<T>(scores),         data<S>(grad_query),   data<S>(grad_key),
+              data<S>(grad_value),   numbers<S>(grad_weight), numbers<S>(grad_bias)};
+          auto memory = working_memory<T>(additive_attention_bwd_workspace(p, grads, chunk_elements));
+          fusedattn::launch_additive_attention_bwd<S>(p, grads, memory.data(), nullptr, chunk_elements);
+        });
+      });
 }
