@@ -326,7 +326,9 @@ __global__ void __launch_bounds__(BACKWARD_BLOCK, JOINT_OCCUPANCY<S, Phi>)
   const JointMemory<T> memory(shared);
   const int lane = threadIdx.x % gpu::WARP, warp = threadIdx.x / gpu::WARP;
   const int64_t strips = chunk.channels / BACKWARD_CHANNELS, d0 = blockIdx.x % strips * BACKWARD_CHANNELS;
-  const int64_t local = blockIdx.x / strips, head = local / chunk.tiles, tile = local % chunk.tiles;
+  const int64_t head = blockIdx.x / (strips * chunk.tiles);
+  const int64_t tile = chunk.tiles - 1 - blockIdx.x / strips % chunk.tiles;  // the last first, as in forward
+  const int64_t local = head * chunk.tiles + tile;
   const Head at(p, chunk.first_head + head);
   const int64_t i0 = (chunk.first_tile + tile) * BLOCK_Q, d = d0 + lane, first_row = i0 + warp * TILE_Q;
   const KeyRange keys_of_tile = p.keys_of_tile(at.b, at.h, i0);

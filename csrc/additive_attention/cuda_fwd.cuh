@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(ATTENTION_BLOCK, FORWARD_OCCUPANCY<S>)
   FUSEDATTN_DYNAMIC_SHARED(T, shared);
   const ForwardMemory<S, tensor_cores> memory(shared);
   const Head at(p, blockIdx.x / query_tiles);
-  const int64_t i0 = blockIdx.x % query_tiles * BLOCK_Q;
+  // The last rows first: those of causal attention see the most keys, and nobody waits for the lightest.
+  const int64_t i0 = (query_tiles - 1 - blockIdx.x % query_tiles) * BLOCK_Q;
   const KeyRange keys = p.keys_of_tile(at.b, at.h, i0);
   const WeightScale<T> weight(p, at, memory.score.reduce, Phi{});
   if (threadIdx.x < BLOCK_Q) {
