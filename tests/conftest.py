@@ -123,3 +123,11 @@ def emulated():
 def thread_order(request):
     """A seed for the order in which the emulator runs threads and blocks; 0 is ascending."""
     return request.param
+
+
+@pytest.fixture
+def reports():
+    """What a backend of torch.compile reports, from nothing compiled before."""
+    torch.compiler.reset()
+    yield []
+    torch.compiler.reset()
