@@ -1,8 +1,8 @@
 """Of the cases of a test, few: where the same test has run in full elsewhere, and this run asks one thing more.
 
 On the stand-in that is which device tensors are made on; at CPU levels below the best (``FUSEDATTN_TESTS=values``,
-as `make test` and `make sanitize` set it there) whether the kernels of the level compute the same. Every run takes
-one case, of each op, of tests marked ``machinery``: they ask PyTorch more than our kernels, and take seconds.
+as `make test` and `make sanitize` set it there) whether the kernels of the level compute the same. Tests marked
+``machinery`` ask PyTorch more than our kernels, and take seconds: other runs take one case of each op, these none.
 `make test-all` and `FUSEDATTN_TESTS=all make sanitize` run all.
 """
 

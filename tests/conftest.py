@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(config, items):
     if DEVICE == "standin":
         choose.keep(config, items, choose.each_value(items, standin.names_or_makes))
     elif choose.TESTS == "values":
-        choose.keep(config, items, choose.each_value(items))
+        computing = [item for item in items if not item.get_closest_marker("machinery")]
+        choose.keep(config, items, choose.each_value(computing))
     else:
         choose.keep(config, items, choose.machinery_once(items, apart=() if INTERPRETED else ("op",)))
 

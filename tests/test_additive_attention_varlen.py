@@ -286,6 +286,7 @@ def test_vmap_over_offsets_is_an_error():
         call(cu)
 
 
+@pytest.mark.machinery
 @pytest.mark.parametrize("H", [None, 2])
 def test_one_graph_for_all_lengths(H):
     torch.compiler.reset()
@@ -310,6 +311,7 @@ def test_one_graph_for_all_lengths(H):
     assert len(graphs) == 1
 
 
+@pytest.mark.machinery
 @not_on_the_standin("Inductor makes no code for it")
 def test_compile_with_inductor():
     torch.compiler.reset()
@@ -319,6 +321,7 @@ def test_compile_with_inductor():
     torch.compiler.reset()
 
 
+@pytest.mark.machinery
 @cpu_alone
 @pairwise(H=[None, 2], dtype=[torch.float32, torch.bfloat16], kept=[False, True])
 def test_opcheck(kept, dtype, H):
@@ -425,6 +428,7 @@ def test_nested_tensors(H):
     assert additive_attention(jagged, jagged, jagged, inputs[3]).is_nested
 
 
+@pytest.mark.machinery
 @not_on_the_standin("PyTorch has no nested tensors there")
 def test_nested_tensors_compile():
     torch.compiler.reset()
