@@ -173,8 +173,9 @@ def _step(operators: Operators) -> type[Function]:
             own[n] = False
         if torch._C._will_engine_execute_node(joint):
             run = _run_of(joint)
-            if operators.step_bwd is not None and not any([g is not None and _is_batched(g) for g in grads]):
-                return run.add_step(operators, ctx.options, grads, saved, own, ctx.needs_input_grad)
+            step_bwd = operators.step_bwd
+            if step_bwd is not None and not any([g is not None and _is_batched(g) for g in grads]):
+                return run.add_step(step_bwd, operators, ctx.options, grads, saved, own, ctx.needs_input_grad)
             run.records.append(_Record(operators, ctx.options, grads, saved))
         return operators.gradients(ctx.options, grads, saved, tuple(own))
 
@@ -204,10 +205,11 @@ class _Run:
         self.records: list[_Record] = []
         self.sums: dict[int, Tensor] = {}  # of gradients, by place in what is shared
 
-    def add_step(self, operators: Operators, options, grads, saved, own: list, needed: tuple) -> tuple:
+    def add_step(
+        self, step_bwd: Callable, operators: Operators, options, grads, saved, own: list, needed: tuple
+    ) -> tuple:
         """The gradients of a step that are its ``own``, once those that steps add up are added up."""
-        op, step_bwd = operators.op, operators.step_bwd
-        assert step_bwd is not None
+        op = operators.op
         (first, *others), read = op.summed, len(op.inputs) + len(op.others)
         places, total = dict(zip(op.inputs, range(len(op.inputs)), strict=True)), None
         if needed[places[first]]:

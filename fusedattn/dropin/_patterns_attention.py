@@ -358,6 +358,26 @@ class _Context(NamedTuple):
     nodes: set[fx.Node]
     first: fx.Node  # what uses the weights
 
+    def place(self, graph: Graph, softmax: fx.Node, inputs: list) -> tuple[fx.Node | None, bool]:
+        """Where a call that makes weights and context of these may stand, or None; whether weights are used."""
+        others = [user for user in softmax.users if user is not self.first]
+        ready = max(graph.order.get(t, 0) for t in inputs if isinstance(t, fx.Node))
+        place = softmax if ready < graph.order[softmax] else self.product.product.node
+        is_late = any(graph.order[user] < graph.order[place] for user in others)
+        return None if is_late else place, bool(others)
+
+    def give(self, graph: Graph, result: fx.Node, labels: Labels, rows: Rows, of_weights: Labels | None) -> None:
+        """The results of such a call to who used those before: the context alone, or labelled weights, too."""
+        attended = result if of_weights is None else graph.add(operator.getitem, result, 0)
+        attended = graph.arranged(attended, labels, self.product.result)
+        if of_weights is not None:
+            weights = graph.add(operator.getitem, result, 1)
+            weights = graph.arranged(weights, of_weights, rows.labels)
+        graph.replace(self.product.product.node, attended)
+        graph.erase(self.nodes)
+        if of_weights is not None:
+            graph.replace(rows.softmax, weights)
+
 
 def context_of(graph: Graph, weights: fx.Node, labels: Labels, column: Any) -> _Context | None:
     """The product of weights with values."""
@@ -398,11 +418,9 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
     end = product.product.node
     if graph.is_disturbed(nodes, end) or graph.is_written(softmax) or graph.is_written(end):
         return f"of the context, {DISTURBED}"
-    others = [user for user in softmax.users if user is not context.first]
     inputs = [*found.sources(), product.other, *(t for t, *_ in (*rows.biases, *rows.masks))]
-    ready = max(graph.order.get(t, 0) for t in inputs if isinstance(t, fx.Node))
-    place = softmax if ready < graph.order[softmax] else end
-    if any(graph.order[user] < graph.order[place] for user in others):
+    place, has_weights = context.place(graph, softmax, inputs)
+    if place is None:
         return "the weights are used before the values are computed"
     with graph.module.graph.inserting_before(place):
         query, key, weight = _operands(graph, found)
@@ -422,17 +440,9 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
             options["mask"] = (
                 graph.add(torch.logical_and, options["mask"], visible) if "mask" in options else visible
             )
-        if others:
+        if has_weights:
             options["return_weights"] = True
         result = graph.add(additive_attention, query, key, value, weight, **options)
-        attended = graph.add(operator.getitem, result, 0) if others else result
-        attended = graph.arranged(attended, (*found.lead, found.row, width), product.result)
-        if others:
-            weights = graph.add(operator.getitem, result, 1)
-            weights = graph.arranged(weights, found.labels, rows.labels)
-    graph.replace(end, attended)
-    graph.erase(context.nodes)
-    if others:
-        graph.replace(softmax, weights)
+        context.give(graph, result, (*found.lead, found.row, width), rows, found.labels if has_weights else None)
     graph.erase(nodes - context.nodes)
     return ""

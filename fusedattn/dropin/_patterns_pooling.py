@@ -12,7 +12,6 @@ Where nothing stands between scores and softmax, and its weights are multiplied 
 call; else the scores alone.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -172,11 +171,9 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
     nodes = found.nodes | set(rows.nodes) | {softmax} | context.nodes
     if graph.is_disturbed(nodes, end) or graph.is_written(softmax) or graph.is_written(end):
         return f"of the context, {DISTURBED}"
-    others = [user for user in softmax.users if user is not context.first]
     inputs = [found.hidden, found.gate, found.product.other, product.other, found.bias]
-    ready = max(graph.order.get(t, 0) for t in inputs if isinstance(t, fx.Node))
-    place = softmax if ready < graph.order[softmax] else end
-    if any(graph.order[user] < graph.order[place] for user in others):
+    place, has_weights = context.place(graph, softmax, inputs)
+    if place is None:
         return "the weights are used before the values are computed"
     with graph.module.graph.inserting_before(place):
         hidden, weight, gate = _operands(graph, found)
@@ -184,16 +181,8 @@ def _replace_all(graph: Graph, found: _Scores) -> str:
             bias = _bias(graph, found, *(None,) * (found.head is not None))
             weight = graph.add(torch.add, weight, bias, alpha=0)
         value = graph.arranged(product.other, product.other_labels, (found.lead, found.column, new[0]))
-        options = {"return_weights": True} if others else {}
+        options = {"return_weights": True} if has_weights else {}
         result = graph.add(attention_pool, hidden, value, weight, gate, **options)
-        pooled = graph.add(operator.getitem, result, 0) if others else result
-        pooled = graph.arranged(pooled, (*found.labels[:-1], new[0]), product.result)
-        if others:
-            weights = graph.add(operator.getitem, result, 1)
-            weights = graph.arranged(weights, found.labels, rows.labels)
-    graph.replace(end, pooled)
-    graph.erase(context.nodes)
-    if others:
-        graph.replace(softmax, weights)
+        context.give(graph, result, (*found.labels[:-1], new[0]), rows, found.labels if has_weights else None)
     graph.erase(nodes - context.nodes)
     return ""
